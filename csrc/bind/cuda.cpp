@@ -1,0 +1,201 @@
+// Module superfine_kernels._cuda: as _cpu, with device addresses, a stream and a device. Launches
+// return at once. Importing it needs no driver; a call without one says so.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bind/adamw_lists.h"
+#include "bind/tensor_list.h"
+#include "core/cuda_check.h"
+#include "cuda/adamw.h"
+#include "cuda/cross_entropy.h"
+
+namespace py = pybind11;
+using namespace superfine;
+
+namespace {
+
+constexpr int kOldestCapability = 80;  // the oldest architecture in CMakeLists.txt, times ten
+
+template <class T = void>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+cudaStream_t as_stream(std::uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
+
+int device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();  // no driver is an answer, not an error to keep
+  return 0;
+}
+
+std::optional<std::string> why_unavailable() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) {
+    cudaGetLastError();
+    return std::string("no usable NVIDIA driver or GPU (") + cudaGetErrorString(status) + ")";
+  }
+  if (count == 0) return "no NVIDIA GPU";
+  int newest = 0;
+  for (int device = 0; device < count; ++device) {
+    int major = 0, minor = 0;
+    cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "why_unavailable");
+    cuda_check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "why_unavailable");
+    newest = std::max(newest, 10 * major + minor);
+  }
+  if (newest >= kOldestCapability) return std::nullopt;
+  return "the GPU has compute capability " + std::to_string(newest / 10) + "." + std::to_string(newest % 10) +
+         "; the kernels need " + std::to_string(kOldestCapability / 10) + "." + std::to_string(kOldestCapability % 10);
+}
+
+// Makes `device` current, and the previous one again at the end.
+class DeviceGuard {
+ public:
+  DeviceGuard(int device, const char* op) {
+    if (const auto reason = why_unavailable_once()) throw std::runtime_error(std::string(op) + ": " + *reason);
+    cuda_check(cudaGetDevice(&previous_), op);
+    changed_ = device != previous_;
+    if (changed_) cuda_check(cudaSetDevice(device), op);
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  static const std::optional<std::string>& why_unavailable_once() {
+    static const std::optional<std::string> reason = why_unavailable();
+    return reason;
+  }
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+// All parameters lie on one device, or it throws.
+int common_device(const TensorReader& reader, const py::list& params) {
+  const int device = reader.read(params[0]).device_index;
+  for (std::size_t i = 1; i < params.size(); ++i) {
+    if (reader.read(params[i]).device_index != device) {
+      reject_adamw("params", i, describe(params[i]), "a tensor on cuda:" + std::to_string(device) + ", as params[0]");
+    }
+  }
+  return device;
+}
+
+std::vector<std::size_t> adamw(const TensorReader& reader, const py::list& params, const py::list& grads,
+                               const py::list& exp_avgs, const py::list& exp_avg_sqs,
+                               const py::list& max_exp_avg_sqs, const py::list& steps, double lr, double beta1,
+                               double beta2, double eps, double weight_decay, bool maximize,
+                               std::uintptr_t stream) {
+  AdamWLists lists = read_adamw_lists(reader, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps,
+                                      TensorView::Device::cuda);
+  if (params.empty()) return {};
+  const DeviceGuard guard(common_device(reader, params), "adamw_");
+  advance(lists, lr, beta1, beta2, eps, weight_decay, maximize);
+  {
+    const py::gil_scoped_release release;
+    cuda::adamw(lists.tensors.data(), static_cast<std::int64_t>(lists.tensors.size()), as_stream(stream));
+  }
+  return lists.rest;
+}
+
+cuda::CrossEntropy cross_entropy_args(std::uintptr_t input, std::int64_t rows, std::int64_t vocab,
+                                      std::int64_t row_stride, int dtype, std::uintptr_t target, bool target_is_int64,
+                                      std::int64_t target_stride, std::uintptr_t weight, std::int64_t ignore_index,
+                                      double label_smoothing) {
+  return {pointer<const void>(input), rows,          vocab,
+          row_stride,                 static_cast<DType>(dtype), pointer<const void>(target),
+          target_is_int64,            target_stride, pointer<const void>(weight),
+          ignore_index,               label_smoothing};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels. Addresses are integers from Tensor.data_ptr(), `stream` is a cudaStream_t as integer.";
+  m.attr("__version__") = SF_VERSION;
+  m.attr("runtime_version") = CUDART_VERSION;
+  m.def("device_count", &device_count, "The number of GPUs; 0 without a driver.");
+  m.def("why_unavailable", &why_unavailable, "Why no kernel can run on this machine, or None where one can.");
+
+  m.def("adamw", &adamw, "One AdamW step over lists of tensors. Returns the positions that it left alone.",
+        py::arg("reader"), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
+        py::arg("max_exp_avg_sqs"), py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
+        py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"), py::arg("stream"));
+
+  m.def(
+      "cross_entropy_forward",
+      [](std::uintptr_t input, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride, int dtype,
+         std::uintptr_t target, bool target_is_int64, std::int64_t target_stride, std::uintptr_t weight,
+         std::int64_t ignore_index, double label_smoothing, std::uintptr_t losses, std::uintptr_t lse,
+         std::uintptr_t dlogits, std::uintptr_t scale, std::int64_t scale_stride, std::uintptr_t stream, int device) {
+        const auto args = cross_entropy_args(input, rows, vocab, row_stride, dtype, target, target_is_int64,
+                                             target_stride, weight, ignore_index, label_smoothing);
+        const DeviceGuard guard(device, "cross_entropy_forward");
+        const py::gil_scoped_release release;
+        cuda::cross_entropy_forward(args, pointer(losses), pointer(lse), pointer(dlogits), pointer<const void>(scale),
+                                    scale_stride, as_stream(stream));
+      },
+      "Losses and lse of every row; unless `dlogits` is 0 also scale[i * scale_stride] * dloss_i/dinput_i.",
+      py::arg("input"), py::arg("rows"), py::arg("vocab"), py::arg("row_stride"), py::arg("dtype"), py::arg("target"),
+      py::arg("target_is_int64"), py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"),
+      py::arg("label_smoothing"), py::arg("losses"), py::arg("lse"), py::arg("dlogits"), py::arg("scale"),
+      py::arg("scale_stride"), py::arg("stream"), py::arg("device"));
+
+  m.def(
+      "cross_entropy_backward",
+      [](std::uintptr_t input, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride, int dtype,
+         std::uintptr_t target, bool target_is_int64, std::int64_t target_stride, std::uintptr_t weight,
+         std::int64_t ignore_index, double label_smoothing, std::uintptr_t lse, std::uintptr_t scale,
+         std::int64_t scale_stride, std::uintptr_t dlogits, std::uintptr_t stream, int device) {
+        const auto args = cross_entropy_args(input, rows, vocab, row_stride, dtype, target, target_is_int64,
+                                             target_stride, weight, ignore_index, label_smoothing);
+        const DeviceGuard guard(device, "cross_entropy_backward");
+        const py::gil_scoped_release release;
+        cuda::cross_entropy_backward(args, pointer<const void>(lse), pointer<const void>(scale), scale_stride,
+                                     pointer(dlogits), as_stream(stream));
+      },
+      "dlogits from the lse of the forward pass and one scale, or one scale a row.", py::arg("input"), py::arg("rows"),
+      py::arg("vocab"), py::arg("row_stride"), py::arg("dtype"), py::arg("target"), py::arg("target_is_int64"),
+      py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("lse"),
+      py::arg("scale"), py::arg("scale_stride"), py::arg("dlogits"), py::arg("stream"), py::arg("device"));
+
+  m.def(
+      "cross_entropy_denominator",
+      [](std::int64_t rows, std::int64_t vocab, int dtype, std::uintptr_t target, bool target_is_int64,
+         std::int64_t target_stride, std::uintptr_t weight, std::int64_t ignore_index, std::uintptr_t out,
+         std::uintptr_t stream, int device) {
+        const auto args = cross_entropy_args(0, rows, vocab, vocab, dtype, target, target_is_int64, target_stride,
+                                             weight, ignore_index, 0.0);
+        const DeviceGuard guard(device, "cross_entropy_denominator");
+        const py::gil_scoped_release release;
+        cuda::cross_entropy_denominator(args, pointer(out), as_stream(stream));
+      },
+      "out[0] = sum of the weights of the labels that are not ignored (their number without weights), "
+      "out[1] = 1 / out[0].",
+      py::arg("rows"), py::arg("vocab"), py::arg("dtype"), py::arg("target"), py::arg("target_is_int64"),
+      py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"), py::arg("out"), py::arg("stream"),
+      py::arg("device"));
+
+  m.def(
+      "cross_entropy_reduce",
+      [](std::uintptr_t losses, std::int64_t rows, int dtype, std::uintptr_t denominator, std::uintptr_t out,
+         std::uintptr_t stream, int device) {
+        const DeviceGuard guard(device, "cross_entropy_reduce");
+        const py::gil_scoped_release release;
+        cuda::cross_entropy_reduce(pointer<const void>(losses), rows, static_cast<DType>(dtype),
+                                   pointer<const void>(denominator), pointer(out), as_stream(stream));
+      },
+      "out[0] = sum of the losses, divided by denominator[0] unless that address is 0.", py::arg("losses"),
+      py::arg("rows"), py::arg("dtype"), py::arg("denominator"), py::arg("out"), py::arg("stream"), py::arg("device"));
+}

@@ -1,0 +1,22 @@
+// The table of CPU kernels: one row per instruction set, one column per op.
+#pragma once
+
+#include "cpu/adamw.h"
+#include "cpu/cross_entropy.h"
+#include "cpu/isa.h"
+
+namespace superfine::cpu {
+
+struct Kernels {
+  const char* isa;
+  decltype(&baseline::adamw) adamw;
+  decltype(&baseline::cross_entropy_forward) cross_entropy_forward;
+  decltype(&baseline::cross_entropy_backward) cross_entropy_backward;
+};
+
+// The best instruction set that this build holds and this processor runs.
+Isa best_isa();
+bool has_isa(Isa isa);
+const Kernels& kernels(Isa isa);
+
+}  // namespace superfine::cpu

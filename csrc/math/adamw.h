@@ -1,0 +1,85 @@
+// AdamW for one element (Loshchilov & Hutter 2019, Algorithm 2), in torch's order of operations:
+//
+//   p <- p * (1 - lr * weight_decay)
+//   m <- m + (1 - beta1) * (g - m)
+//   v <- beta2 * v + (1 - beta2) * g * g
+//   p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+//
+// Every rounding is spelled out (one fma, the rest separate), so that all instruction sets and CUDA
+// (-fmad=false) give the same bits, and so does torch's unfused fp32 step.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/macros.h"
+
+namespace superfine {
+
+// What one tensor needs at one step; computed in double by `adamw_scalars`, then rounded once to T.
+template <class T>
+struct AdamWScalars {
+  T decay;                  // 1 - lr * weight_decay
+  T one_minus_beta1;
+  T beta2;
+  T one_minus_beta2;
+  T eps;
+  T negative_step_size;     // -lr / (1 - beta1^t)
+  T sqrt_bias_correction2;  // sqrt(1 - beta2^t)
+  T gradient_sign;          // -1 to maximise
+};
+
+inline AdamWScalars<double> adamw_scalars(double lr, double beta1, double beta2, double eps,
+                                          double weight_decay, bool maximize, double step) {
+  AdamWScalars<double> s;
+  s.decay = 1.0 - lr * weight_decay;
+  s.one_minus_beta1 = 1.0 - beta1;
+  s.beta2 = beta2;
+  s.one_minus_beta2 = 1.0 - beta2;
+  s.eps = eps;
+  s.negative_step_size = -(lr / (1.0 - std::pow(beta1, step)));
+  s.sqrt_bias_correction2 = std::sqrt(1.0 - std::pow(beta2, step));
+  s.gradient_sign = maximize ? -1.0 : 1.0;
+  return s;
+}
+
+template <class T>
+inline AdamWScalars<T> round_scalars(const AdamWScalars<double>& s) {
+  return {static_cast<T>(s.decay),           static_cast<T>(s.one_minus_beta1),
+          static_cast<T>(s.beta2),           static_cast<T>(s.one_minus_beta2),
+          static_cast<T>(s.eps),             static_cast<T>(s.negative_step_size),
+          static_cast<T>(s.sqrt_bias_correction2), static_cast<T>(s.gradient_sign)};
+}
+
+// p: parameter, g: gradient, m: exp_avg, v: exp_avg_sq, v_max: max_exp_avg_sq (kAmsgrad only).
+template <bool kAmsgrad, class T>
+SF_HD void adamw_update(const AdamWScalars<T>& s, T& p, T g, T& m, T& v, T& v_max) {
+  g *= s.gradient_sign;
+  p *= s.decay;
+  m = std::fma(s.one_minus_beta1, g - m, m);
+  v = v * s.beta2 + (s.one_minus_beta2 * g) * g;
+  T second_moment = v;
+  if (kAmsgrad) {
+    v_max = v_max < v || v != v ? v : v_max;  // torch.maximum: NaN wins
+    second_moment = v_max;
+  }
+  const T denominator = std::sqrt(second_moment) / s.sqrt_bias_correction2 + s.eps;
+  p += (s.negative_step_size * m) / denominator;
+}
+
+// One tensor of a step: all pointers address `numel` dense elements, param and grad of one type,
+// the moments of another (or the same).
+struct AdamWTensor {
+  void* param;
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;  // null without amsgrad
+  std::int64_t numel;
+  DType param_dtype;
+  DType state_dtype;
+  AdamWScalars<double> scalars;
+};
+
+}  // namespace superfine

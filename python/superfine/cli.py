@@ -1,0 +1,222 @@
+"""The ``superfine`` command: tune, eval, merge, env.
+
+Each command imports what it needs when it runs, so that ``superfine --help`` is quick.
+Exit codes: 0 done; 2 the input is wrong (one line on stderr says what); 1 anything else that failed;
+130 or 143 stopped by Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from superfine.config import Config
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="superfine",
+    help="Fine-tune part of a pretrained model as cheaply as the hardware allows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+Text = Annotated[list[str] | None, typer.Option(help="Text column; give it twice for sentence pairs.")]
+Label = Annotated[str | None, typer.Option(help="Label column.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+
+
+@app.command()
+def tune(
+    config: Annotated[Path | None, typer.Argument(help="TOML file; the flags below go over it.")] = None,
+    data: Annotated[str | None, typer.Option(help="Labelled .csv, .tsv or .jsonl file.")] = None,
+    text: Text = None,
+    label: Label = None,
+    model: Annotated[str | None, typer.Option(help="Hugging Face model folder or hub name.")] = None,
+    select: Annotated[list[str] | None, typer.Option(help="What trains: last:2, head, norms, ...")] = None,
+    output: Annotated[str | None, typer.Option(help="Run directory.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, adam or sgd.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate after warm-up.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples in one forward pass.")] = None,
+    loss: Annotated[str | None, typer.Option(help="cross_entropy, binary_cross_entropy or mse.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    device: Device = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of initialisation, order and dropout.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other key, as --set train.warmup=0.06.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a text classifier: data, model, selection, optimizer, training, test against the base."""
+    with _errors(debug):
+        from superfine.config import parse_override
+
+        flags = {
+            "data.path": data,
+            "data.text": text[0] if text and len(text) == 1 else text,
+            "data.label": label,
+            "model.name": model,
+            "select.parameters": select,
+            "output.directory": output,
+            "optimizer.name": optimizer,
+            "optimizer.lr": lr,
+            "train.epochs": epochs,
+            "train.batch_size": batch_size,
+            "train.loss": loss,
+            "train.precision": precision,
+            "train.device": device,
+            "train.seed": seed,
+        }
+        overrides = {key: value for key, value in flags.items() if value is not None and value != []}
+        overrides.update(parse_override(item) for item in set_ or [])
+        settings = _settings(config, overrides, resume)
+
+        from superfine.display import Display, print_scores
+        from superfine.tune import Interrupted
+        from superfine.tune import tune as run
+
+        console = _console()
+        try:
+            with Display(console) as display:
+                result = run(settings, resume=resume, listener=display)
+        except Interrupted as stop:
+            again = f"superfine tune --resume --output {settings.output.directory}"
+            typer.echo(f"interrupted, and saved; continue with: {again}", err=True)
+            raise typer.Exit(128 + stop.signum) from None
+        print_scores(console, "Test split", {"base": result.baseline, "tuned": result.test})
+        for name in ("delta.safetensors", "metrics.jsonl", "curves.png", "report.html"):
+            if (result.directory / name).is_file():
+                console.print(f"    {result.directory / name}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    saved: Annotated[Path, typer.Argument(help="Run directory, or a Hugging Face classifier folder.")],
+    data: Annotated[Path, typer.Option(help="Labelled .csv, .tsv or .jsonl file.")],
+    text: Text = None,
+    label: Label = None,
+    base: Annotated[str | None, typer.Option(help="Base model, where it has moved since the run.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in one forward pass.")] = 32,
+    device: Device = None,
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Leave unreadable lines out.")
+    ] = False,
+    encoding: Annotated[str, typer.Option(help="Encoding of the file.")] = "utf-8",
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file, too.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Score a tuned model on a labelled file."""
+    with _errors(debug):
+        from superfine._files import atomic_write
+        from superfine.display import print_scores
+        from superfine.evaluate import evaluate_saved
+
+        scores = evaluate_saved(
+            saved,
+            data,
+            text=tuple(text) if text else None,
+            label=label,
+            base=base,
+            batch_size=batch_size,
+            device=device or "auto",
+            on_bad_line="skip" if skip_bad_lines else "error",
+            encoding=encoding,
+        )
+        skipped = f", {scores['skipped']:,} lines skipped" if scores["skipped"] else ""
+        print_scores(_console(), f"{data} ({scores['rows']:,} rows{skipped})", {str(saved): scores})
+        if json_ is not None:
+            with atomic_write(json_) as temporary:
+                temporary.write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@app.command()
+def merge(
+    tuned: Annotated[Path, typer.Argument(help="Run directory, or a delta file.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
+    base: Annotated[str | None, typer.Option(help="Base model; default: the one the delta names.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Put a delta on its base: an ordinary Hugging Face folder that from_pretrained loads."""
+    with _errors(debug):
+        from superfine.delta import merge as merge_delta
+        from superfine.evaluate import delta_notes, delta_of_run
+        from superfine.hf import local_folder
+
+        delta = delta_of_run(tuned) if tuned.is_dir() else tuned
+        name = base or delta_notes(delta).get("base")
+        if name is None:
+            raise ValueError(f"merge: {delta} does not name its base; expected --base DIR")
+        merge_delta(local_folder(name), delta, out)
+        typer.echo(str(out))
+
+
+@app.command()
+def env(
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show versions, CPU, GPUs and which native kernels work here."""
+    with _errors(debug):
+        from superfine.env import environment, print_environment
+
+        if json_:
+            typer.echo(json.dumps(environment(), indent=2))
+        else:
+            print_environment(_console())
+
+
+def main() -> None:
+    """Entry point of the ``superfine`` command."""
+    app(prog_name="superfine")
+
+
+def _settings(path: Path | None, overrides: dict[str, Any], resume: bool) -> Config:
+    from superfine.config import load_config
+
+    if path is None and resume:
+        directory = overrides.get("output.directory")
+        if directory is None:
+            raise ValueError("tune: --resume without a configuration; expected --output DIRECTORY of the run")
+        path = Path(directory, "config.toml")
+        if not path.is_file():
+            raise FileNotFoundError(f"resume: {directory} has no config.toml; expected a run directory")
+    elif path is None and not {"model.name", "output.directory"} <= set(overrides):
+        raise ValueError("tune: no configuration; expected CONFIG.toml, or --data, --model and --output")
+    return load_config(path, overrides)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """What goes wrong becomes one line on stderr and an exit code, unless the traceback is asked for."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        wrong_input = isinstance(error, (ValueError, TypeError, OSError, ImportError, ArithmeticError))
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        kind = "" if wrong_input else f"{type(error).__name__}: "
+        hint = "" if wrong_input else " (--debug shows where)"
+        typer.echo(f"superfine: {kind}{lines[0]}{hint}", err=True)
+        raise typer.Exit(2 if wrong_input else 1) from None

@@ -1,0 +1,402 @@
+"""Labelled text, from a file or a ``datasets`` name to three clean splits.
+
+Order matters and is fixed: read, check every row, remove duplicates, draw ``limit``, split. Duplicates go
+before the split, because a text in both train and test makes the test score a memory test.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import importlib
+import io
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from superfine.config import DataConfig
+
+__all__ = ["Rows", "Splits", "load_splits", "read_rows", "remove_duplicates", "stratified_split"]
+
+# What a source yields: line number (from 1), the record or None, and what is wrong with it.
+Records = Iterator[tuple[int, "dict[str, Any] | None", str]]
+
+
+@dataclass
+class Rows:
+    """Samples: one text (or a pair) and one label each; labels are class names, or floats for regression."""
+
+    texts: list[tuple[str, ...]] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
+    skipped: int = 0  # unreadable lines left out
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Sequence[int]) -> Rows:
+        return Rows([self.texts[i] for i in indices], [self.labels[i] for i in indices])
+
+
+@dataclass
+class Splits:
+    """Train, validation and test rows, the class names in order, and what was done on the way."""
+
+    train: Rows
+    validation: Rows
+    test: Rows
+    labels: tuple[str, ...]  # empty for regression
+    skipped: int
+    duplicates: int
+    conflicts: int
+    notes: list[str]
+
+    def fingerprint(self) -> str:
+        """sha256 over every text and label of every split, in order: equal exactly when the data is."""
+        digest = hashlib.sha256()
+        for rows in (self.train, self.validation, self.test):
+            digest.update(json.dumps([rows.texts, rows.labels]).encode())
+        return digest.hexdigest()
+
+
+def load_splits(config: DataConfig, loss: str) -> Splits:
+    """Read, clean and split the data that ``config`` names, for one of the losses of ``superfine tune``.
+
+    Raises ``ValueError`` or ``FileNotFoundError`` naming file, line or column: missing columns, unreadable
+    lines (unless ``on_bad_line = "skip"``), empty texts, too few classes, too few rows.
+    """
+    numeric = loss == "mse"
+
+    def read(name: str, split: str) -> Rows:
+        if config.path is not None:
+            return read_rows(
+                name,
+                config.text_columns,
+                config.label,
+                numeric=numeric,
+                on_bad_line=config.on_bad_line,
+                encoding=config.encoding,
+            )
+        return _read_dataset(config, split, numeric)
+
+    parts = {"train": read(config.path or "", "train")}
+    for name, value in (("validation", config.validation), ("test", config.test)):
+        if isinstance(value, str):
+            parts[name] = read(value, value)
+    skipped = sum(rows.skipped for rows in parts.values())
+
+    duplicates = conflicts = 0
+    if config.dedupe:
+        # Held-out rows first: where a text is in two files, the training copy is the one that goes.
+        order = [name for name in ("test", "validation", "train") if name in parts]
+        cleaned, duplicates, conflicts = remove_duplicates([parts[name] for name in order])
+        parts = dict(zip(order, cleaned, strict=True))
+    if config.limit is not None and config.limit < len(parts["train"]):
+        drawn = random.Random(f"limit {config.seed}").sample(range(len(parts["train"])), config.limit)
+        parts["train"] = parts["train"].take(sorted(drawn))
+
+    fractions = [0.0 if isinstance(value, str) else value for value in (config.validation, config.test)]
+    groups = [""] * len(parts["train"]) if numeric else parts["train"].labels
+    indices = stratified_split(groups, fractions[0], fractions[1], config.seed)
+    whole = parts["train"]
+    for name, chosen in zip(("train", "validation", "test"), indices, strict=True):
+        if name == "train" or name not in parts:
+            parts[name] = whole.take(chosen)
+
+    notes = [
+        f"class {name!r} has {count} row{'s' if count > 1 else ''}: too few to split, all in train"
+        for name, count in sorted(Counter(groups).items())
+        if count < 3 and any(fractions)
+    ]
+    labels = () if numeric else _class_names(parts, config.label, loss)
+    for name, rows in parts.items():
+        if not rows:
+            raise ValueError(f"data: the {name} split is empty; expected more rows, or other fractions")
+    return Splits(
+        **parts, labels=labels, skipped=skipped, duplicates=duplicates, conflicts=conflicts, notes=notes
+    )
+
+
+def read_rows(
+    path: str | Path,
+    text: Sequence[str],
+    label: str,
+    *,
+    numeric: bool = False,
+    on_bad_line: str = "error",
+    encoding: str = "utf-8",
+) -> Rows:
+    """Read a ``.csv``, ``.tsv`` or ``.jsonl`` file with a text column (or two) and a label column.
+
+    Raises ``FileNotFoundError``, or ``ValueError`` naming the file and the column or the first bad line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data: {path} is not a file; expected a .csv, .tsv or .jsonl file")
+    readers: dict[str, Callable[[str], tuple[list[str], Records]]] = {
+        ".csv": lambda content: _csv_records(content, ","),
+        ".tsv": lambda content: _csv_records(content, "\t"),
+        ".jsonl": _jsonl_records,
+        ".ndjson": _jsonl_records,
+    }
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"data: {path} has the suffix {path.suffix!r}; expected .csv, .tsv or .jsonl")
+    content = _decode(path, encoding)
+    if not content.strip():
+        raise ValueError(f"data: {path} is empty; expected rows with {', '.join(text)} and {label}")
+    columns, records = readers[path.suffix.lower()](content)
+    return _check_rows(str(path), columns, records, text, label, numeric, on_bad_line)
+
+
+def remove_duplicates(parts: Sequence[Rows]) -> tuple[list[Rows], int, int]:
+    """Keep the first of each text, over all ``parts`` in order.
+
+    Returns the cleaned parts, the number of rows removed, and how many of those had another label than the
+    row that stayed.
+    """
+    first_label: dict[tuple[str, ...], Any] = {}
+    duplicates = conflicts = 0
+    cleaned = []
+    for rows in parts:
+        kept = []
+        for index, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True)):
+            if text not in first_label:
+                first_label[text] = label
+                kept.append(index)
+            else:
+                duplicates += 1
+                conflicts += first_label[text] != label
+        cleaned.append(rows.take(kept))
+    return cleaned, duplicates, conflicts
+
+
+def stratified_split(
+    labels: Sequence[str], validation: float, test: float, seed: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Indices of train, validation and test, every class in proportion, the same for the same ``seed``.
+
+    A class with at least 3 rows is in each split that has a fraction above 0; a smaller one is in train only.
+    """
+    members: dict[str, list[int]] = {}
+    for index, name in enumerate(labels):
+        members.setdefault(name, []).append(index)
+    train: list[int] = []
+    held_out: tuple[list[int], list[int]] = ([], [])
+    for name, indices in members.items():
+        # Seeded by a string, which Python hashes with SHA-512: the same on every machine and version.
+        random.Random(f"{seed} {name}").shuffle(indices)
+        n = len(indices)
+        counts = [max(1, round(n * part)) if part and n >= 3 else 0 for part in (validation, test)]
+        while sum(counts) >= n and max(counts) > 1:  # leave at least one to train on
+            counts[counts.index(max(counts))] -= 1
+        held_out[0].extend(indices[: counts[0]])
+        held_out[1].extend(indices[counts[0] : sum(counts)])
+        train.extend(indices[sum(counts) :])
+    return sorted(train), sorted(held_out[0]), sorted(held_out[1])
+
+
+def _decode(path: Path, encoding: str) -> str:
+    raw = path.read_bytes()
+    try:
+        codec = codecs.lookup(encoding)
+    except LookupError:
+        raise ValueError(
+            f"data: encoding is {encoding!r}; expected a codec such as utf-8 or latin-1"
+        ) from None
+    try:
+        # Spreadsheets put a byte-order mark before UTF-8, which would become part of the first column's name.
+        return raw.decode("utf-8-sig" if codec.name == "utf-8" else encoding)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        guess = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
+        raise ValueError(
+            f"data: {path} is not {encoding} (line {line}: byte 0x{raw[error.start]:02x}); expected {encoding},"
+            f' or data.encoding = "{guess}" or what the file is in'
+        ) from None
+
+
+def _csv_records(content: str, delimiter: str) -> tuple[list[str], Records]:
+    lines = list(io.StringIO(content, newline=""))  # csv wants line ends untouched: quoted fields hold them
+
+    def parsed() -> Iterator[tuple[int, list[str] | None, str]]:
+        # A stray quote swallows lines until some later quote, so after an error reading goes on at the line
+        # after the one where the broken record began.
+        start = 0
+        while start < len(lines):
+            reader = csv.reader(lines[start:], strict=True, delimiter=delimiter)
+            first = start
+            try:
+                for fields in reader:
+                    yield first + 1, fields, ""
+                    first = start + reader.line_num
+                return
+            except csv.Error as error:
+                yield first + 1, None, str(error)
+                start = first + 1
+
+    records = parsed()
+    _, header, problem = next(records)
+    if header is None:
+        raise ValueError(f"data: the header cannot be read: {problem}")
+
+    def rows() -> Records:
+        for line, fields, problem in records:
+            if fields is None:
+                yield line, None, problem
+            elif len(fields) != len(header):
+                if fields:  # an empty line is no row
+                    yield line, None, f"{len(fields)} fields; expected {len(header)}"
+            else:
+                yield line, dict(zip(header, fields, strict=True)), ""
+
+    return header, rows()
+
+
+def _jsonl_records(content: str) -> tuple[list[str], Records]:
+    records: list[tuple[int, dict[str, Any] | None, str]] = []
+    columns: dict[str, None] = {}
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:  # JSONDecodeError, and integers of absurd length
+            records.append((number, None, f"not JSON: {error}"))
+            continue
+        if isinstance(value, dict):
+            records.append((number, value, ""))
+            columns.update(dict.fromkeys(value))
+        else:
+            records.append((number, None, f"a JSON {type(value).__name__}; expected an object"))
+    if not columns:
+        number, _, problem = records[0]
+        raise ValueError(f"data: no line holds a JSON object; line {number}: {problem}")
+    return list(columns), iter(records)
+
+
+def _read_dataset(config: DataConfig, split: str, numeric: bool) -> Rows:
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise ImportError(
+            f"data: dataset is {config.dataset!r}, which needs the package 'datasets'; pip install datasets,"
+            " or use data.path with a .csv or .jsonl file"
+        ) from None
+    table = datasets.load_dataset(config.dataset, config.dataset_config, split=split)
+    names = getattr(table.features.get(config.label), "names", None)  # a ClassLabel stores indices
+
+    def records() -> Records:
+        for number, record in enumerate(table, start=1):
+            record = dict(record)
+            if names is not None and isinstance(record.get(config.label), int):
+                # -1 marks the unlabelled rows of public benchmarks.
+                index = record[config.label]
+                record[config.label] = names[index] if 0 <= index < len(names) else None
+            yield number, record, ""
+
+    return _check_rows(
+        f"{config.dataset} ({split})",
+        list(table.column_names),
+        records(),
+        config.text_columns,
+        config.label,
+        numeric,
+        config.on_bad_line,
+    )
+
+
+def _check_rows(
+    where: str,
+    columns: list[str],
+    records: Records,
+    text: Sequence[str],
+    label: str,
+    numeric: bool,
+    on_bad_line: str,
+) -> Rows:
+    for name in (*text, label):
+        if name not in columns:
+            near = get_close_matches(name, columns, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            known = ", ".join(map(repr, columns))
+            raise ValueError(f"data: {where} has no column {name!r}; expected one of {known}{hint}")
+    repeated = [name for name in (*text, label) if columns.count(name) > 1]
+    if repeated:
+        raise ValueError(f"data: {where} has several columns {repeated[0]!r}; expected one")
+    rows = Rows()
+    first_problem = ""
+    for line, record, problem in records:
+        value: Any = None
+        if record is not None:
+            problem = next((p for p in (_text_problem(record, name) for name in text) if p), "")
+            if not problem:
+                value, problem = _label_value(record.get(label), label, numeric)
+        if problem:
+            rows.skipped += 1
+            first_problem = first_problem or f"line {line} ({problem})"
+        else:
+            rows.texts.append(tuple(record[name] for name in text))  # type: ignore[index]
+            rows.labels.append(value)
+    if rows.skipped and on_bad_line == "error":
+        raise ValueError(
+            f"data: {where} has {rows.skipped} unreadable line{'s' if rows.skipped > 1 else ''}, the first is"
+            f' {first_problem}; correct the file, or set data.on_bad_line = "skip"'
+        )
+    if not rows:
+        raise ValueError(f"data: {where} has no usable row; expected at least one")
+    return rows
+
+
+def _text_problem(record: dict[str, Any], name: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str):
+        return f"{name} is {value!r}; expected text" if name in record else f"no key {name!r}"
+    return "" if value.strip() else f"{name} is empty"
+
+
+def _label_value(value: Any, name: str, numeric: bool) -> tuple[Any, str]:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None, f"{name} is empty"
+    if numeric:
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            return None, f"{name} is {value!r}; expected a number for loss = 'mse'"
+        if math.isfinite(number):
+            return number, ""
+        return None, f"{name} is {number}; expected a finite number"
+    if isinstance(value, bool):
+        return str(value).lower(), ""
+    if isinstance(value, (str, int)):
+        return str(value).strip(), ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value)), ""
+    return None, f"{name} is {value!r}; expected a class name (for numbers use loss = 'mse')"
+
+
+def _class_names(parts: dict[str, Rows], column: str, loss: str) -> tuple[str, ...]:
+    """Class names of the training rows, by number where all are integers, else by alphabet."""
+    names = set(parts["train"].labels)
+    if len(names) < 2:
+        found = f"only one class ({next(iter(names))!r})" if names else "no rows"
+        raise ValueError(f"data: column {column!r} has {found} to train on; expected at least two classes")
+    if loss == "binary_cross_entropy" and len(names) != 2:
+        raise ValueError(f"data: column {column!r} has {len(names)} classes; expected two for {loss}")
+    try:
+        ordered = sorted(names, key=int)
+    except ValueError:
+        ordered = sorted(names)
+    for split in ("validation", "test"):
+        for name in parts[split].labels:
+            if name not in names:
+                raise ValueError(
+                    f"data: the {split} split has the class {name!r}, which no training row has;"
+                    f" expected one of {', '.join(ordered)}"
+                )
+    return tuple(ordered)

@@ -1,0 +1,261 @@
+"""What this machine and this installation are: versions, CPU, GPUs, native modules, source commit.
+
+Every reader below answers ``None`` for what it cannot find out, so that a report from a stranger's
+machine is complete or says where it is not, and is never a crash.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PACKAGES = ("superfine", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
+
+T = TypeVar("T")
+
+
+def environment() -> dict[str, Any]:
+    """Describe this machine and installation as a nested dictionary that JSON can hold.
+
+    Returns:
+        Sections ``python``, ``packages``, ``platform``, ``cpu``, ``memory``, ``cuda``, ``native`` and
+        ``git``. Sizes are in bytes. A value that cannot be read is None.
+    """
+    return {
+        "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": {
+            "system": platform.system(),
+            "release": platform.release(),
+            "machine": platform.machine(),
+            "libc": " ".join(platform.libc_ver()).strip() or None,
+        },
+        "cpu": _cpu(),
+        "memory": _memory(),
+        "cuda": _cuda(),
+        "native": _native(),
+        "git": _git(),
+    }
+
+
+def print_environment(console: Console) -> None:
+    """Print :func:`environment` as a table on a rich console."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="Environment", title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column("section", style="bold")
+    table.add_column("item")
+    table.add_column("value", overflow="fold")
+    for section, content in environment().items():
+        for index, (item, value) in enumerate(_flatten(content)):
+            shown = "[dim]unknown[/dim]" if value is None else escape(_readable(item, value))
+            table.add_row(section if index == 0 else "", item, shown)
+    console.print(table)
+
+
+def available_memory() -> int | None:
+    """Return the bytes of main memory that can be taken without swapping, or None where it cannot be read."""
+    return _memory()["available"]
+
+
+def flat_environment(description: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Return the sections of :func:`environment` as ``(item, readable value)`` pairs, for tables."""
+    return {
+        section: [
+            (item, "unknown" if value is None else _readable(item, value))
+            for item, value in _flatten(content)
+        ]
+        for section, content in description.items()
+    }
+
+
+def _flatten(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(content, dict) and content:
+        for key, value in content.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(content, list) and any(isinstance(value, dict) for value in content):
+        for index, value in enumerate(content):
+            yield from _flatten(value, f"{prefix}[{index}]")
+    else:
+        yield prefix, content
+
+
+def _readable(item: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    is_size = item.startswith("caches.") or item.rsplit(".", 1)[-1] in (
+        "total",
+        "available",
+        "memory",
+        "l2_cache",
+    )
+    if is_size and isinstance(value, int):
+        for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+            if value >= size:
+                return f"{value / size:.4g} {unit}"
+    if isinstance(value, (list, dict)):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _try(read: Callable[[], T]) -> T | None:
+    """Return what ``read`` returns, or None: a description must not fail on an unusual machine."""
+    try:
+        return read()
+    except Exception:
+        return None
+
+
+def _version(package: str) -> str | None:
+    return _try(lambda: importlib.metadata.version(package))
+
+
+def _run(*command: str, cwd: Path | None = None) -> str | None:
+    """Standard output of a short command; None when it is missing, fails or hangs."""
+
+    def call() -> str:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    return _try(call)
+
+
+def _cpu() -> dict[str, Any]:
+    def threads() -> int:
+        import torch
+
+        return torch.get_num_threads()
+
+    return {
+        "model": _cpu_model(),
+        "logical_cores": os.cpu_count(),
+        "physical_cores": _try(_physical_cores),
+        "usable_cores": _try(lambda: len(os.sched_getaffinity(0))),
+        "threads": _try(threads),
+        "isa": _try(_kernel_isa),
+        "caches": _try(_caches) or None,
+    }
+
+
+def _kernel_isa() -> str | None:
+    isa = importlib.import_module("superfine_kernels").isa()
+    return None if isa is None else str(isa)
+
+
+def _cpu_model() -> str | None:
+    text = _try(Path("/proc/cpuinfo").read_text) or ""
+    match = re.search(r"^(?:model name|Model|cpu model)\s*:\s*(.+)$", text, re.MULTILINE)
+    if match:
+        return match.group(1).strip()
+    return _run("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or None
+
+
+def _physical_cores() -> int | None:
+    siblings = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
+    return len({path.read_text() for path in siblings}) or None
+
+
+def _caches() -> dict[str, int]:
+    """Sizes in bytes of the caches that the first core sees."""
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+    sizes = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        kind = {"Data": "d", "Instruction": "i"}.get((folder / "type").read_text().strip(), "")
+        match = re.fullmatch(r"(\d+)([KMG]?)", (folder / "size").read_text().strip())
+        if match:
+            name = f"L{(folder / 'level').read_text().strip()}{kind}"
+            sizes[name] = int(match.group(1)) * units[match.group(2)]
+    return sizes
+
+
+def _memory() -> dict[str, int | None]:
+    text = _try(Path("/proc/meminfo").read_text) or ""
+    found = {key: int(value) * 1024 for key, value in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
+    total = found.get("MemTotal") or _try(lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return {"total": total, "available": found.get("MemAvailable")}
+
+
+def _cuda() -> dict[str, Any]:
+    def devices() -> list[dict[str, Any]]:
+        import torch
+
+        # device_count() is quiet without a driver, where other torch.cuda calls warn or raise.
+        return [_device(index) for index in range(torch.cuda.device_count())]
+
+    def toolkit() -> str | None:
+        import torch
+
+        return torch.version.cuda
+
+    return {"torch_toolkit": _try(toolkit), "driver": _driver(), "devices": _try(devices)}
+
+
+def _device(index: int) -> dict[str, Any]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    uuid = getattr(properties, "uuid", None)
+    return {
+        "name": properties.name,
+        "uuid": None if uuid is None else str(uuid),
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "l2_cache": getattr(properties, "L2_cache_size", None),
+    }
+
+
+def _driver() -> str | None:
+    text = _try(Path("/proc/driver/nvidia/version").read_text) or ""
+    match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text)
+    if match:
+        return match.group(1)
+    listed = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return listed.splitlines()[0].strip() if listed else None
+
+
+def _native() -> dict[str, dict[str, Any]]:
+    """Whether the compiled modules are there and work here, and why not."""
+    return {"_cpu": _native_module("_cpu"), "_cuda": _native_module("_cuda")}
+
+
+def _native_module(name: str) -> dict[str, Any]:
+    try:
+        if importlib.util.find_spec(f"superfine_kernels.{name}") is None:
+            return {"built": False, "usable": False, "reason": "not built"}
+        module = importlib.import_module(f"superfine_kernels.{name}")
+        reason = module.why_unavailable() if name == "_cuda" else None
+    except Exception as error:  # whatever the loader raises is the reason
+        return {"built": None, "usable": False, "reason": f"{type(error).__name__}: {error}"}
+    return (
+        {"built": True, "usable": True}
+        if reason is None
+        else {"built": True, "usable": False, "reason": reason}
+    )
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the checkout this file belongs to; None for an installed copy.
+
+    A virtual environment often lies inside another project's checkout, so the file must be tracked.
+    """
+    here = Path(__file__).resolve()
+    if _run("git", "ls-files", "--error-unmatch", here.name, cwd=here.parent) is None:
+        return None
+    changed = _run("git", "status", "--porcelain", "--untracked-files=no", cwd=here.parent)
+    return {
+        "commit": _run("git", "rev-parse", "HEAD", cwd=here.parent),
+        "modified": None if changed is None else bool(changed),
+    }

@@ -1,0 +1,18 @@
+"""Superfine's ops on tensors: functions without modules or state, one file per op.
+
+    adamw_(params, grads, ...)      one multi-tensor AdamW step            superfine_kernels/adamw.py
+    cross_entropy(input, target)    loss and gradient of the logits        superfine_kernels/cross_entropy.py
+
+`backends()` shows which implementation serves which device here.
+"""
+
+# torch comes first: it starts the OpenMP runtime that the CPU kernels then share. With the kernels
+# first, a second runtime would start and every call would pay for the fight over the cores.
+import torch  # noqa: F401  isort: skip
+
+from superfine_kernels._backends import backends, isa
+from superfine_kernels._library import Cost, __version__
+from superfine_kernels.adamw import adamw_
+from superfine_kernels.cross_entropy import cross_entropy
+
+__all__ = ["Cost", "__version__", "adamw_", "backends", "cross_entropy", "isa"]

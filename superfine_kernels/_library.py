@@ -1,0 +1,70 @@
+"""What every op file shares: the torch.library handle, argument checks, the cost record."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+
+from superfine_kernels import _cpu
+
+__version__: str = _cpu.__version__
+
+#: All ops live under torch.ops.superfine.
+LIBRARY = torch.library.Library("superfine", "DEF")
+
+#: Codes of the element types, as in csrc/core/dtype.h.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+#: Reads lists of tensors natively (csrc/bind/tensor_list.h).
+READER = _cpu.TensorReader(torch)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least an op must do: bytes to and from memory, and floating-point operations."""
+
+    bytes: int
+    flops: int
+
+
+def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which a kernel computes on elements of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def describe(value: object) -> str:
+    """A tensor as `float16 (4, 5) on cpu`; anything else as its repr and type."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def reject(op: str, argument: str, value: object, expected: str, error: type[Exception] = ValueError) -> NoReturn:
+    """Raises `op: argument is X; expected Y`."""
+    raise error(f"{op}: {argument} is {describe(value)}; expected {expected}")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Says once per process that something takes a slower path, and why."""
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a kernel may read these directly: nothing traces, and no mode or subclass intercepts ops."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._functorch.peek_interpreter_stack()
+        and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
+def threads() -> int:
+    """How many threads a CPU kernel uses: torch's own number."""
+    return torch.get_num_threads()

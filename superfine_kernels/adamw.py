@@ -1,0 +1,189 @@
+"""Multi-tensor AdamW (Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", Algorithm 2).
+
+    t <- t + 1
+    p <- p * (1 - lr * weight_decay)
+    m <- m + (1 - beta1) * (g - m)
+    v <- beta2 * v + (1 - beta2) * g * g
+    p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+for every element of every tensor in one parallel region (CPU) or launch (GPU). The rule for one element is
+csrc/math/adamw.h; low-precision elements are computed in float32 and rounded once per store.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from superfine_kernels import _backends, _cpu
+from superfine_kernels._library import LIBRARY, READER, Cost, is_plain, opmath_dtype, reject, threads, warn_once
+
+
+def cost(
+    numel: int,
+    param_dtype: torch.dtype = torch.float32,
+    state_dtype: torch.dtype | None = None,
+    amsgrad: bool = False,
+) -> Cost:
+    """Bytes and flops of one step over `numel` elements: reads p, g, m, v; writes p, m, v."""
+    param, state = param_dtype.itemsize, (state_dtype or param_dtype).itemsize
+    return Cost(bytes=numel * (3 * param + (6 if amsgrad else 4) * state), flops=numel * (15 + amsgrad))
+
+
+# --- reference ------------------------------------------------------------------------------------
+
+
+def reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """The step in eager torch; takes every dtype and layout. Complex numbers count as pairs of real ones."""
+    for i, param in enumerate(params):
+        steps[i].add_(1)
+        step = steps[i].item()
+        tensors = [param, grads[i], exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1]]
+        stored = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+        p, g, m, v, *v_max = (t.to(opmath_dtype(t.dtype)) for t in stored)
+        p = p * (1 - lr * weight_decay)
+        g = -g if maximize else g
+        m = m.lerp(g, 1 - beta1)
+        v = v.mul(beta2).addcmul(g, g, value=1 - beta2)
+        v_max = [torch.maximum(v_max[0], v)] if v_max else []
+        denominator = (v_max[0] if v_max else v).sqrt() / math.sqrt(1 - beta2**step) + eps
+        p = p.addcdiv(m, denominator, value=-lr / (1 - beta1**step))
+        for old, new in zip(stored, (p, stored[1], m, v, *v_max), strict=True):
+            if old is not stored[1]:
+                old.copy_(new)
+
+
+# --- backends: each returns the positions that it left to the reference -----------------------------
+
+
+def _native(module, extra: dict, lists: tuple, hyper: dict) -> list[int]:  # type: ignore[no-untyped-def]
+    return module.adamw(READER, *lists, **hyper, **extra)
+
+
+def _run(backend: str, lists: tuple[list[Tensor], ...], hyper: dict) -> None:
+    name, _, isa = backend.partition(":")
+    if name == "cpu":
+        rest = _native(_cpu, {"threads": threads(), "isa": isa}, lists, hyper)
+    elif name == "cuda":
+        from superfine_kernels import _cuda
+
+        stream = torch.cuda.current_stream(lists[0][0].device).cuda_stream
+        rest = _native(_cuda, {"stream": stream}, lists, hyper)
+    elif name == "triton":
+        from superfine_kernels.triton import adamw as triton_adamw
+
+        rest = triton_adamw.adamw_(*lists, **hyper)
+    else:
+        return reference(*lists, **hyper)
+    if rest:
+        first = lists[0][rest[0]]
+        warn_once(
+            f"adamw_: {len(rest)} of {len(lists[0])} parameters (the first is {first.dtype}, strides {first.stride()}) "
+            "have a dtype or layout that no kernel takes; eager torch steps them"
+        )
+        reference(*([tensors[i] for i in rest] if tensors else [] for tensors in lists), **hyper)
+    return None
+
+
+# --- registration -----------------------------------------------------------------------------------
+
+LIBRARY.define(
+    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, *, float lr, float beta1, float beta2, float eps, "
+    "float weight_decay, bool maximize, str backend='') -> ()"
+)
+
+
+def _dispatched(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    backend: str = "",
+    **hyper: float | bool,
+) -> None:
+    if params:
+        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+        _run(_backends.choose("adamw_", params[0].device, backend), tuple(map(list, lists)), hyper)
+
+
+torch.library.impl(LIBRARY, "adamw_", "CompositeExplicitAutograd")(_dispatched)
+torch.library.register_fake("superfine::adamw_", lambda *args, **kwargs: None, lib=LIBRARY)
+
+
+# --- public -------------------------------------------------------------------------------------------
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    *,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    maximize: bool = False,
+    backend: str | None = None,
+) -> None:
+    """One AdamW step over lists of tensors, in place; equal to `torch.optim.AdamW`'s.
+
+    Args:
+        params: parameters on one device; float32, bfloat16, float16 or float64, any dense layout. Other dtypes
+            (complex) and layouts (slices) take the eager reference, with one warning.
+        grads: one per parameter, same shape, dtype and device.
+        exp_avgs, exp_avg_sqs: first and second moments, of the parameter's shape and its dtype or float32.
+        max_exp_avg_sqs: running maxima of the second moments for AMSGrad; empty without.
+        steps: float32 scalars on the CPU, the steps taken so far; each grows by one.
+        lr, beta1, beta2, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
+        backend: None for the best one; see `superfine_kernels.backends()`.
+
+    Raises:
+        ValueError: lists of unequal length, tensors of the wrong shape, dtype or device, tensors that overlap in
+            memory, hyperparameters out of range. Nothing has been written then.
+    """
+    if not (lr >= 0 and math.isfinite(lr)):
+        reject("adamw_", "lr", lr, "a finite number >= 0")
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            reject("adamw_", name, beta, "a number in [0, 1)")
+    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            reject("adamw_", name, value, "a number >= 0")
+    if not params:
+        return
+    hyper: dict = {
+        "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+    }  # fmt: skip
+    lists = (list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(max_exp_avg_sqs), list(steps))
+    if is_plain(lists[0]):  # past the dispatcher, which costs about 0.2 us per tensor
+        with torch.no_grad():
+            _run(_backends.choose("adamw_", lists[0][0].device, backend), lists, hyper)
+        torch.autograd.graph.increment_version(lists[0])
+    else:
+        with torch.no_grad():
+            torch.ops.superfine.adamw_(*lists, **hyper, backend=backend or "")

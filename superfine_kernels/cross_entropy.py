@@ -1,0 +1,403 @@
+"""Cross-entropy over logits, with the gradient of the logits from the same pass.
+
+For one row of logits x, label t, class weights w (1 without) and label smoothing s over C classes:
+
+    lse     = log sum_c exp(x_c)
+    loss    = (1 - s) w_t (lse - x_t) + s/C sum_c w_c (lse - x_c)
+    dx_c    = [(1 - s) w_t + s/C sum_c w_c] exp(x_c - lse) - (1 - s) w_t [c = t] - s/C w_c
+
+reduced as `torch.nn.functional.cross_entropy` does (the mean divides by the sum of w_t over the rows that are
+not ignored). Losses are float32 (float64 for float64 logits) whatever the dtype of the logits.
+
+Two ways to the gradient. *Fused*: the forward pass writes dx while the row is still in the cache; only dx is
+saved, and backward multiplies it by the upstream gradient unless that is known to be 1. *Two-phase*: lse is
+saved beside the logits, and backward computes dx from them: for `reduction="none"`, where the upstream gradient
+differs from row to row, and on GPUs, where looking at it would wait for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from superfine_kernels import _backends, _cpu
+from superfine_kernels._library import DTYPE_CODES, LIBRARY, Cost, opmath_dtype, reject, threads, warn_once
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+NONE, MEAN = REDUCTIONS["none"], REDUCTIONS["mean"]
+
+# Smaller buffers come from the heap, whose pages have mostly been touched before.
+HUGE_PAGE_BYTES = 4 << 20
+
+
+def cost(rows: int, vocab: int, dtype: torch.dtype = torch.float32, backward: bool = True) -> Cost:
+    """Bytes and flops over `rows` x `vocab` logits: each read once and, with backward, each gradient written once."""
+    elements = rows * vocab
+    return Cost(bytes=elements * dtype.itemsize * (2 if backward else 1), flops=elements * (4 + 3 * backward))
+
+
+def reference(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Eager torch in float32 (float64 for float64): every input that torch takes, any number of derivatives."""
+    dtype = opmath_dtype(input.dtype)
+    return torch.nn.functional.cross_entropy(
+        input.to(dtype),
+        target.to(dtype if target.is_floating_point() else torch.int64),
+        weight if weight is None else weight.to(dtype),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+# --- backends ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Checked arguments: input is rows x vocab with unit stride within a row, target one label a row."""
+
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+
+    def native(self) -> dict[str, Any]:
+        return {
+            "input": self.input.data_ptr(),
+            "rows": self.input.shape[0],
+            "vocab": self.input.shape[1],
+            "row_stride": self.input.stride(0),
+            "dtype": DTYPE_CODES[self.input.dtype],
+            "target": self.target.data_ptr(),
+            "target_is_int64": self.target.dtype == torch.int64,
+            "target_stride": self.target.stride(0),
+            "weight": 0 if self.weight is None else self.weight.data_ptr(),
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+        }
+
+    def new_rows(self) -> Tensor:
+        return self.input.new_empty(self.input.shape[0], dtype=opmath_dtype(self.input.dtype))
+
+
+def _cpu_forward(rows: _Rows, reduction: int, dlogits: Tensor | None, isa: str) -> tuple[Tensor, Tensor]:
+    arguments = rows.native()
+    labels = {k: arguments[k] for k in ("target", "target_is_int64", "target_stride", "rows", "vocab", "weight")}
+    bad, weight_sum = _cpu.check_labels(
+        **labels, weight_is_f64=rows.input.dtype == torch.float64, ignore_index=rows.ignore_index
+    )
+    if bad >= 0:
+        raise ValueError(
+            f"cross_entropy: target[{bad}] is {int(rows.target[bad])}; expected a class in "
+            f"[0, {rows.input.shape[1]}) or ignore_index ({rows.ignore_index})"
+        )
+    denominator = weight_sum if reduction == MEAN else 1.0
+    losses, lse = rows.new_rows(), rows.new_rows()
+    total = _cpu.cross_entropy_forward(
+        **arguments,
+        losses=losses.data_ptr(),
+        lse=lse.data_ptr(),
+        dlogits=0 if dlogits is None else dlogits.data_ptr(),
+        scale=1 / denominator if denominator else 0.0,
+        threads=threads(),
+        isa=isa,
+    )
+    if reduction == NONE:
+        return losses, lse
+    return torch.tensor(total / denominator if denominator else float("nan"), dtype=lse.dtype), lse
+
+
+def _gpu_forward(rows: _Rows, reduction: int, dlogits: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    one = rows.input.new_ones((), dtype=opmath_dtype(rows.input.dtype))
+    denominator = _device_denominator(rows) if reduction == MEAN else one
+    scale = denominator.reciprocal()
+    if backend == "triton":
+        from superfine_kernels.triton import cross_entropy as kernels
+
+        losses, lse = kernels.cross_entropy_forward(**vars(rows), dlogits=dlogits, scale=scale)
+    else:
+        from superfine_kernels import _cuda
+
+        losses, lse = rows.new_rows(), rows.new_rows()
+        _cuda.cross_entropy_forward(
+            **rows.native(),
+            losses=losses.data_ptr(),
+            lse=lse.data_ptr(),
+            dlogits=0 if dlogits is None else dlogits.data_ptr(),
+            scale=scale.data_ptr(),
+            scale_stride=0,
+            **_where(rows.input),
+        )
+    return (losses if reduction == NONE else losses.sum() / denominator), lse
+
+
+def _device_denominator(rows: _Rows) -> Tensor:
+    """Sum of the weights of the labels that count, without waiting for the device or trusting a label."""
+    counts = rows.target != rows.ignore_index
+    if rows.weight is None:
+        return counts.sum(dtype=opmath_dtype(rows.input.dtype))
+    labels = rows.target.long().clamp(0, rows.input.shape[1] - 1)
+    return torch.where(counts, rows.weight[labels], 0.0).sum()
+
+
+def _where(tensor: Tensor) -> dict[str, int]:
+    return {"stream": torch.cuda.current_stream(tensor.device).cuda_stream, "device": tensor.device.index}
+
+
+def _run_forward(rows: _Rows, reduction: int, dlogits: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    """(loss, lse); fills dlogits, which may be the input itself, with the gradient of the reduced loss."""
+    name, _, isa = _backends.choose("cross_entropy", rows.input.device, backend).partition(":")
+    if name == "cpu":
+        return _cpu_forward(rows, reduction, dlogits, isa)
+    return _gpu_forward(rows, reduction, dlogits, name)
+
+
+def _run_backward(rows: _Rows, lse: Tensor, scale: Tensor, backend: str) -> Tensor:
+    """The gradient of the logits; `scale` holds the upstream gradient of every row, or one for all."""
+    name, _, isa = _backends.choose("cross_entropy", rows.input.device, backend).partition(":")
+    if name == "triton":
+        from superfine_kernels.triton import cross_entropy as kernels
+
+        return kernels.cross_entropy_backward(**vars(rows), lse=lse, scale=scale)
+    dlogits = _new_gradient(rows.input)
+    addresses = {
+        "lse": lse.data_ptr(),
+        "scale": scale.data_ptr(),
+        "scale_stride": scale.stride(0) if scale.dim() else 0,
+        "dlogits": dlogits.data_ptr(),
+    }
+    if name == "cpu":
+        _cpu.cross_entropy_backward(**rows.native(), **addresses, threads=threads(), isa=isa)
+    else:
+        from superfine_kernels import _cuda
+
+        _cuda.cross_entropy_backward(**rows.native(), **addresses, **_where(rows.input))
+    return dlogits
+
+
+def _new_gradient(input: Tensor) -> Tensor:
+    dlogits = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    if input.device.type == "cpu" and dlogits.nbytes >= HUGE_PAGE_BYTES:
+        _cpu.advise_huge_pages(dlogits.data_ptr(), dlogits.nbytes)
+    return dlogits
+
+
+# --- ops and autograd -----------------------------------------------------------------------------------------
+
+_ARGUMENTS = "Tensor target, Tensor? weight, int ignore_index, int reduction, float label_smoothing"
+LIBRARY.define(f"cross_entropy(Tensor input, {_ARGUMENTS}, bool gradient, str backend) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(f"cross_entropy_(Tensor(a!) input, {_ARGUMENTS}, str backend) -> Tensor")
+LIBRARY.define(
+    "cross_entropy_backward(Tensor input, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
+    "Tensor lse, Tensor scale, str backend) -> Tensor"
+)
+
+
+@torch.library.impl(LIBRARY, "cross_entropy", "CompositeExplicitAutograd")
+def _op(input, target, weight, ignore_index, reduction, label_smoothing, gradient, backend):  # type: ignore[no-untyped-def]
+    dlogits = _new_gradient(input) if gradient else None
+    rows = _Rows(input, target, weight, ignore_index, label_smoothing)
+    loss, lse = _run_forward(rows, reduction, dlogits, backend)
+    return loss, lse, input.new_empty(0) if dlogits is None else dlogits
+
+
+@torch.library.register_fake("superfine::cross_entropy", lib=LIBRARY)
+def _op_fake(input, target, weight, ignore_index, reduction, label_smoothing, gradient, backend):  # type: ignore[no-untyped-def]
+    lse = input.new_empty(input.shape[0], dtype=opmath_dtype(input.dtype))
+    loss = torch.empty_like(lse) if reduction == NONE else lse.new_empty(())
+    return loss, lse, input.new_empty(input.shape if gradient else 0)
+
+
+@torch.library.impl(LIBRARY, "cross_entropy_", "CompositeExplicitAutograd")
+def _op_inplace(input, target, weight, ignore_index, reduction, label_smoothing, backend):  # type: ignore[no-untyped-def]
+    rows = _Rows(input, target, weight, ignore_index, label_smoothing)
+    return _run_forward(rows, reduction, input, backend)[0]
+
+
+@torch.library.register_fake("superfine::cross_entropy_", lib=LIBRARY)
+def _op_inplace_fake(input, target, weight, ignore_index, reduction, label_smoothing, backend):  # type: ignore[no-untyped-def]
+    return input.new_empty((), dtype=opmath_dtype(input.dtype))
+
+
+@torch.library.impl(LIBRARY, "cross_entropy_backward", "CompositeExplicitAutograd")
+def _op_backward(input, target, weight, ignore_index, label_smoothing, lse, scale, backend):  # type: ignore[no-untyped-def]
+    return _run_backward(_Rows(input, target, weight, ignore_index, label_smoothing), lse, scale, backend)
+
+
+@torch.library.register_fake("superfine::cross_entropy_backward", lib=LIBRARY)
+def _op_backward_fake(input, target, weight, ignore_index, label_smoothing, lse, scale, backend):  # type: ignore[no-untyped-def]
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    input, target, weight, ctx.ignore_index, ctx.reduction, ctx.label_smoothing, ctx.fused, ctx.backend = inputs
+    _, lse, dlogits = output
+    ctx.mark_non_differentiable(lse, dlogits)
+    ctx.set_materialize_grads(False)
+    if ctx.fused:
+        ctx.save_for_backward(dlogits)
+    else:
+        ctx.save_for_backward(input, target, weight, lse)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    dinput = None
+    if grad is not None and ctx.needs_input_grad[0]:
+        if ctx.fused:
+            dinput = _times_upstream(*ctx.saved_tensors, grad)
+        else:
+            dinput = _two_phase_gradient(ctx, grad)
+    return dinput, None, None, None, None, None, None, None
+
+
+def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    input, target, weight, lse = ctx.saved_tensors
+    if torch.is_grad_enabled() and input.requires_grad:  # backward(create_graph=True)
+        warn_once("cross_entropy: a second derivative is asked for; eager torch computes the gradient")
+        reduction = next(name for name, code in REDUCTIONS.items() if code == ctx.reduction)
+        loss = reference(input, target, weight, ctx.ignore_index, reduction, ctx.label_smoothing)
+        return torch.autograd.grad(loss, input, grad, create_graph=True)[0]
+    rows = _Rows(input, target, weight, ctx.ignore_index, ctx.label_smoothing)
+    scale = grad.to(lse.dtype)
+    if ctx.reduction == MEAN:
+        scale = scale / _device_denominator(rows)
+    arguments = (input, target, weight, ctx.ignore_index, ctx.label_smoothing, lse, scale, ctx.backend)
+    return torch.ops.superfine.cross_entropy_backward(*arguments)
+
+
+def _times_upstream(dlogits: Tensor, grad: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and grad.requires_grad:
+        raise RuntimeError(
+            "cross_entropy: a second derivative is asked for, and the fused backward keeps no logits; "
+            "pass backend='reference'"
+        )
+    # Reading the value is free on the CPU only, and only outside tracing.
+    if type(grad) is Tensor and grad.device.type == "cpu" and grad.item() == 1:
+        return dlogits
+    return dlogits * grad
+
+
+torch.library.register_autograd("superfine::cross_entropy", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+class _InPlace(torch.autograd.Function):
+    """cross_entropy_ with autograd: the logits' memory becomes the gradient, and their version counts up."""
+
+    @staticmethod
+    def forward(ctx, input, *arguments):  # type: ignore[no-untyped-def]
+        dlogits = input.detach()
+        loss = torch.ops.superfine.cross_entropy_(dlogits, *arguments)
+        ctx.save_for_backward(dlogits)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        return _times_upstream(*ctx.saved_tensors, grad), None, None, None, None, None, None
+
+
+# --- public ---------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy as `torch.nn.functional.cross_entropy`, reading each logit once and writing its gradient once.
+
+    Args:
+        input: logits (C), (N, C) or (N, C, d1, ...); float32, bfloat16, float16 or float64, any strides.
+        target: classes (), (N) or (N, d1, ...), int64 or int32, or class probabilities of the shape of `input`
+            (eager torch computes those, with one warning).
+        weight: one weight a class, shape (C).
+        ignore_index: rows with this label have no loss and a gradient of exactly zero, whatever their logits.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: in [0, 1].
+        inplace: the gradient overwrites the memory of `input`, which then no longer holds the logits; needs a
+            reduction and an input that is not a leaf. Saves a buffer of the size of the logits.
+        backend: None for the best one; see `superfine_kernels.backends()`.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits): a scalar, or the shape of `target` for "none". With "mean"
+        and every label ignored it is NaN, as in torch, and the gradient zero.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; on the CPU also a label outside [0, C),
+            named with its position. On a GPU such a label gives NaN without waiting for the device. Nothing has
+            been written then.
+    """
+    _check(input, target, weight, reduction, label_smoothing, inplace)
+    if target.is_floating_point():
+        warn_once("cross_entropy: class probabilities have no kernel yet; eager torch computes them")
+        backend = "reference"
+    if backend == "reference":
+        return reference(input, target, weight, ignore_index, reduction, label_smoothing)
+    logits = input if input.dim() == 1 else input.movedim(1, -1)
+    logits = logits.reshape(-1, input.shape[-1 if input.dim() == 1 else 1])
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        logits = logits.contiguous()
+    labels = target.reshape(-1)
+    if weight is not None:
+        weight = weight.to(opmath_dtype(input.dtype)).contiguous()
+    arguments = (labels, weight, ignore_index, REDUCTIONS[reduction], float(label_smoothing))
+    needs_gradient = torch.is_grad_enabled() and input.requires_grad
+    if inplace and needs_gradient:
+        return _InPlace.apply(logits, *arguments, backend or "")
+    fused = needs_gradient and reduction != "none" and input.device.type == "cpu"
+    loss = torch.ops.superfine.cross_entropy(logits, *arguments, fused, backend or "")[0]
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _check(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float, inplace: bool
+) -> None:
+    def expect(condition: bool, argument: str, value: object, expected: str, error: type[Exception] = ValueError) -> None:
+        if not condition:
+            reject("cross_entropy", argument, value, expected, error)
+
+    for name, tensor in (("input", input), ("target", target), ("weight", weight)):
+        if tensor is not None or name != "weight":
+            expect(isinstance(tensor, Tensor), name, tensor, "a torch.Tensor", TypeError)
+    expect(input.dtype in DTYPE_CODES, "input", input, "float32, bfloat16, float16 or float64", TypeError)
+    expect(input.dim() >= 1, "input", input, "(C), (N, C) or (N, C, d1, ...)")
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    expect(classes > 0, "input", input, "at least one class")
+    if target.is_floating_point():
+        expect(target.shape == input.shape, "target", target, f"probabilities of shape {tuple(input.shape)}")
+    else:
+        expect(target.dtype in (torch.int64, torch.int32), "target", target, "int64 or int32 classes", TypeError)
+        shape = input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
+        expect(target.shape == shape, "target", target, f"classes of shape {tuple(shape)}")
+    expect(target.device == input.device, "target", target, f"a tensor on {input.device}")
+    if weight is not None:
+        expect(weight.is_floating_point(), "weight", weight, "a floating-point tensor", TypeError)
+        expect(weight.shape == (classes,), "weight", weight, f"shape ({classes},), one weight a class")
+        expect(weight.device == input.device, "weight", weight, f"a tensor on {input.device}")
+        expect(not weight.requires_grad, "weight", "a tensor that requires grad", "constant weights")
+    expect(reduction in REDUCTIONS, "reduction", reduction, "'none', 'mean' or 'sum'")
+    expect(0 <= label_smoothing <= 1, "label_smoothing", label_smoothing, "a number in [0, 1]")
+    if inplace:
+        expect(reduction != "none", "reduction", reduction, "'mean' or 'sum' with inplace=True")
+        expect(
+            not (input.requires_grad and input.is_leaf), "input", "a leaf that requires grad",
+            "the output of an op: inplace=True overwrites it",
+        )  # fmt: skip
+        strided = any(size > 1 and stride == 0 for size, stride in zip(input.shape, input.stride(), strict=True))
+        expect(not strided, "input", "an expanded tensor", "memory of its own for every element with inplace=True")

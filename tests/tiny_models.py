@@ -1,0 +1,91 @@
+"""Tiny Hugging Face folders and labelled files, made from nothing, for tests that need a whole model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+POSITIVE = ("good", "great", "lovely", "happy", "superb")
+NEGATIVE = ("bad", "awful", "sad", "poor", "terrible")
+NEUTRAL = ("the", "a", "film", "day", "is", "was", "this", "very", "and", "it", "we", "saw")
+
+
+def tiny_bert(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
+    """A BertModel of about 20,000 parameters, without a head, and its tokenizer; from ``seed`` alone."""
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *POSITIVE,
+        *NEGATIVE,
+        *NEUTRAL,
+        *map(str, range(10)),
+    ]
+    vocabulary += [f"##{digit}" for digit in range(10)]
+    core = Tokenizer(WordPiece({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    core.normalizer = Lowercase()
+    core.pre_tokenizer = BertPreTokenizer()
+    core.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        mask_token="[MASK]",
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **names,
+    )
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def sentiment_rows(n: int, *, seed: int = 0) -> list[tuple[str, str]]:
+    """``n`` different (text, label) pairs that one word decides, labels "positive" and "negative" in turn."""
+    generator = random.Random(seed)
+    rows = []
+    for index in range(n):
+        positive = index % 2 == 0
+        words = generator.choices(NEUTRAL, k=generator.randint(2, 8))
+        words.insert(generator.randint(0, len(words)), generator.choice(POSITIVE if positive else NEGATIVE))
+        # The number makes every text different, so that removing duplicates leaves n rows.
+        rows.append((f"{' '.join(words)} {index}", "positive" if positive else "negative"))
+    return rows
+
+
+def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, ...] = ("text", "label")) -> Path:
+    """Write rows as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    """Write one JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
