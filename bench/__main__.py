@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for bench.jsonl (default: none)")
     options = parser.parse_args(arguments)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)  # a log has no width of its own
     try:
         cases = all_cases(options.only)
     except ValueError as error:

@@ -144,7 +144,7 @@ def _case(name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) ->
         work="one step; gradients there already, no clipping, no zero_grad",
         cost=cost,
         traffic="4r3w",
-        memory=5 * numel * dtype.itemsize,
+        memory=6 * numel * dtype.itemsize,  # parameters, gradients, moments; temporaries of foreach
         inputs=partial(_inputs, shapes=shapes, dtype=dtype),
         before=lambda inputs: None,  # a step works as well on what the last one left
         check=_check,

@@ -362,6 +362,9 @@ def test_expanded_parameter_is_an_error():
     model.a = nn.Parameter(torch.zeros(1).expand(3))
     with pytest.raises(ValueError, match="'a' is an expanded view"):
         select(model, "all")
+    model.b = nn.Parameter(model.a.detach()[:1])
+    with pytest.raises(ValueError, match="'a' and 'b' are overlapping views"):
+        select(model, "b")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
@@ -556,6 +559,15 @@ def test_all_zero_gradients_are_an_error():
     (model(torch.ones(1, 4)).sum() * 0).backward()
     with pytest.raises(ValueError, match=r"gradient of '0.weight' .* is zero everywhere, as is every other"):
         optimizer.step()
+
+
+def test_tiny_gradients_are_not_zero():
+    model = mlp()
+    plan = select(model, "all")
+    optimizer = plan.optimizer("sgd", lr=0.1)
+    (model(torch.ones(1, 4)).sum() * 1e-30).backward()  # the squares of these vanish in fp32
+    optimizer.step()
+    assert hooks(optimizer) == 0
 
 
 def test_one_zero_gradient_is_a_warning():

@@ -20,7 +20,7 @@ NEGATIVE = ("bad", "awful", "sad", "poor", "terrible")
 NEUTRAL = ("the", "a", "film", "day", "is", "was", "this", "very", "and", "it", "we", "saw")
 
 
-def tiny_bert(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
+def tiny_bert(folder: Path, *, seed: int = 0, layers: int = 2, dropout: float = 0.1) -> Path:
     """A BertModel of about 20,000 parameters, without a head, and its tokenizer; from ``seed`` alone."""
     vocabulary = [
         "[PAD]",
@@ -57,6 +57,8 @@ def tiny_bert(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=64,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)

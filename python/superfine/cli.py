@@ -150,13 +150,14 @@ def merge(
     with _errors(debug):
         from superfine.delta import merge as merge_delta
         from superfine.evaluate import delta_notes, delta_of_run
-        from superfine.hf import local_folder
+        from superfine.hf import local_folder, quiet
 
         delta = delta_of_run(tuned) if tuned.is_dir() else tuned
         name = base or delta_notes(delta).get("base")
         if name is None:
             raise ValueError(f"merge: {delta} does not name its base; expected --base DIR")
-        merge_delta(local_folder(name), delta, out)
+        with quiet():
+            merge_delta(local_folder(name), delta, out)
         typer.echo(str(out))
 
 

@@ -210,13 +210,13 @@ def _decode(path: Path, encoding: str) -> str:
             f"data: encoding is {encoding!r}; expected a codec such as utf-8 or latin-1"
         ) from None
     try:
-        # Spreadsheets put a byte-order mark before UTF-8, which would become part of the first column's name.
+        # Spreadsheets put a byte-order mark before UTF-8; it would become part of the first column's name.
         return raw.decode("utf-8-sig" if codec.name == "utf-8" else encoding)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         guess = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
         raise ValueError(
-            f"data: {path} is not {encoding} (line {line}: byte 0x{raw[error.start]:02x}); expected {encoding},"
+            f"data: {path} is not {encoding} (line {line}, byte 0x{raw[error.start]:02x}); expected {encoding},"
             f' or data.encoding = "{guess}" or what the file is in'
         ) from None
 

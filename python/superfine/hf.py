@@ -25,6 +25,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "local_folder",
+    "quiet",
 ]
 
 
@@ -62,7 +63,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model. Without a padding token (GPT-like) it pads with the end-of-text token."""
     from transformers import AutoTokenizer
 
-    with _quiet(), _readable("tokenizer", name):
+    with quiet(), _readable("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -77,7 +78,7 @@ def load_config(name: str) -> Any:
     """The model's configuration, read from a folder or the hub."""
     from transformers import AutoConfig
 
-    with _quiet(), _readable("model", name):
+    with quiet(), _readable("model", name):
         return AutoConfig.from_pretrained(name)
 
 
@@ -96,7 +97,7 @@ def load_model(
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_token_id
     torch.manual_seed(seed)
-    with _quiet(), _readable("model", name):
+    with quiet(), _readable("model", name):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -164,7 +165,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' bars and load reports: the missing head is expected, and said in our words."""
     from transformers.utils import logging
 

@@ -247,7 +247,10 @@ def _share_elements(first: torch.Tensor, second: torch.Tensor) -> bool:
         for view in (first, second)
     ]
     touched = torch.zeros(max(extents), dtype=torch.bool)
-    touched.as_strided(first.shape, first.stride(), first.storage_offset() - low).fill_(True)
+    once = [
+        size if stride else 1 for size, stride in zip(first.shape, first.stride(), strict=True)
+    ]  # expanded
+    touched.as_strided(once, first.stride(), first.storage_offset() - low).fill_(True)
     return bool(touched.as_strided(second.shape, second.stride(), second.storage_offset() - low).any())
 
 
@@ -259,7 +262,7 @@ class _Row:
     trained_tensors: int
     elements: int
     trained: int
-    octets: int
+    nbytes: int
 
 
 def _table(plan: Plan) -> str:
@@ -288,10 +291,10 @@ def _table(plan: Plan) -> str:
     lines = [("block", "trains", "parameters", "trained", "size")]
     for _, run in groupby(rows, key=_alike):
         lines.append(_line(list(run)))
-    total_octets = sum(row.octets for row in rows)
-    trained_octets = sum(parameter.numel() * parameter.element_size() for parameter in plan.parameters())
+    total_bytes = sum(row.nbytes for row in rows)
+    trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in plan.parameters())
     total, trained_total = plan.num_total, plan.num_trainable
-    lines.append(("total", "", f"{total:,}", f"{trained_total:,}", _size(total_octets)))
+    lines.append(("total", "", f"{total:,}", f"{trained_total:,}", _size(total_bytes)))
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
     text = [
         "  ".join(
@@ -301,7 +304,7 @@ def _table(plan: Plan) -> str:
         for line in lines
     ]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    share = 100 * trained_total / total
+    share = 100 * trained_total / max(total, 1)
     return "\n".join(
         [
             text[0],
@@ -310,8 +313,8 @@ def _table(plan: Plan) -> str:
             rule,
             text[-1],
             f"trains {share:.2f}% ({', '.join(plan.selectors)})",
-            f"gradients    {_size(trained_octets)}, full fine-tuning {_size(total_octets)}",
-            f"AdamW state  {_size(2 * trained_octets)}, full fine-tuning {_size(2 * total_octets)}",
+            f"gradients    {_size(trained_bytes)}, full fine-tuning {_size(total_bytes)}",
+            f"AdamW state  {_size(2 * trained_bytes)}, full fine-tuning {_size(2 * total_bytes)}",
         ]
     )
 
@@ -336,7 +339,7 @@ def _block_finder(model: nn.Module) -> Callable[[str], str]:
 def _alike(row: _Row) -> tuple[object, ...]:
     """Neighbouring blocks of a stack with equal keys share a line."""
     path = row.block if row.number is None else row.block.rpartition(".")[0]
-    return (path, row.number is None, row.tensors, row.trained_tensors, row.elements, row.trained, row.octets)
+    return (path, row.number is None, row.tensors, row.trained_tensors, row.elements, row.trained, row.nbytes)
 
 
 def _line(run: list[_Row]) -> tuple[str, str, str, str, str]:
@@ -351,12 +354,12 @@ def _line(run: list[_Row]) -> tuple[str, str, str, str, str]:
         trains,
         f"{sum(row.elements for row in run):,}",
         f"{sum(row.trained for row in run):,}",
-        _size(sum(row.octets for row in run)),
+        _size(sum(row.nbytes for row in run)),
     )
 
 
-def _size(octets: int) -> str:
+def _size(nbytes: int) -> str:
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if octets >= scale:
-            return f"{octets / scale:.1f} {unit}"
-    return f"{octets} B"
+        if nbytes >= scale:
+            return f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes} B"

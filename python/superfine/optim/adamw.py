@@ -1,0 +1,139 @@
+"""AdamW as a drop-in for `torch.optim.AdamW`: same arguments, same state, one kernel call a step and group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from superfine_kernels import adamw_
+from superfine_kernels._library import warn_once
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW (Loshchilov & Hutter 2019), equal to `torch.optim.AdamW`, which it subclasses.
+
+    State and parameter groups have torch's names and meaning, so checkpoints load in both directions. On float32
+    CPU parameters the bits are those of torch's fused implementation; lower precision is computed in float32
+    and rounded once per store, as there.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`.
+        capturable, differentiable: such groups are stepped by torch's own implementation, with one warning.
+        foreach, fused: accepted so that existing calls work; they choose among torch's implementations only.
+
+    Raises:
+        ValueError: arguments out of range, as torch; a gradient of another dtype, device or shape; parameters
+            that overlap in memory. No parameter has moved then.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            if group["capturable"]:
+                continue
+            for param in group["params"]:
+                # torch keeps `step` on the parameter's device where its fused step made the checkpoint.
+                if "step" in (saved := self.state.get(param, {})):
+                    saved["step"] = saved["step"].to(device="cpu", dtype=torch.float32)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Performs one step; returns what `closure`, if given, returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            reason = next((name for name in ("capturable", "differentiable") if group[name]), None)
+            if reason is None:
+                self._step_group(group)
+            else:
+                warn_once(f"AdamW: {reason}=True has no kernel yet; torch's implementation steps this group")
+                self._step_group_with_torch(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        states: list[dict[str, Tensor]] = []
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            params.append(param)
+            grads.append(grad)
+            states.append(self.state[param] or self._new_state(param, group["amsgrad"]))
+        beta1, beta2 = group["betas"]
+        adamw_(
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+            [state["step"] for state in states],
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+        )
+
+    def _new_state(self, param: Tensor, amsgrad: bool) -> dict[str, Tensor]:
+        state = self.state[param]
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])):
+            state[name] = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+        return state
+
+    def _step_group_with_torch(self, group: dict[str, Any]) -> None:
+        lists: list[list[Tensor]] = [[] for _ in range(6)]
+        beta1, beta2 = group["betas"]
+        with torch.set_grad_enabled(group["differentiable"]):
+            has_complex = self._init_group(group, *lists)
+            adam(
+                *lists,
+                amsgrad=group["amsgrad"],
+                has_complex=has_complex,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+                foreach=group["foreach"],
+                capturable=group["capturable"],
+                differentiable=group["differentiable"],
+                decoupled_weight_decay=True,
+            )

@@ -1,0 +1,81 @@
+"""Makes Triton's interpreter fit for tests (it runs kernels in numpy when TRITON_INTERPRET=1).
+
+Four repairs, applied once by `install()` before a kernel is called:
+
+- a one-element tensor serves as a loop bound with numpy 2.4 and later;
+- float32 -> bfloat16 rounds to nearest even (the interpreter truncates);
+- fma rounds once (the interpreter multiplies, rounds, and adds);
+- arithmetic on bfloat16 and float16 is refused: the interpreter would compute on bfloat16's bit patterns, and
+  a kernel of ours converts to float32 right after the load.
+
+What it cannot show: races between threads, limits of shared memory, approximate instructions.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+#: Read when a kernel is decorated, so it must be set before the process imports one.
+ACTIVE = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 -> the bits of bfloat16, rounded to nearest even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """The bits of bfloat16 -> float32."""
+    return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+@functools.cache
+def install() -> None:
+    """Applies the repairs to the interpreter of this process."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    handle = interpreter.TensorHandle
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    convert_float = interpreter._convert_float
+
+    def convert(values: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
+        if source == tl.bfloat16 and target == tl.float32:
+            return from_bfloat16(values)
+        if source == tl.float32 and target == tl.bfloat16:
+            return to_bfloat16(values)
+        return convert_float(values, source, target, rounding_mode)
+
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        # A product of two float32 is exact in float64. (float64 itself stays unfused.)
+        wide = [t.data.astype(np.float64) for t in (x, y, z)]
+        return handle((wide[0] * wide[1] + wide[2]).astype(z.data.dtype), z.dtype.scalar)
+
+    def refuse_low_precision(operation: Callable) -> Callable:
+        def checked(self: Any, *args: Any) -> Any:
+            low = {t.dtype.scalar for t in args if isinstance(t, handle)} & {tl.bfloat16, tl.float16}
+            if low:
+                raise TypeError(f"arithmetic on {low.pop()}; expected a conversion to float32 after the load")
+            return operation(self, *args)
+
+        return checked
+
+    interpreter._patch_lang_tensor = patch_tensor_index
+    interpreter._convert_float = convert
+    builder.create_fma = refuse_low_precision(fma)
+    builder.binary_op = refuse_low_precision(builder.binary_op)
+    builder.unary_op = refuse_low_precision(builder.unary_op)
