@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -116,7 +117,7 @@ def _superfine(inputs: Inputs) -> Callable[[], int]:
     return _build(lambda params: optim.AdamW(params, lr=LR, weight_decay=WEIGHT_DECAY), inputs)
 
 
-def _torch(inputs: Inputs, **options: bool) -> Callable[[], int]:
+def _torch(inputs: Inputs, **options: Any) -> Callable[[], int]:
     def make(params: list[torch.Tensor]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(params, lr=LR, weight_decay=WEIGHT_DECAY, **options)
 

@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from superfine_bench import Case, Provider, UnavailableError, all_cases
+from superfine_bench import (  # type: ignore[import-untyped]
+    Case,
+    Provider,
+    UnavailableError,
+    all_cases,
+)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PAIRS = [

@@ -55,13 +55,16 @@ def warn_once(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=3)
 
 
+_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
+
+
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether a kernel may read these directly: nothing traces, and no mode or subclass intercepts ops."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._functorch.peek_interpreter_stack()
-        and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+        and set(map(type, tensors)) <= _PLAIN_TYPES
     )
 
 

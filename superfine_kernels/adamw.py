@@ -13,7 +13,8 @@ csrc/math/adamw.h; low-precision elements are computed in float32 and rounded on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,36 +71,35 @@ def reference(
                 old.copy_(new)
 
 
-# --- backends: each returns the positions that it left to the reference -----------------------------
+# --- backends ---------------------------------------------------------------------------------------
 
 
-def _native(module, extra: dict, lists: tuple, hyper: dict) -> list[int]:  # type: ignore[no-untyped-def]
-    return module.adamw(READER, *lists, **hyper, **extra)
-
-
-def _run(backend: str, lists: tuple[list[Tensor], ...], hyper: dict) -> None:
+def _run(backend: str, lists: tuple[list[Tensor], ...], hyper: dict[str, Any]) -> None:
     name, _, isa = backend.partition(":")
     if name == "cpu":
-        rest = _native(_cpu, {"threads": threads(), "isa": isa}, lists, hyper)
+        rest = _cpu.adamw(READER, *lists, **hyper, threads=threads(), isa=isa)
     elif name == "cuda":
         from superfine_kernels import _cuda
 
-        stream = torch.cuda.current_stream(lists[0][0].device).cuda_stream
-        rest = _native(_cuda, {"stream": stream}, lists, hyper)
+        rest = _cuda.adamw(READER, *lists, **hyper, stream=torch.cuda.current_stream(lists[0][0].device).cuda_stream)
     elif name == "triton":
-        from superfine_kernels.triton import adamw as triton_adamw
+        from superfine_kernels.triton import adamw as kernels
 
-        rest = triton_adamw.adamw_(*lists, **hyper)
+        rest = kernels.adamw_(*lists, **hyper)
     else:
         return reference(*lists, **hyper)
     if rest:
-        first = lists[0][rest[0]]
-        warn_once(
-            f"adamw_: {len(rest)} of {len(lists[0])} parameters (the first is {first.dtype}, strides {first.stride()}) "
-            "have a dtype or layout that no kernel takes; eager torch steps them"
-        )
-        reference(*([tensors[i] for i in rest] if tensors else [] for tensors in lists), **hyper)
+        _leave_to_reference(tuple([tensors[i] for i in rest] if tensors else [] for tensors in lists), hyper)
     return None
+
+
+def _leave_to_reference(lists: tuple[list[Tensor], ...], hyper: dict[str, Any]) -> None:
+    first = lists[0][0]
+    warn_once(
+        f"adamw_: some parameters (the first is {first.dtype} with strides {first.stride()}) have a dtype or layout "
+        "that no kernel takes; eager torch steps them"
+    )
+    reference(*lists, **hyper)
 
 
 # --- registration -----------------------------------------------------------------------------------
@@ -166,6 +166,77 @@ def adamw_(
         ValueError: lists of unequal length, tensors of the wrong shape, dtype or device, tensors that overlap in
             memory, hyperparameters out of range. Nothing has been written then.
     """
+    _check(lr, beta1, beta2, eps, weight_decay)
+    if not params:
+        return
+    hyper: dict[str, Any] = {
+        "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+    }  # fmt: skip
+    lists = tuple(list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps))
+    with torch.no_grad():
+        if is_plain(lists[0]):  # past the dispatcher, which costs about 0.2 us per tensor
+            _run(_backends.choose("adamw_", lists[0][0].device, backend), lists, hyper)
+        else:
+            torch.ops.superfine.adamw_(*lists, **hyper, backend=backend or "")
+
+
+#: What an optimizer keeps of a group from step to step to save looking everything up again.
+AdamWPlan = _cpu.AdamWPlan
+
+
+def adamw_group_(
+    params: list[Tensor],
+    state: Mapping[Tensor, dict[str, Tensor]],
+    plan: AdamWPlan,
+    *,
+    amsgrad: bool = False,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    maximize: bool = False,
+) -> None:
+    """`adamw_` over the parameters of an optimizer's group that have a gradient, with their `state`.
+
+    Args:
+        params: the group's parameters.
+        state: for each parameter with a gradient a dict of `exp_avg`, `exp_avg_sq`, `step` and, with amsgrad,
+            `max_exp_avg_sq`.
+        plan: one per group. Entries replaced in `state`, and parameters or moments that moved, are noticed; a
+            second moment alone given other memory through `.data` is not.
+
+    Raises:
+        KeyError: a parameter with a gradient has no state. Otherwise as `adamw_`.
+    """
+    _check(lr, beta1, beta2, eps, weight_decay)
+    hyper: dict[str, Any] = {
+        "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+    }  # fmt: skip
+    if not params:
+        return
+    names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()), "step")
+    if params[0].device.type == "cpu" and is_plain(()):
+        done = _cpu.adamw_group(READER, plan, params, state, amsgrad, **hyper, threads=threads(), isa="")
+        if done is not None:
+            used, rest = done
+            if rest:
+                _leave_to_reference(_lists([used[i] for i in rest], state, names), hyper)
+            return
+    adamw_(*_lists([param for param in params if param.grad is not None], state, names), **hyper)
+
+
+def _lists(
+    params: list[Tensor], state: Mapping[Tensor, dict[str, Tensor]], names: tuple[str, ...]
+) -> tuple[list[Tensor], ...]:
+    columns = {name: [state[param][name] for param in params] for name in names}
+    return (
+        params, [param.grad for param in params], columns["exp_avg"], columns["exp_avg_sq"],
+        columns.get("max_exp_avg_sq", []), columns["step"],
+    )  # fmt: skip
+
+
+def _check(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
     if not (lr >= 0 and math.isfinite(lr)):
         reject("adamw_", "lr", lr, "a finite number >= 0")
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
@@ -174,16 +245,3 @@ def adamw_(
     for name, value in (("eps", eps), ("weight_decay", weight_decay)):
         if not value >= 0:
             reject("adamw_", name, value, "a number >= 0")
-    if not params:
-        return
-    hyper: dict = {
-        "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-    }  # fmt: skip
-    lists = (list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(max_exp_avg_sqs), list(steps))
-    if is_plain(lists[0]):  # past the dispatcher, which costs about 0.2 us per tensor
-        with torch.no_grad():
-            _run(_backends.choose("adamw_", lists[0][0].device, backend), lists, hyper)
-        torch.autograd.graph.increment_version(lists[0])
-    else:
-        with torch.no_grad():
-            torch.ops.superfine.adamw_(*lists, **hyper, backend=backend or "")

@@ -45,7 +45,13 @@ def test_overrides_alone_are_enough():
 
 @pytest.mark.parametrize(
     "text",
-    ['quote " and \\ backslash', "new\nline and tab\t", "naïve 🤗 漢字", "control \x01 and \x7f", "[section] # no"],
+    [
+        'quote " and \\ backslash',
+        "new\nline and tab\t",
+        "naïve 🤗 漢字",
+        "control \x01 and \x7f",
+        "[section] # no",
+    ],
 )
 def test_toml_round_trip_keeps_every_value(tmp_path, text):
     config = Config.model_validate(
@@ -81,7 +87,10 @@ def test_round_trip_keeps_a_fraction_apart_from_steps(tmp_path):
         ("[train]\nwarmup = -1", "train: warmup is -1"),
         ('[train]\nloss = "mse"\nlabel_smoothing = 0.1', "label_smoothing is 0.1; expected 0.0 with mse"),
         ("[optimizer]\nlr = nan", "optimizer.lr is nan; expected"),
-        ('[optimizer]\nname = "sgd"\nbetas = [0.9, 0.99]', "betas is set; expected none, because sgd has no betas"),
+        (
+            '[optimizer]\nname = "sgd"\nbetas = [0.9, 0.99]',
+            "betas is set; expected none, because sgd has no betas",
+        ),
         ("[optimizer]\nmomentum = 0.9", "momentum is set; expected none, because adamw has no momentum"),
         ("[optimizer]\nbetas = [0.9]", "optimizer.betas is [0.9]; expected"),
         ("[optimizer]\nbetas = [0.9, 1.0]", "betas is [0.9, 1.0]; expected two numbers in [0, 1)"),
@@ -116,7 +125,8 @@ def test_contradictory_data_settings_are_errors(data, message):
     values = {f"data.{key}": value for key, value in data.items()}
     with pytest.raises(ValueError) as caught:
         load_config(overrides={"model.name": "b", "output.directory": "o", "data.seed": 0, **values})
-    assert f"config: data: {message}" in str(caught.value) or message in str(caught.value)
+    assert str(caught.value).startswith("config: data: ")
+    assert message in str(caught.value)
 
 
 def test_several_problems_are_counted(tmp_path):
@@ -156,7 +166,7 @@ def test_an_override_on_the_command_line_is_a_toml_value_or_a_string(text, parse
 
 @pytest.mark.parametrize("text", ["train.epochs", "epochs=3", ""])
 def test_an_override_without_key_or_value_is_an_error(text):
-    with pytest.raises(ValueError, match="expected section.key=value"):
+    with pytest.raises(ValueError, match=r"expected section\.key=value"):
         parse_override(text)
 
 

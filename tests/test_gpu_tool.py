@@ -15,13 +15,17 @@ import torch
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    spec = importlib.util.spec_from_file_location("gpu_tool", TOOLS / "gpu.py")
+def load(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", TOOLS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return load("gpu", monkeypatch)
 
 
 @pytest.fixture
@@ -121,3 +125,21 @@ def test_a_huge_log_keeps_its_end(gpu, tmp_path, monkeypatch):
     gpu._shorten(log)
     assert log.read_bytes().endswith(b"the end")
     assert len(log.read_bytes()) < 200
+
+
+@pytest.mark.parametrize("op", ["adamw", "cross_entropy"])
+def test_the_sanitizer_cases_are_right_where_a_kernel_is(op, monkeypatch):
+    """The CPU kernels stand in for the GPU's: inputs, options and comparison are the same."""
+    cases = load("sanitize_cases", monkeypatch)
+    monkeypatch.setattr(cases, "DEVICE", torch.device("cpu"))
+    named = list(getattr(cases, f"{op}_cases")("cpu"))
+    assert len(named) >= 6
+    assert {name: case() <= 1 for name, case in named} == dict.fromkeys(dict(named), True)
+
+
+def test_the_sanitizer_cases_see_a_wrong_result(monkeypatch):
+    cases = load("sanitize_cases", monkeypatch)
+    right = torch.ones(4)
+    assert cases._difference(right, right) == 0
+    assert cases._difference(right * 1.01, right) > 1
+    assert not cases._difference(right * float("nan"), right) <= 1

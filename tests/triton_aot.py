@@ -37,7 +37,7 @@ class Usage:
 
 
 def resource_usage(binary: str | Path) -> dict[str, Usage]:
-    """Usage of every kernel in a cubin, object or shared library, by mangled name (and architecture, if several)."""
+    """Usage of every kernel in a cubin, object or shared library, by architecture and mangled name."""
     report = subprocess.run(
         [str(CUOBJDUMP), "-res-usage", str(binary)], capture_output=True, text=True, check=True
     ).stdout
@@ -50,7 +50,9 @@ def resource_usage(binary: str | Path) -> dict[str, Usage]:
             name = architecture + found[1]
         elif "REG:" in line:
             numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-            usages[name] = Usage(numbers["REG"], numbers["STACK"] + numbers.get("LOCAL", 0), numbers["SHARED"])
+            usages[name] = Usage(
+                numbers["REG"], numbers["STACK"] + numbers.get("LOCAL", 0), numbers["SHARED"]
+            )
     return usages
 
 
@@ -64,8 +66,8 @@ def compile_for(
 ) -> Usage:
     """Compiles `kernel` for sm_`capability`.
 
-    `signature` gives the type of every run-time argument as Triton writes it (`*bf16`, `i32`), `constants` the
-    values of the constexpr ones; `divisible_by_16` names arguments that a launch would find so.
+    `signature` gives the type of every run-time argument as Triton writes it (`*bf16`, `i32`), `constants`
+    the values of the constexpr ones; `divisible_by_16` names arguments that a launch would find so.
     """
     types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16}

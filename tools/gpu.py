@@ -29,13 +29,19 @@ TOTAL_SECONDS = 465  # of the eight minutes; the rest is for starting and writin
 LOG_BYTES = 8 * 2**20
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ENVIRONMENT = """
-import json, sys
+import json, os, sys
+import superfine_kernels
 from superfine.env import environment
+target, file = sys.argv[1:]
+found = os.path.dirname(os.path.dirname(os.path.realpath(superfine_kernels.__file__)))
+if found != os.path.realpath(target):
+    sys.exit(f"the installation in {found} hides the one just built; use a Python without superfine")
 description = environment()
-json.dump(description, open(sys.argv[1], "w"), indent=1)
-cuda = description["native"]["_cuda"]
-print(description["cuda"]["devices"][0]["name"], "; _cuda is", "usable" if cuda["usable"] else cuda["reason"])
-sys.exit(0 if description["cuda"]["devices"] else 1)
+with open(file, "w") as output:
+    json.dump(description, output, indent=1)
+for section in ("cuda", "native", "packages"):
+    print(section, json.dumps(description[section]))
+sys.exit(0 if description["cuda"]["devices"] else "torch finds no GPU from the new installation")
 """
 
 
@@ -108,7 +114,7 @@ def run_all(runner: Runner) -> None:
         return
     runner.run(
         "environment",
-        [python, "-c", ENVIRONMENT, str(out / "environment.json")],
+        [python, "-c", ENVIRONMENT, str(runner.target), str(out / "environment.json")],
         log="build.log",
         limit=60,
         detail="environment.json",

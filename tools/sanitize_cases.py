@@ -19,7 +19,7 @@ from superfine_kernels import _backends
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-CUDA = torch.device("cuda")
+DEVICE = torch.device("cuda")
 
 
 def adamw_cases(backend: str) -> Iterator[tuple[str, Callable[[], float]]]:
@@ -58,7 +58,7 @@ def _adamw(backend: str, dtype: torch.dtype, amsgrad: bool) -> float:
 
 
 def _at_odd_address(tensor: torch.Tensor) -> torch.Tensor:
-    room = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device=CUDA)
+    room = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)
     room[1:].copy_(tensor)
     return room[1:]
 
@@ -100,13 +100,13 @@ def _cross_entropy(
         target[1] = -100
     class_weight = torch.rand(v, generator=generator) + 0.5 if weight else None
     outcomes = []
-    for device, chosen in (("cpu", "reference"), ("cuda", backend)):
+    for device, chosen in ((torch.device("cpu"), "reference"), (DEVICE, backend)):
         leaf = logits.to(device).requires_grad_()
         loss = superfine_kernels.cross_entropy(
             leaf * 1,  # in place needs the output of an op
             target.to(device),
             weight=None if class_weight is None else class_weight.to(device),
-            inplace=inplace and device == "cuda",
+            inplace=inplace and chosen == backend,
             backend=chosen,
             **options,  # type: ignore[arg-type]
         )

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,10 +15,20 @@
 
 namespace superfine {
 
-struct AdamWLists {
+struct AdamWArguments {
   std::vector<AdamWTensor> tensors;
   std::vector<float*> steps;      // one per tensor: the count of steps taken, in host memory
   std::vector<std::size_t> rest;  // positions that no kernel takes: other dtypes, strides that differ
+};
+
+// One parameter and what belongs to it, borrowed.
+struct AdamWObjects {
+  PyObject* param;
+  PyObject* grad;
+  PyObject* exp_avg;
+  PyObject* exp_avg_sq;
+  PyObject* max_exp_avg_sq;  // null without amsgrad
+  PyObject* step;
 };
 
 inline std::string describe(py::handle tensor) {
@@ -36,8 +48,26 @@ inline bool kernel_takes(DType param, DType state) {
   return state == param || (state == DType::f32 && (param == DType::bf16 || param == DType::f16));
 }
 
+using Ranges = std::vector<std::pair<const char*, const char*>>;
+
+// The ranges that passed last time, as a hash: sorting them costs more than half of a step over small
+// tensors, and from step to step they stay the same.
+inline std::uint64_t hash(const Ranges& ranges) {
+  std::uint64_t h = ranges.size();
+  for (const auto& [begin, end] : ranges) {
+    h = (h ^ reinterpret_cast<std::uintptr_t>(begin)) * 0x9e3779b97f4a7c15u;
+    h = (h ^ (h >> 32) ^ reinterpret_cast<std::uintptr_t>(end)) * 0xd6e8feb86659fd93u;
+  }
+  return h ^ (h >> 32);
+}
+
 // Every byte may be written through one tensor only.
-inline void reject_overlap(std::vector<std::pair<const char*, const char*>>& ranges) {
+inline void reject_overlap(Ranges& ranges) {
+  constexpr std::size_t kRemembered = 64;  // parameter groups that take turns
+  static std::array<std::uint64_t, kRemembered> passed = {};
+  const std::uint64_t key = hash(ranges);
+  std::uint64_t& slot = passed[key % kRemembered];
+  if (slot == key) return;
   std::sort(ranges.begin(), ranges.end());
   for (std::size_t i = 1; i < ranges.size(); ++i) {
     if (ranges[i].first < ranges[i - 1].second) {
@@ -46,86 +76,253 @@ inline void reject_overlap(std::vector<std::pair<const char*, const char*>>& ran
           "(is a parameter, or a view of it, given twice?)");
     }
   }
+  slot = key;
 }
 
 }  // namespace detail
 
-// `max_exp_avg_sqs` is empty without amsgrad. Shapes and devices must agree, and steps be float32
-// scalars on the CPU, or it throws.
-inline AdamWLists read_adamw_lists(const TensorReader& reader, const py::list& params, const py::list& grads,
-                                   const py::list& exp_avgs, const py::list& exp_avg_sqs,
-                                   const py::list& max_exp_avg_sqs, const py::list& steps,
-                                   TensorView::Device device) {
+// What the last step read of an optimizer's second moments and step counters. Each of the five tensors of
+// a parameter costs about 130 ns to read, more than the arithmetic on a bias vector. Parameters, gradients
+// and first moments are read every time; while the Python objects are the same and neither the parameter
+// nor its first moment has moved, the other two have not either: whatever moves state (to another device,
+// into another buffer) moves the moments together.
+class AdamWPlan {
+ public:
+  struct Entry {
+    py::object exp_avg_sq, step;  // held, so that an address cannot be given to another object
+    const void* param = nullptr;
+    const void* exp_avg = nullptr;
+    std::uint64_t layout = 0;
+    void* exp_avg_sq_data = nullptr;
+    float* step_data = nullptr;
+  };
+
+  Entry& at(std::size_t i) {
+    if (i >= entries_.size()) entries_.resize(i + 1);
+    return entries_[i];
+  }
+
+ private:
+  std::vector<Entry> entries_;
+};
+
+// Collects checked arguments one parameter at a time. Shapes and devices must agree, and steps be
+// float32 scalars on the CPU, or it throws.
+class AdamWReader {
+ public:
+  AdamWReader(const TensorReader& reader, TensorView::Device device, std::size_t expected, AdamWPlan* plan = nullptr)
+      : reader_(reader), device_(device), plan_(plan) {
+    result_.tensors.reserve(expected);
+    result_.steps.reserve(expected);
+    written_.reserve(4 * expected);
+  }
+
+  void add(const AdamWObjects& objects) {
+    const std::size_t i = position_++;
+    const TensorView param = reader_.read(objects.param);
+    if (param.device != device_) {
+      reject_adamw("params", i, describe(objects.param),
+                   device_ == TensorView::Device::cpu ? "a tensor on cpu" : "a tensor on cuda");
+    }
+    const TensorView grad = read_like(objects.grad, "grads", i, param, objects.param);
+    const TensorView exp_avg = read_like(objects.exp_avg, "exp_avgs", i, param, objects.param, false);
+    const bool amsgrad = objects.max_exp_avg_sq != nullptr;
+    TensorView max_exp_avg_sq;
+    if (amsgrad) max_exp_avg_sq = read_like(objects.max_exp_avg_sq, "max_exp_avg_sqs", i, exp_avg, objects.exp_avg);
+    const bool takes = param.dtype && exp_avg.dtype && detail::kernel_takes(*param.dtype, *exp_avg.dtype) &&
+                       is_dense(param) && same_order(grad, param) && same_order(exp_avg, param) &&
+                       (!amsgrad || same_order(max_exp_avg_sq, param));
+    AdamWPlan::Entry fresh;
+    AdamWPlan::Entry& entry = plan_ == nullptr ? fresh : plan_->at(i);
+    if (!takes || !is_remembered(entry, objects, param, exp_avg)) {
+      entry = {};
+      const TensorView exp_avg_sq = read_like(objects.exp_avg_sq, "exp_avg_sqs", i, exp_avg, objects.exp_avg);
+      const TensorView step = reader_.read(objects.step);
+      if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) {
+        reject_adamw("steps", i, describe(objects.step), "float32 () on cpu");
+      }
+      if (!takes || !same_order(exp_avg_sq, param)) {
+        result_.rest.push_back(i);
+        return;
+      }
+      entry = {py::reinterpret_borrow<py::object>(objects.exp_avg_sq), py::reinterpret_borrow<py::object>(objects.step),
+               param.data, exp_avg.data, layout(param), exp_avg_sq.data, static_cast<float*>(step.data)};
+    }
+    const std::int64_t state_bytes = param.numel * element_size(*exp_avg.dtype);
+    writes(param.data, param.numel * element_size(*param.dtype));
+    writes(exp_avg.data, state_bytes);
+    writes(entry.exp_avg_sq_data, state_bytes);
+    if (amsgrad) writes(max_exp_avg_sq.data, state_bytes);
+    result_.tensors.push_back({param.data, grad.data, exp_avg.data, entry.exp_avg_sq_data, max_exp_avg_sq.data,
+                               param.numel, *param.dtype, *exp_avg.dtype, {}});
+    result_.steps.push_back(entry.step_data);
+  }
+
+  AdamWArguments finish() {
+    detail::reject_overlap(written_);
+    return std::move(result_);
+  }
+
+ private:
+  // A tensor of the shape, device and (unless told otherwise) dtype of `like`.
+  TensorView read_like(PyObject* object, const char* list, std::size_t i, const TensorView& like, PyObject* like_object,
+                       bool same_dtype = true) {
+    TensorView view = reader_.read(object);
+    if (view.device != like.device || view.device_index != like.device_index || !same_shape(view, like) ||
+        (same_dtype && view.dtype != like.dtype)) {
+      reject_adamw(list, i, describe(object), describe(like_object));
+    }
+    return view;
+  }
+
+  static std::uint64_t layout(const TensorView& view) {
+    std::uint64_t h = static_cast<std::uint64_t>(*view.dtype);
+    for (int d = 0; d < view.ndim; ++d) {
+      h = (h ^ static_cast<std::uint64_t>(view.shape[d])) * 0x9e3779b97f4a7c15u;
+      h = (h ^ static_cast<std::uint64_t>(view.strides[d])) * 0xd6e8feb86659fd93u;
+    }
+    return h;
+  }
+
+  static bool is_remembered(const AdamWPlan::Entry& entry, const AdamWObjects& objects, const TensorView& param,
+                            const TensorView& exp_avg) {
+    return entry.exp_avg_sq.ptr() == objects.exp_avg_sq && entry.step.ptr() == objects.step &&
+           entry.param == param.data && entry.exp_avg == exp_avg.data && entry.layout == layout(param);
+  }
+
+  void writes(const void* data, std::int64_t bytes) {
+    if (bytes > 0) written_.emplace_back(static_cast<const char*>(data), static_cast<const char*>(data) + bytes);
+  }
+
+  const TensorReader& reader_;
+  TensorView::Device device_;
+  AdamWPlan* plan_;
+  std::size_t position_ = 0;
+  AdamWArguments result_;
+  detail::Ranges written_;
+};
+
+inline AdamWArguments read_adamw_objects(const TensorReader& reader, TensorView::Device device,
+                                         const std::vector<AdamWObjects>& objects, AdamWPlan* plan = nullptr) {
+  AdamWReader arguments(reader, device, objects.size(), plan);
+  for (std::size_t i = 0; i < objects.size(); ++i) {
+    constexpr std::size_t kAhead = 6;
+    if (i + kAhead < objects.size()) {
+      const AdamWObjects& next = objects[i + kAhead];
+      for (PyObject* object : {next.param, next.grad, next.exp_avg}) TensorReader::prefetch_record(object);
+    }
+    arguments.add(objects[i]);
+  }
+  return arguments.finish();
+}
+
+// Arguments from parallel lists; `max_exp_avg_sqs` is empty without amsgrad.
+inline AdamWArguments read_adamw_lists(const TensorReader& reader, TensorView::Device device, const py::list& params,
+                                       const py::list& grads, const py::list& exp_avgs, const py::list& exp_avg_sqs,
+                                       const py::list& max_exp_avg_sqs, const py::list& steps) {
   const std::size_t n = params.size();
   const bool amsgrad = !max_exp_avg_sqs.empty();
   const std::pair<const char*, const py::list*> lists[] = {{"grads", &grads},
                                                            {"exp_avgs", &exp_avgs},
                                                            {"exp_avg_sqs", &exp_avg_sqs},
-                                                           {"max_exp_avg_sqs", &max_exp_avg_sqs},
+                                                           {"max_exp_avg_sqs", amsgrad ? &max_exp_avg_sqs : &params},
                                                            {"steps", &steps}};
   for (const auto& [name, list] : lists) {
-    if (list->size() != n && (list != &max_exp_avg_sqs || amsgrad)) {
+    if (list->size() != n) {
       throw py::value_error("adamw_: " + std::string(name) + " has " + std::to_string(list->size()) +
                             " tensors; expected " + std::to_string(n) + ", one for each of params");
     }
   }
-
-  AdamWLists result;
-  result.tensors.reserve(n);
-  result.steps.reserve(n);
-  std::vector<std::pair<const char*, const char*>> written;
-  written.reserve(4 * n);
+  std::vector<AdamWObjects> objects;
+  objects.reserve(n);
   for (std::size_t i = 0; i < n; ++i) {
-    const TensorView param = reader.read(params[i]);
-    if (param.device != device) {
-      reject_adamw("params", i, describe(params[i]), device == TensorView::Device::cpu ? "a tensor on cpu" : "a tensor on cuda");
-    }
-    const TensorView step = reader.read(steps[i]);
-    if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) {
-      reject_adamw("steps", i, describe(steps[i]), "float32 () on cpu");
-    }
-    TensorView others[4];
-    const int count = amsgrad ? 4 : 3;
-    bool takes = param.dtype.has_value() && is_dense(param);
-    for (int k = 0; k < count; ++k) {
-      const py::handle object = (*lists[k].second)[i];
-      TensorView& view = others[k] = reader.read(object);
-      const bool dtype_agrees = k == 0 ? view.dtype == param.dtype : view.dtype == others[1].dtype;
-      if (view.device != param.device || view.device_index != param.device_index || !same_shape(view, param) || !dtype_agrees) {
-        const std::string wanted = describe(k < 2 ? params[i] : exp_avgs[i]);
-        reject_adamw(lists[k].first, i, describe(object), wanted);
-      }
-      takes = takes && same_order(view, param);
-    }
-    takes = takes && others[1].dtype.has_value() && detail::kernel_takes(*param.dtype, *others[1].dtype);
-    if (!takes) {
-      result.rest.push_back(i);
-      continue;
-    }
-    const auto writes = [&](const TensorView& view) {
-      const char* begin = static_cast<const char*>(view.data);
-      if (view.numel > 0) written.emplace_back(begin, begin + view.numel * element_size(*view.dtype));
-    };
-    writes(param);
-    for (int k = 1; k < count; ++k) writes(others[k]);
-    result.tensors.push_back({param.data, others[0].data, others[1].data, others[2].data,
-                              amsgrad ? others[3].data : nullptr, param.numel, *param.dtype, *others[1].dtype, {}});
-    result.steps.push_back(static_cast<float*>(step.data));
+    const auto at = [i](const py::list& list) { return PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i)); };
+    objects.push_back({at(params), at(grads), at(exp_avgs), at(exp_avg_sqs), amsgrad ? at(max_exp_avg_sqs) : nullptr, at(steps)});
   }
-  detail::reject_overlap(written);
-  return result;
+  return read_adamw_objects(reader, device, objects);
+}
+
+// A walk through an optimizer's state in the order of its parameters, which is the order in which the
+// state was made: the next entry is nearly always the one looked for, and no hash is computed.
+class StateWalk {
+ public:
+  explicit StateWalk(PyObject* state) : state_(state) {}
+
+  PyObject* find(PyObject* param) {  // borrowed; null if there is none
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t position = position_;
+    if (PyDict_Next(state_, &position, &key, &value) != 0 && key == param) {
+      position_ = position;
+      __builtin_prefetch(value);
+      return value;
+    }
+    position_ = position = 0;
+    while (PyDict_Next(state_, &position, &key, &value) != 0) {
+      if (key == param) {
+        position_ = position;
+        return value;
+      }
+    }
+    return nullptr;
+  }
+
+ private:
+  PyObject* state_;
+  Py_ssize_t position_ = 0;
+};
+
+// Arguments from an optimizer's parameter group and state. For some hundred small tensors, collecting
+// lists in Python would cost more than the step. `used` receives the parameters that have a gradient.
+// Nothing is returned for tensor subclasses, whose ops have to go through torch's dispatcher.
+inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader, TensorView::Device device, AdamWPlan& plan,
+                                       const py::list& params, const py::dict& state, bool amsgrad, py::list& used) {
+  static PyObject* const grad_name = PyUnicode_InternFromString("grad");
+  static PyObject* const names[] = {PyUnicode_InternFromString("exp_avg"), PyUnicode_InternFromString("exp_avg_sq"),
+                                    PyUnicode_InternFromString("step"), PyUnicode_InternFromString("max_exp_avg_sq")};
+  const std::size_t n = params.size();
+  std::vector<AdamWObjects> objects;
+  std::vector<py::object> grads;  // a gradient's Python object may exist only as long as it is held
+  objects.reserve(n);
+  grads.reserve(n);
+  StateWalk walk(state.ptr());
+  for (std::size_t i = 0; i < n; ++i) {
+    constexpr std::size_t kAhead = 6;
+    if (i + kAhead < n) TensorReader::prefetch_record(PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i + kAhead)));
+    PyObject* param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
+    if (!reader.is_plain(param)) return std::nullopt;
+    PyObject* entries = walk.find(param);
+    auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, grad_name));
+    if (!grad) throw py::error_already_set();
+    if (grad.is_none()) continue;
+    if (entries == nullptr) {
+      PyErr_SetObject(PyExc_KeyError, param);
+      throw py::error_already_set();
+    }
+    PyObject* values[4] = {};
+    for (int k = 0; k < (amsgrad ? 4 : 3); ++k) {
+      values[k] = PyDict_GetItemWithError(entries, names[k]);
+      if (values[k] == nullptr) {
+        if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, names[k]);
+        throw py::error_already_set();
+      }
+    }
+    objects.push_back({param, grad.ptr(), values[0], values[1], values[3], values[2]});
+    grads.push_back(std::move(grad));
+    used.append(params[i]);
+  }
+  return read_adamw_objects(reader, device, objects, &plan);
 }
 
 // Counts one step more for every tensor and sets the scalars that follow from it.
-inline void advance(AdamWLists& lists, double lr, double beta1, double beta2, double eps, double weight_decay,
+inline void advance(AdamWArguments& arguments, double lr, double beta1, double beta2, double eps, double weight_decay,
                     bool maximize) {
   float last = -1;
-  for (std::size_t i = 0; i < lists.tensors.size(); ++i) {
-    const float step = *lists.steps[i] += 1;
+  for (std::size_t i = 0; i < arguments.tensors.size(); ++i) {
+    const float step = *arguments.steps[i] += 1;
     if (i > 0 && step == last) {
-      lists.tensors[i].scalars = lists.tensors[i - 1].scalars;
+      arguments.tensors[i].scalars = arguments.tensors[i - 1].scalars;
     } else {
-      lists.tensors[i].scalars = adamw_scalars(lr, beta1, beta2, eps, weight_decay, maximize, step);
+      arguments.tensors[i].scalars = adamw_scalars(lr, beta1, beta2, eps, weight_decay, maximize, step);
     }
     last = step;
   }

@@ -4,10 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bind/adamw_lists.h"
@@ -97,16 +99,15 @@ std::vector<std::size_t> adamw(const TensorReader& reader, const py::list& param
                                const py::list& max_exp_avg_sqs, const py::list& steps, double lr, double beta1,
                                double beta2, double eps, double weight_decay, bool maximize,
                                std::uintptr_t stream) {
-  AdamWLists lists = read_adamw_lists(reader, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps,
-                                      TensorView::Device::cuda);
+  AdamWArguments arguments = read_adamw_lists(reader, TensorView::Device::cuda, params, grads, exp_avgs, exp_avg_sqs,
+                                              max_exp_avg_sqs, steps);
   if (params.empty()) return {};
   const DeviceGuard guard(common_device(reader, params), "adamw_");
-  advance(lists, lr, beta1, beta2, eps, weight_decay, maximize);
-  {
-    const py::gil_scoped_release release;
-    cuda::adamw(lists.tensors.data(), static_cast<std::int64_t>(lists.tensors.size()), as_stream(stream));
-  }
-  return lists.rest;
+  advance(arguments, lr, beta1, beta2, eps, weight_decay, maximize);
+  reader.increment_version(params);
+  const py::gil_scoped_release release;
+  cuda::adamw(arguments.tensors.data(), static_cast<std::int64_t>(arguments.tensors.size()), as_stream(stream));
+  return arguments.rest;
 }
 
 cuda::CrossEntropy cross_entropy_args(std::uintptr_t input, std::int64_t rows, std::int64_t vocab,

@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -24,7 +25,7 @@ struct TensorView {
   enum class Device : int { cpu = 1, cuda = 2, other = 0 };
 
   void* data = nullptr;
-  std::vector<std::int64_t> overflow;  // owns shape and strides on the attribute path
+  std::unique_ptr<std::int64_t[]> owned;  // shape and strides, where torch's own are out of reach
   const std::int64_t* shape = nullptr;
   const std::int64_t* strides = nullptr;
   int ndim = 0;
@@ -113,7 +114,9 @@ inline std::optional<DType> dtype(const Tensor& t) {
 class TensorReader {
  public:
   explicit TensorReader(const py::module_& torch)
-      : tensor_(torch.attr("Tensor")), parameter_(torch.attr("nn").attr("Parameter")) {
+      : tensor_(torch.attr("Tensor")),
+        parameter_(torch.attr("nn").attr("Parameter")),
+        increment_version_(torch.attr("autograd").attr("graph").attr("increment_version")) {
     const char* names[] = {"float32", "bfloat16", "float16", "float64"};
     for (const char* name : names) dtypes_.push_back(torch.attr(name));
     if (py::hasattr(tensor_, "__dlpack_c_exchange_api__")) {
@@ -128,8 +131,26 @@ class TensorReader {
   bool uses_dlpack() const { return api_ != nullptr; }
   void use_attributes() { api_ = nullptr; }  // for the tests: the way of torch < 2.10
 
+  // Tells autograd that kernels write these tensors, so that a graph that saved them complains.
+  void increment_version(const py::list& tensors) const { increment_version_(tensors); }
+
+  // Asks for the memory behind an object that will be read soon. A step streams so much through the
+  // caches that torch's own records of its tensors are cold when the next step begins; asking ahead lets
+  // the misses overlap. Only hints: what a word after the object's header points to is never read.
+  static void prefetch_object(PyObject* object) { __builtin_prefetch(object); }
+  static void prefetch_record(PyObject* object) {
+    constexpr int kHeader = sizeof(PyObject) / sizeof(void*), kLine = 64, kLines = 4;
+    const char* record = reinterpret_cast<const char* const*>(object)[kHeader];
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(record + line * kLine);
+  }
+
+  // Neither a subclass, which may hold no memory of its own, nor something else.
+  bool is_plain(PyObject* object) const {
+    return Py_TYPE(object) == as_type(tensor_) || Py_TYPE(object) == as_type(parameter_);
+  }
+
   TensorView read(py::handle object) const {
-    if (api_ != nullptr && (Py_TYPE(object.ptr()) == as_type(tensor_) || Py_TYPE(object.ptr()) == as_type(parameter_))) {
+    if (api_ != nullptr && is_plain(object.ptr())) {
       dlpack::Tensor t;
       if (api_->tensor_from_object(object.ptr(), &t) != 0) throw py::error_already_set();
       TensorView view;
@@ -157,11 +178,13 @@ class TensorReader {
     }
     TensorView view;
     view.data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<std::uintptr_t>());
-    view.overflow = py::cast<std::vector<std::int64_t>>(py::tuple(object.attr("shape")));
+    const auto shape = py::cast<std::vector<std::int64_t>>(py::tuple(object.attr("shape")));
     const auto strides = py::cast<std::vector<std::int64_t>>(object.attr("stride")());
-    view.ndim = static_cast<int>(strides.size());
-    view.overflow.insert(view.overflow.end(), strides.begin(), strides.end());
-    view.shape = view.overflow.data();  // a vector's buffer stays where it is when the view is moved
+    view.ndim = static_cast<int>(shape.size());
+    view.owned = std::make_unique<std::int64_t[]>(2 * shape.size());
+    std::copy(shape.begin(), shape.end(), view.owned.get());
+    std::copy(strides.begin(), strides.end(), view.owned.get() + view.ndim);
+    view.shape = view.owned.get();
     view.strides = view.shape + view.ndim;
     for (int d = 0; d < view.ndim; ++d) view.numel *= view.shape[d];
     const py::object dtype = object.attr("dtype");
@@ -179,7 +202,7 @@ class TensorReader {
   }
 
   const dlpack::ExchangeApi* api_ = nullptr;
-  py::object tensor_, parameter_;
+  py::object tensor_, parameter_, increment_version_;
   std::vector<py::object> dtypes_;
 };
 

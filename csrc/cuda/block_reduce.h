@@ -17,7 +17,7 @@ __device__ __forceinline__ T shuffle(T x, int mask) {
 // has one piece of shared memory: a second reduction of that type in one kernel needs a barrier first.
 template <class State>
 __device__ State block_reduce(State state) {
-  __shared__ alignas(State) unsigned char storage[kMaxThreads / kWarp * sizeof(State)];
+  alignas(State) __shared__ unsigned char storage[kMaxThreads / kWarp * sizeof(State)];
   State* scratch = reinterpret_cast<State*>(storage);
   const auto reduce_warp = [](State s) {
 #pragma unroll

@@ -364,11 +364,11 @@ void cross_entropy_backward(const CrossEntropy& args, const void* lse, const voi
 }
 
 void cross_entropy_denominator(const CrossEntropy& args, void* out, cudaStream_t stream) {
-  if (args.dtype == DType::f64) {
-    denominator_kernel<<<1, kMaxThreads, 0, stream>>>(args, static_cast<double*>(out));
-  } else {
-    denominator_kernel<<<1, kMaxThreads, 0, stream>>>(args, static_cast<float*>(out));
-  }
+  const auto launch = [&](auto real) {
+    using T = decltype(real);
+    denominator_kernel<T><<<1, kMaxThreads, 0, stream>>>(args, static_cast<T*>(out));
+  };
+  args.dtype == DType::f64 ? launch(double{}) : launch(float{});
   cuda_check(cudaGetLastError(), "cross_entropy_denominator");
 }
 

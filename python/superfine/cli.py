@@ -89,10 +89,12 @@ def tune(
         try:
             with Display(console) as display:
                 result = run(settings, resume=resume, listener=display)
-        except Interrupted as stop:
+        except (Interrupted, KeyboardInterrupt) as stop:
+            if not Path(settings.output.directory, "config.toml").is_file():
+                raise  # it had not begun to train
             again = f"superfine tune --resume --output {settings.output.directory}"
-            typer.echo(f"interrupted, and saved; continue with: {again}", err=True)
-            raise typer.Exit(128 + stop.signum) from None
+            typer.echo(f"interrupted; continue with: {again}", err=True)
+            raise typer.Exit(128 + stop.signum if isinstance(stop, Interrupted) else 130) from None
         print_scores(console, "Test split", {"base": result.baseline, "tuned": result.test})
         for name in ("delta.safetensors", "metrics.jsonl", "curves.png", "report.html"):
             if (result.directory / name).is_file():

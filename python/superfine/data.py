@@ -216,8 +216,8 @@ def _decode(path: Path, encoding: str) -> str:
         line = raw.count(b"\n", 0, error.start) + 1
         guess = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
         raise ValueError(
-            f"data: {path} is not {encoding} (line {line}, byte 0x{raw[error.start]:02x}); expected {encoding},"
-            f' or data.encoding = "{guess}" or what the file is in'
+            f"data: {path} is not {encoding}: line {line} has the byte 0x{raw[error.start]:02x};"
+            f' expected data.encoding = "{guess}", or what else the file was saved in'
         ) from None
 
 

@@ -149,6 +149,8 @@ def merge(base: str | os.PathLike[str], delta: str | os.PathLike[str], out: str 
     Raises ``FileExistsError`` when ``out`` holds anything, ``FileNotFoundError`` when ``base`` or ``delta``
     is missing, ``ValueError`` when they do not belong together, ``ImportError`` without transformers.
     """
+    from superfine import hf
+
     folder = Path(base)
     if Path(out).exists() and not (Path(out).is_dir() and not any(Path(out).iterdir())):
         raise FileExistsError(f"merge: out is {out}, which exists; expected a new or an empty folder")
@@ -158,7 +160,8 @@ def merge(base: str | os.PathLike[str], delta: str | os.PathLike[str], out: str 
     model = _load_base(folder, info, tensors)
     load_delta(model, delta)
     with atomic_folder(out) as temporary:
-        model.save_pretrained(temporary)
+        with hf.quiet():
+            model.save_pretrained(temporary)
         for path in sorted(folder.iterdir()):
             known = any(fnmatch.fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES)
             if known and path.is_file() and not (temporary / path.name).exists():
@@ -291,7 +294,7 @@ def _load_base(folder: Path, info: DeltaInfo, tensors: Mapping[str, Tensor]) -> 
             "stated by the delta's extra['model_class'] or by architectures in the base's config.json"
         )
     dtypes = {tensors[name].dtype for name in info.names}
-    with hf._quiet(), hf._readable("model", str(folder)):
+    with hf.quiet(), hf._readable("model", str(folder)):
         model, loading = model_class.from_pretrained(
             folder,
             config=config,

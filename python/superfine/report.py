@@ -180,7 +180,7 @@ def draw_curves(run: Run) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    style = {
+    style: dict[Any, Any] = {
         "axes.edgecolor": "#c8ccd2",
         "axes.grid": True,
         "axes.spines.right": False,
@@ -208,6 +208,7 @@ def draw_curves(run: Run) -> bytes:
         for panel in panels:
             panel.set_xlabel("step")
             panel.set_xlim(0, max(1, last_step) * 1.02)
+            panel.xaxis.get_major_locator().set_params(integer=True)
         picture = io.BytesIO()
         canvas.print_png(picture)
     return picture.getvalue()
@@ -308,7 +309,8 @@ def _comparison(run: Run) -> list[tuple[str, str, str, str]]:
     base, rows = run.baseline or {}, []
     for name in ["loss", *_metrics([run.test])]:
         before, after = base.get(name), run.test.get(name)
-        change = f"{after - before:+.4g}" if _is_finite(before) and _is_finite(after) else ""
+        both = _is_finite(before) and _is_finite(after)
+        change = f"{float(after) - float(before):+.4g}" if both else ""  # type: ignore[arg-type]
         rows.append((_metric_name(name), _show(before), _show(after), change))
     return rows
 

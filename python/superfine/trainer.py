@@ -98,7 +98,7 @@ class Trainer:
         """Train to the end or to early stopping, then put the best tensors into the model.
 
         Raises ``Interrupted`` after Ctrl-C or SIGTERM, when the step under way is finished and saved, and
-        ``FloatingPointError`` when the loss is no longer finite.
+        ``FloatingPointError`` when the loss or the gradient norm is no longer finite.
         """
         self.plan.model.train()
         self._clock = time.perf_counter()
@@ -107,6 +107,7 @@ class Trainer:
                 while True:
                     if self._validation_due():
                         self._validate()
+                        self._raise_if_interrupted()
                     if self.progress.step == self.total or self.progress.stopped_early:
                         break
                     self._step()
@@ -149,8 +150,9 @@ class Trainer:
 
         self.progress.step = step + 1
         if logged or self.device.type == "cpu":  # on a GPU looking at the loss waits for it
-            self._check_finite(loss_sum.item())
+            self._check_finite("loss", loss_sum.item())
         if logged:
+            self._check_finite("gradient norm", norm.item())
             self._log("train", loss=loss_sum.item(), lr=lr, grad_norm=norm.item(), **watch.milliseconds)
         self.listener.on_step(self.progress.step, self.total)
 
@@ -187,7 +189,7 @@ class Trainer:
             precision=train.precision,
             between_batches=self._raise_if_interrupted,
         )
-        self._check_finite(scores["loss"])
+        self._check_finite("validation loss", scores["loss"])
         if scores["loss"] < progress.best_loss:
             progress.best_loss, progress.best_step = scores["loss"], progress.step
             progress.bad_validations = 0
@@ -206,10 +208,10 @@ class Trainer:
         self.log.append(event)
         self.listener.on_event(event)
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"train: loss is {loss} at step {self.progress.step}; expected a finite number: try a lower"
+                f"train: {name} is {value} at step {self.progress.step}; expected a finite one: try a lower"
                 " optimizer.lr, more train.warmup, or train.precision = 'fp32'"
             )
 

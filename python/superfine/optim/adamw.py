@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from superfine_kernels import adamw_
+from superfine_kernels import AdamWPlan, adamw_group_
 from superfine_kernels._library import warn_once
 
 
@@ -74,34 +74,33 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             reason = next((name for name in ("capturable", "differentiable") if group[name]), None)
-            if reason is None:
-                self._step_group(group)
-            else:
+            if reason is not None:
                 warn_once(f"AdamW: {reason}=True has no kernel yet; torch's implementation steps this group")
                 self._step_group_with_torch(group)
+                continue
+            try:
+                self._step_group(group, self._plan(index))
+            except KeyError:  # nothing has been written: the step looks all state up first
+                if not self._make_missing_state(group):
+                    raise
+                self._step_group(group, self._plan(index))
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        states: list[dict[str, Tensor]] = []
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
-            params.append(param)
-            grads.append(grad)
-            states.append(self.state[param] or self._new_state(param, group["amsgrad"]))
+    def _plan(self, index: int) -> AdamWPlan:
+        plans = self.__dict__.setdefault("_plans", [])  # not in __init__: a copied or unpickled optimizer has none
+        while len(plans) <= index:
+            plans.append(AdamWPlan())
+        return plans[index]
+
+    def _step_group(self, group: dict[str, Any], plan: AdamWPlan) -> None:
         beta1, beta2 = group["betas"]
-        adamw_(
-            params,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-            [state["step"] for state in states],
+        adamw_group_(
+            group["params"],
+            self.state,
+            plan,
+            amsgrad=group["amsgrad"],
             lr=float(group["lr"]),
             beta1=float(beta1),
             beta2=float(beta2),
@@ -110,12 +109,14 @@ class AdamW(torch.optim.AdamW):
             maximize=group["maximize"],
         )
 
-    def _new_state(self, param: Tensor, amsgrad: bool) -> dict[str, Tensor]:
-        state = self.state[param]
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])):
-            state[name] = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
-        return state
+    def _make_missing_state(self, group: dict[str, Any]) -> bool:
+        missing = [p for p in group["params"] if p.grad is not None and not self.state.get(p)]
+        for param in missing:
+            state = self.state[param]
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+        return bool(missing)
 
     def _step_group_with_torch(self, group: dict[str, Any]) -> None:
         lists: list[list[Tensor]] = [[] for _ in range(6)]

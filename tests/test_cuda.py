@@ -1,0 +1,433 @@
+"""The GPU kernels on a GPU: CUDA C++ and Triton.
+
+adamw is compared with the CPU kernel, bit for bit, and cross-entropy with eager torch in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from kernel_cases import (
+    ADAMW_DTYPES,
+    GRADIENT_TOLERANCE,
+    LOGIT_DTYPES,
+    LOSS_TOLERANCE,
+    AdamWCase,
+    assert_same_bits,
+    class_weights,
+    cross_entropy_in_float64,
+    labels,
+    logits,
+)
+from torch import Tensor
+
+import superfine_kernels
+from superfine_kernels import _backends
+from superfine_kernels._library import DTYPE_CODES, opmath_dtype
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request) -> str:
+    reason = _backends.why_unavailable(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def cuda_module():
+    reason = _backends.why_unavailable("cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    from superfine_kernels import _cuda
+
+    return _cuda
+
+
+def where(tensor: Tensor) -> dict[str, int]:
+    return {"stream": torch.cuda.current_stream(tensor.device).cuda_stream, "device": tensor.device.index}
+
+
+def native(x: Tensor, t: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float) -> dict:
+    return {
+        "input": x.data_ptr(), "rows": x.shape[0], "vocab": x.shape[1], "row_stride": x.stride(0),
+        "dtype": DTYPE_CODES[x.dtype], "target": t.data_ptr(), "target_is_int64": t.dtype == torch.int64,
+        "target_stride": t.stride(0), "weight": 0 if weight is None else weight.data_ptr(),
+        "ignore_index": ignore_index, "label_smoothing": label_smoothing,
+    }  # fmt: skip
+
+
+def stride_of(scale: Tensor | None) -> int:
+    return scale.stride(0) if scale is not None and scale.numel() > 1 else 0
+
+
+def forward(backend, x, t, weight=None, ignore_index=-100, label_smoothing=0.0, dlogits=None, scale=None):
+    """(losses, lse) of one backend; outputs are poisoned first where the test allocates them."""
+    if backend == "triton":
+        from superfine_kernels.triton.cross_entropy import cross_entropy_forward
+
+        return cross_entropy_forward(x, t, weight, ignore_index, label_smoothing, dlogits, scale)
+    from superfine_kernels import _cuda
+
+    losses = torch.full((x.shape[0],), float("nan"), dtype=opmath_dtype(x.dtype), device=x.device)
+    lse = losses.clone()
+    _cuda.cross_entropy_forward(
+        **native(x, t, weight, ignore_index, label_smoothing), losses=losses.data_ptr(), lse=lse.data_ptr(),
+        dlogits=0 if dlogits is None else dlogits.data_ptr(), scale=0 if scale is None else scale.data_ptr(),
+        scale_stride=stride_of(scale), **where(x),
+    )  # fmt: skip
+    return losses, lse
+
+
+def backward(backend, x, t, lse, scale, weight=None, ignore_index=-100, label_smoothing=0.0, dlogits=None):
+    dlogits = poisoned(x) if dlogits is None else dlogits
+    if backend == "triton":
+        from superfine_kernels.triton.cross_entropy import cross_entropy_backward
+
+        return cross_entropy_backward(x, t, weight, ignore_index, label_smoothing, lse, scale, dlogits)
+    from superfine_kernels import _cuda
+
+    _cuda.cross_entropy_backward(
+        **native(x, t, weight, ignore_index, label_smoothing), lse=lse.data_ptr(), scale=scale.data_ptr(),
+        scale_stride=stride_of(scale), dlogits=dlogits.data_ptr(), **where(x),
+    )  # fmt: skip
+    return dlogits
+
+
+def poisoned(like: Tensor) -> Tensor:
+    return torch.full(like.shape, float("nan"), dtype=like.dtype, device=like.device)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+# --- adamw ----------------------------------------------------------------------------------------------
+
+# Nothing, a tail without a pack, around a block's pass and a chunk (4096), several chunks.
+SIZES = [0, 1, 7, 255, 4095, 4096, 4097, 100_003]
+
+
+def step_on_cpu(case: AdamWCase) -> AdamWCase:
+    expected = case.to("cpu")
+    superfine_kernels.adamw_(*expected.lists(), **HYPER, backend="cpu")
+    return expected
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize(("param", "state"), ADAMW_DTYPES)
+def test_adamw_gives_the_bits_of_the_cpu_kernel(backend, param, state, amsgrad):
+    case = AdamWCase.random(SIZES, param, state, amsgrad, device="cuda")
+    for _ in range(3):
+        expected = step_on_cpu(case)
+        superfine_kernels.adamw_(*case.lists(), **HYPER, backend=backend)
+        assert_same_bits(case, expected)
+
+
+# One table, one more tensor than the small (48) and the large table (512) of the CUDA kernel take.
+@pytest.mark.parametrize("count", [48, 49, 513])
+def test_adamw_over_many_tensors(backend, count):
+    case = AdamWCase.random([1 + (37 * i) % 101 if i % 13 else 5000 for i in range(count)], device="cuda")
+    for i, step in enumerate(case.steps):
+        step.fill_(i % 100)  # more distinct scalars than one table takes
+    expected = step_on_cpu(case)
+    superfine_kernels.adamw_(*case.lists(), **HYPER, backend=backend)
+    assert_same_bits(case, expected)
+
+
+def test_adamw_over_all_dtypes_in_one_call(backend):
+    cases = [AdamWCase.random([700, 3], param, state, device="cuda") for param, state in ADAMW_DTYPES]
+    merged = AdamWCase(*([t for case in cases for t in case.lists()[k]] for k in range(6)))
+    expected = step_on_cpu(merged)
+    superfine_kernels.adamw_(*merged.lists(), **HYPER, backend=backend)
+    assert_same_bits(merged, expected)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_on_misaligned_views_leaves_their_neighbours_alone(backend, dtype, offset):
+    whole = AdamWCase.random([9001], dtype, dtype, device="cuda")
+    expected = whole.to("cpu")
+    for case, name in ((whole, backend), (expected, "cpu")):
+        views = [[t[offset:-offset] for t in tensors] for tensors in case.lists()[:4]]
+        superfine_kernels.adamw_(*views, [], case.steps, **HYPER, backend=name)
+    assert_same_bits(whole, expected)
+
+
+def test_adamw_runs_in_order_on_the_current_stream(backend):
+    case = AdamWCase.random([1 << 20], device="cuda")
+    expected = step_on_cpu(case)
+    gradient = case.grads[0].clone()
+    case.grads[0].zero_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # about 10 ms: a kernel on another stream would see the zeros
+        case.grads[0].copy_(gradient)
+        superfine_kernels.adamw_(*case.lists(), **HYPER, backend=backend)
+    stream.synchronize()
+    assert_same_bits(case, expected)
+
+
+def test_adamw_can_be_captured_in_a_graph(cuda_module):
+    case = AdamWCase.random([5000, 3], device="cuda")
+    expected = step_on_cpu(case)
+    before = case.to("cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        superfine_kernels.adamw_(*case.lists(), **HYPER, backend="cuda")
+    for tensors, olds in zip(case.lists()[:4], before.lists()[:4], strict=True):
+        for t, old in zip(tensors, olds, strict=True):
+            assert torch.equal(t, old), "capturing ran the kernel"
+    graph.replay()
+    assert_same_bits(case, expected)
+
+
+def test_adamw_steps_a_tensor_of_more_than_2_to_the_31_elements(backend):
+    n = 2**31 + 4099
+    needed = 4 * n * 2 + (1 << 30)
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory")
+    tensors = [torch.empty(n, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(4)]
+    tensors[3].square_()
+    # The first and last chunks: an index of 32 bits would hit the wrong ones.
+    ends = [slice(0, 5000), slice(n - 5000, n)]
+    expected = [AdamWCase(*([t[end].cpu()] for t in tensors), [], [torch.zeros(())]) for end in ends]
+    superfine_kernels.adamw_(*([t] for t in tensors), [], [torch.zeros(())], **HYPER, backend=backend)
+    for end, case in zip(ends, expected, strict=True):
+        superfine_kernels.adamw_(*case.lists(), **HYPER, backend="cpu")
+        assert torch.equal(tensors[0][end].cpu(), case.params[0])
+        assert torch.equal(tensors[2][end].cpu(), case.exp_avgs[0])
+        assert torch.equal(tensors[3][end].cpu(), case.exp_avg_sqs[0])
+
+
+def test_adamw_refuses_tensors_on_two_devices(backend):
+    case = AdamWCase.random([3, 4], device="cuda")
+    case.grads[1] = case.grads[1].cpu()
+    before = case.params[0].clone()
+    with pytest.raises(ValueError, match=r"adamw_: grads\[1\] is .* on cpu; expected .* on cuda:0"):
+        superfine_kernels.adamw_(*case.lists(), **HYPER, backend=backend)
+    assert torch.equal(case.params[0], before)
+
+
+# --- cross-entropy --------------------------------------------------------------------------------------
+
+# One class; below, at and above one pack; odd (every row at another alignment); more than one block's pass of
+# packs; BERT's and, in float32, one whose row fits into no multiprocessor's shared memory.
+VOCABS = [1, 2, 3, 7, 8, 9, 33, 1000, 4097, 30522, 128_256]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", LOGIT_DTYPES)
+def test_cross_entropy_agrees_with_torch_in_float64(backend, dtype, vocab, label_smoothing, weighted):
+    rows = 9
+    x, t = logits(rows, vocab, dtype, "cuda"), labels(rows, vocab, "cuda")
+    t[1] = -100
+    w = class_weights(vocab, dtype, "cuda") if weighted else None
+    scale = torch.linspace(-1, 1, rows, dtype=opmath_dtype(dtype), device="cuda")
+    expected_losses, expected_lse, expected = cross_entropy_in_float64(x, t, w, label_smoothing, scale)
+    expected_lse[1] = 0
+
+    dlogits = poisoned(x)
+    losses, lse = forward(backend, x, t, w, -100, label_smoothing, dlogits, scale)
+    alone, _ = forward(backend, x, t, w, -100, label_smoothing)
+    recomputed = backward(backend, x, t, lse, scale, w, -100, label_smoothing)
+    in_place = x.clone()
+    forward(backend, in_place, t, w, -100, label_smoothing, in_place, scale)
+    in_place_later = backward(backend, x, t, lse, scale, w, -100, label_smoothing, dlogits=x)
+
+    assert_close(losses, expected_losses, LOSS_TOLERANCE[dtype])
+    assert_close(lse, expected_lse, LOSS_TOLERANCE[dtype])
+    assert torch.equal(alone, losses), "the losses depend on whether the gradient is asked for"
+    assert torch.equal(in_place, dlogits)
+    assert torch.equal(in_place_later, recomputed)
+    for gradient in (dlogits, recomputed):
+        assert_close(gradient, expected, GRADIENT_TOLERANCE[dtype])
+        assert not gradient[1].any()
+
+
+@pytest.mark.parametrize("shift", [0, 1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_on_strided_rows_touches_nothing_beside_them(backend, dtype, shift):
+    rows, vocab = 6, 1001
+    wide, all_labels = logits(rows, 1100, dtype, "cuda"), labels(2 * rows, vocab, "cuda").int()
+    x, t, scale = wide[:, shift : shift + vocab], all_labels[::2], torch.ones(rows, device="cuda")
+    expected_losses, _, expected = cross_entropy_in_float64(x, t, None, 0.0, scale)
+    before = wide.clone()
+    dense = poisoned(x)  # rows of another alignment than the input's
+    losses, _ = forward(backend, x, t, dlogits=dense, scale=scale)
+    assert_close(losses, expected_losses, LOSS_TOLERANCE[dtype])
+    assert_close(dense, expected, GRADIENT_TOLERANCE[dtype])
+    forward(backend, x, t, dlogits=x, scale=scale)
+    assert torch.equal(x, dense)
+    assert torch.equal(wide[:, :shift], before[:, :shift])
+    assert torch.equal(wide[:, shift + vocab :], before[:, shift + vocab :])
+
+
+@pytest.mark.parametrize("dtype", LOGIT_DTYPES)
+def test_cross_entropy_ignored_bad_and_hopeless_rows(backend, dtype):
+    rows, vocab = 8, 1003
+    x, t = logits(rows, vocab, dtype, "cuda"), labels(rows, vocab, "cuda")
+    x[1], t[1] = float("nan"), -100
+    t[2], t[3], t[4] = -1, vocab, 2**40
+    x[5] = -math.inf
+    x[6, 100] = float("nan")
+    x[7, : vocab // 2] = -math.inf
+    t[7] = vocab - 1
+    scale = torch.tensor(math.inf, device="cuda", dtype=opmath_dtype(dtype))
+    dlogits = poisoned(x)
+    losses, lse = forward(backend, x, t, dlogits=dlogits, scale=torch.ones_like(scale))
+    ignored = backward(backend, x, t, lse, scale)
+    assert losses.isnan().tolist() == [False, False, True, True, True, True, True, False]
+    assert losses[1] == lse[1] == 0
+    for gradient in (dlogits, ignored):
+        assert not gradient[1].any()
+        assert gradient[2:5].isnan().all()
+        assert gradient[5:7].isnan().any(dim=1).all()
+    good = [0, 7]
+    expected_losses, _, expected = cross_entropy_in_float64(x[good], t[good], None, 0.0, torch.ones(2))
+    assert_close(losses[good], expected_losses, LOSS_TOLERANCE[dtype])
+    assert_close(dlogits[good], expected, GRADIENT_TOLERANCE[dtype])
+    assert not dlogits[7, : vocab // 2].any()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_cross_entropy_a_common_offset_costs_no_accuracy(backend, label_smoothing):
+    x, t = logits(4, 3001, torch.float32, "cuda") + 65536.0, labels(4, 3001, "cuda")
+    scale, dlogits = torch.ones(4, device="cuda"), poisoned(x)
+    expected_losses, _, expected = cross_entropy_in_float64(x, t, None, label_smoothing, scale)
+    losses, _ = forward(backend, x, t, None, -100, label_smoothing, dlogits, scale)
+    assert_close(losses, expected_losses, 1e-5)
+    assert_close(dlogits, expected, 1e-6)
+
+
+def test_cross_entropy_gives_the_same_bits_on_every_run(backend):
+    x, t = logits(300, 30522, torch.float32, "cuda"), labels(300, 30522, "cuda")
+    scale, first = torch.rand(300, device="cuda"), poisoned(x)
+    losses, lse = forward(backend, x, t, None, -100, 0.1, first, scale)
+    for _ in range(5):
+        again = poisoned(x)
+        again_losses, again_lse = forward(backend, x, t, None, -100, 0.1, again, scale)
+        assert torch.equal(again_losses, losses)
+        assert torch.equal(again_lse, lse)
+        assert torch.equal(again, first)
+
+
+def test_cross_entropy_over_more_than_2_to_the_31_logits(backend):
+    rows, vocab = 2**16 + 5, 2**15 + 8
+    needed = rows * vocab * 2 + (2 << 30)
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory")
+    x = torch.empty(rows, vocab, dtype=torch.bfloat16, device="cuda").normal_()
+    t, scale = torch.randint(0, vocab, (rows,), device="cuda"), torch.tensor(1.0, device="cuda")
+    ends = torch.tensor([0, 1, rows - 2, rows - 1], device="cuda")
+    few, few_labels = x[ends], t[ends]
+    expected = poisoned(few)
+    expected_losses, expected_lse = forward(backend, few, few_labels, dlogits=expected, scale=scale)
+    losses, lse = forward(backend, x, t, dlogits=x, scale=scale)
+    assert torch.equal(losses[ends], expected_losses)
+    assert torch.equal(lse[ends], expected_lse)
+    assert torch.equal(x[ends], expected)
+
+
+def test_cross_entropy_runs_in_order_on_the_current_stream(backend):
+    source, t = logits(64, 5001, torch.float32, "cuda"), labels(64, 5001, "cuda")
+    expected, _ = forward(backend, source, t)
+    x, stream = torch.zeros_like(source), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        x.copy_(source)
+        losses, _ = forward(backend, x, t)
+    stream.synchronize()
+    assert torch.equal(losses, expected)
+
+
+# Fewer and more rows than the one block that sums them has threads.
+@pytest.mark.parametrize("rows", [1, 33, 1024, 5000])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_denominator_and_mean_stay_on_the_device(cuda_module, dtype, weighted, rows):
+    vocab = 50
+    t = labels(rows, vocab, "cuda")
+    t[rows // 2] = -100
+    w = class_weights(vocab, dtype, "cuda") if weighted else None
+    losses = torch.rand(rows, dtype=dtype, device="cuda")
+    out, mean, total = (torch.full((n,), float("nan"), dtype=dtype, device="cuda") for n in (2, 1, 1))
+    code = DTYPE_CODES[dtype]
+    cuda_module.cross_entropy_denominator(
+        rows=rows, vocab=vocab, dtype=code, target=t.data_ptr(), target_is_int64=True, target_stride=1,
+        weight=0 if w is None else w.data_ptr(), ignore_index=-100, out=out.data_ptr(), **where(t),
+    )  # fmt: skip
+    for denominator, result in ((out.data_ptr(), mean), (0, total)):
+        cuda_module.cross_entropy_reduce(
+            losses=losses.data_ptr(),
+            rows=rows,
+            dtype=code,
+            denominator=denominator,
+            out=result.data_ptr(),
+            **where(t),
+        )
+    kept = t[t != -100].cpu()
+    expected = torch.tensor(float(len(kept)) if w is None else w.cpu().double()[kept].sum())
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+    assert_close(out, torch.stack([expected, 1 / expected]).double(), tolerance)
+    assert_close(total[0], losses.cpu().double().sum(), tolerance)
+    if rows > 1:
+        assert_close(mean[0], losses.cpu().double().sum() / expected, tolerance)
+    else:
+        assert mean.isinf().all()  # a loss, and no row that counts: only possible in this test
+    assert torch.isfinite(out).all() == (len(kept) > 0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_public_cross_entropy_on_the_gpu(backend, reduction, inplace):
+    if inplace and reduction == "none":
+        pytest.skip("in place needs a reduction")
+    x, t = logits(50, 777, torch.float32, "cuda").requires_grad_(), labels(50, 777, "cuda")
+    t[::3] = -100
+    reference = x.detach().cpu().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(reference, t.cpu(), reduction=reduction)
+    expected.sum().backward()
+    loss = superfine_kernels.cross_entropy(x * 1, t, reduction=reduction, inplace=inplace, backend=backend)
+    loss.sum().backward()
+    assert_close(loss.detach(), expected.detach(), 1e-5)
+    assert_close(x.grad, reference.grad, 1e-6)
+
+
+def test_all_labels_ignored_gives_nan_and_zero_gradients(backend):
+    x, t = logits(5, 77, torch.float32, "cuda").requires_grad_(), torch.full((5,), -100, device="cuda")
+    loss = superfine_kernels.cross_entropy(x, t, backend=backend)
+    loss.backward()
+    assert loss.isnan()
+    assert not x.grad.any()
+
+
+# --- two GPUs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_tensors_device_counts_and_the_current_one_stays(backend):
+    case = AdamWCase.random([5000], device="cuda:1")
+    expected = step_on_cpu(case)
+    x, t = logits(5, 500, torch.float32, "cuda:1"), labels(5, 500, "cuda:1")
+    expected_losses, _, _ = cross_entropy_in_float64(x, t, None, 0.0, torch.ones(5))
+    with torch.cuda.device(0):
+        superfine_kernels.adamw_(*case.lists(), **HYPER, backend=backend)
+        losses, _ = forward(backend, x, t)
+        assert torch.cuda.current_device() == 0
+        assert torch.zeros(1, device="cuda").device.index == 0
+    assert_same_bits(case, expected)
+    assert_close(losses, expected_losses, 1e-5)

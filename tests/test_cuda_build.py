@@ -1,0 +1,117 @@
+"""The CUDA module as built: machine code without spills, and a clear answer on machines without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+SPEC = importlib.util.find_spec("superfine_kernels._cuda")
+
+pytestmark = pytest.mark.skipif(SPEC is None, reason="built without CUDA kernels")
+
+
+@pytest.fixture(scope="module")
+def usages():
+    pytest.importorskip("triton", reason="Triton ships the cuobjdump that reads the machine code")
+    from triton_aot import resource_usage
+
+    return resource_usage(SPEC.origin)
+
+
+def of_kernel(usages, name):
+    found = {full: usage for full, usage in usages.items() if name in full}
+    assert found, f"no machine code of {name}"
+    return found
+
+
+def test_no_kernel_spills_on_any_architecture(usages):
+    spilling = {name: usage for name, usage in usages.items() if usage.stack}
+    assert not spilling
+
+
+def test_every_architecture_has_every_kernel(usages):
+    by_architecture: dict[str, int] = {}
+    for name in usages:
+        architecture = name.split()[0]
+        by_architecture[architecture] = by_architecture.get(architecture, 0) + 1
+    assert len(set(by_architecture.values())) == 1, by_architecture
+    # Six pairs of dtypes, with and without amsgrad; four dtypes, with and without smoothing, row held or not.
+    assert len(of_kernel(usages, "adamw_kernel")) % (6 * 2 * len(by_architecture)) == 0
+    assert len(of_kernel(usages, "forward_kernel")) == 4 * 2 * 2 * len(by_architecture)
+    assert len(of_kernel(usages, "backward_kernel")) == 4 * 2 * len(by_architecture)
+
+
+def test_blocks_fit_into_a_multiprocessor(usages):
+    registers = 65536
+    for name, usage in of_kernel(usages, "adamw_kernel").items():
+        assert usage.registers * 256 * 3 <= registers, name  # three blocks hide each other's latency
+    for kernel in ("forward_kernel", "backward_kernel"):
+        for name, usage in of_kernel(usages, kernel).items():
+            threads = 512 if f"{kernel}Id" in name else 1024  # mangled: the first template argument is double
+            assert usage.registers * threads <= registers, name
+            # A warp's partial sums, and the 1 KB that the system takes from sm_90 on; the row has the rest.
+            assert usage.shared <= 2048, name
+
+
+def run(code: str) -> str:
+    """Runs Python in a process that sees no GPU."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_imports_without_a_gpu_and_says_why_it_cannot_run():
+    output = run(
+        "from superfine_kernels import _cuda\n"
+        "print(_cuda.device_count())\n"
+        "print(type(_cuda.why_unavailable()).__name__, _cuda.why_unavailable())\n"
+    )
+    count, reason = output.splitlines()
+    assert count == "0"
+    assert reason.startswith("str ")
+    assert "driver" in reason or "GPU" in reason
+
+
+@pytest.mark.parametrize(
+    ("op", "call"),
+    [
+        ("cross_entropy_forward", "(**rows, **gradient, losses=0, lse=0, **where)"),
+        ("cross_entropy_backward", "(**rows, **gradient, lse=0, **where)"),
+        ("cross_entropy_reduce", "(losses=0, rows=1, dtype=0, denominator=0, out=0, **where)"),
+    ],
+)
+def test_a_call_without_a_gpu_is_an_error_that_names_the_op(op, call):
+    output = run(
+        "from superfine_kernels import _cuda\n"
+        "rows = dict(input=0, rows=1, vocab=1, row_stride=1, dtype=0, target=0, target_is_int64=True,\n"
+        "            target_stride=1, weight=0, ignore_index=-100, label_smoothing=0.0)\n"
+        "gradient = dict(dlogits=0, scale=0, scale_stride=0)\n"
+        "where = dict(stream=0, device=0)\n"
+        f"try:\n    _cuda.{op}{call}\nexcept RuntimeError as error:\n    print(error)\n"
+    )
+    assert output.startswith(f"{op}: ")
+    assert "driver" in output or "GPU" in output
+
+
+def test_adamw_takes_cuda_tensors_only():
+    output = run(
+        "import torch\n"
+        "from superfine_kernels import _cuda\n"
+        "from superfine_kernels._library import READER\n"
+        "lists = [[torch.zeros(3)] for _ in range(4)]\n"
+        "hyper = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, maximize=False)\n"
+        "try:\n    _cuda.adamw(READER, *lists, [], [torch.zeros(())], **hyper, stream=0)\n"
+        "except ValueError as error:\n    print(error)\n"
+        "print(_cuda.adamw(READER, [], [], [], [], [], [], **hyper, stream=0))\n"
+    )
+    error, nothing_left = output.splitlines()
+    assert error.startswith("adamw_: params[0] is float32 ")
+    assert error.endswith(" on cpu; expected a tensor on cuda")
+    assert nothing_left == "[]"
