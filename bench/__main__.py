@@ -50,8 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     try:
         for index, case in enumerate(cases, 1):
-            with console.status(f"{index}/{len(cases)} {escape(case.key)}"):
-                measured = measure(case, device, settings, ceilings)
+            if console.is_terminal:  # a line, no spinner: a spinner's thread would run beside what is timed
+                print(f"{index}/{len(cases)} {case.key} ...", flush=True)
+            measured = measure(case, device, settings, ceilings)
             for row in measured:
                 results.add("row", asdict(row))
             rows += measured

@@ -14,6 +14,9 @@ from superfine_bench import (  # type: ignore[import-untyped]
     all_cases,
 )
 
+# What is measured beside us may warn, torch.compile's own imports for instance.
+pytestmark = pytest.mark.filterwarnings("default")
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PAIRS = [
     pytest.param(device, case, provider, id=f"{device}-{case.key}-{provider.name}".replace(" ", "_"))

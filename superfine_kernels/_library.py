@@ -44,7 +44,9 @@ def describe(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def reject(op: str, argument: str, value: object, expected: str, error: type[Exception] = ValueError) -> NoReturn:
+def reject(
+    op: str, argument: str, value: object, expected: str, error: type[Exception] = ValueError
+) -> NoReturn:
     """Raises `op: argument is X; expected Y`."""
     raise error(f"{op}: {argument} is {describe(value)}; expected {expected}")
 

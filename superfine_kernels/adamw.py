@@ -13,14 +13,23 @@ csrc/math/adamw.h; low-precision elements are computed in float32 and rounded on
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from superfine_kernels import _backends, _cpu
-from superfine_kernels._library import LIBRARY, READER, Cost, is_plain, opmath_dtype, reject, threads, warn_once
+from superfine_kernels._library import (
+    LIBRARY,
+    READER,
+    Cost,
+    is_plain,
+    opmath_dtype,
+    reject,
+    threads,
+    warn_once,
+)
 
 
 def cost(
@@ -81,7 +90,9 @@ def _run(backend: str, lists: tuple[list[Tensor], ...], hyper: dict[str, Any]) -
     elif name == "cuda":
         from superfine_kernels import _cuda
 
-        rest = _cuda.adamw(READER, *lists, **hyper, stream=torch.cuda.current_stream(lists[0][0].device).cuda_stream)
+        rest = _cuda.adamw(
+            READER, *lists, **hyper, stream=torch.cuda.current_stream(lists[0][0].device).cuda_stream
+        )
     elif name == "triton":
         from superfine_kernels.triton import adamw as kernels
 
@@ -186,7 +197,7 @@ AdamWPlan = _cpu.AdamWPlan
 
 def adamw_group_(
     params: list[Tensor],
-    state: Mapping[Tensor, dict[str, Tensor]],
+    state: dict[Tensor, dict[str, Tensor]],
     plan: AdamWPlan,
     *,
     amsgrad: bool = False,
@@ -227,11 +238,11 @@ def adamw_group_(
 
 
 def _lists(
-    params: list[Tensor], state: Mapping[Tensor, dict[str, Tensor]], names: tuple[str, ...]
+    params: list[Tensor], state: dict[Tensor, dict[str, Tensor]], names: tuple[str, ...]
 ) -> tuple[list[Tensor], ...]:
     columns = {name: [state[param][name] for param in params] for name in names}
     return (
-        params, [param.grad for param in params], columns["exp_avg"], columns["exp_avg_sq"],
+        params, [param.grad for param in params if param.grad is not None], columns["exp_avg"], columns["exp_avg_sq"],
         columns.get("max_exp_avg_sq", []), columns["step"],
     )  # fmt: skip
 

@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 
 from superfine_kernels import _backends, _cpu
-from superfine_kernels._library import DTYPE_CODES, LIBRARY, Cost, opmath_dtype, reject, threads, warn_once
+from superfine_kernels._library import (
+    DTYPE_CODES,
+    LIBRARY,
+    Cost,
+    is_plain,
+    opmath_dtype,
+    reject,
+    threads,
+    warn_once,
+)
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 NONE, MEAN = REDUCTIONS["none"], REDUCTIONS["mean"]
@@ -93,7 +102,9 @@ class _Rows:
 
 def _cpu_forward(rows: _Rows, reduction: int, dlogits: Tensor | None, isa: str) -> tuple[Tensor, Tensor]:
     arguments = rows.native()
-    labels = {k: arguments[k] for k in ("target", "target_is_int64", "target_stride", "rows", "vocab", "weight")}
+    labels = {
+        k: arguments[k] for k in ("target", "target_is_int64", "target_stride", "rows", "vocab", "weight")
+    }
     bad, weight_sum = _cpu.check_labels(
         **labels, weight_is_f64=rows.input.dtype == torch.float64, ignore_index=rows.ignore_index
     )
@@ -151,7 +162,7 @@ def _device_denominator(rows: _Rows) -> Tensor:
     return torch.where(counts, rows.weight[labels], 0.0).sum()
 
 
-def _where(tensor: Tensor) -> dict[str, int]:
+def _where(tensor: Tensor) -> dict[str, Any]:
     return {"stream": torch.cuda.current_stream(tensor.device).cuda_stream, "device": tensor.device.index}
 
 
@@ -171,7 +182,7 @@ def _run_backward(rows: _Rows, lse: Tensor, scale: Tensor, backend: str) -> Tens
 
         return kernels.cross_entropy_backward(**vars(rows), lse=lse, scale=scale)
     dlogits = _new_gradient(rows.input)
-    addresses = {
+    addresses: dict[str, Any] = {
         "lse": lse.data_ptr(),
         "scale": scale.data_ptr(),
         "scale_stride": scale.stride(0) if scale.dim() else 0,
@@ -196,7 +207,9 @@ def _new_gradient(input: Tensor) -> Tensor:
 # --- ops and autograd -----------------------------------------------------------------------------------------
 
 _ARGUMENTS = "Tensor target, Tensor? weight, int ignore_index, int reduction, float label_smoothing"
-LIBRARY.define(f"cross_entropy(Tensor input, {_ARGUMENTS}, bool gradient, str backend) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    f"cross_entropy(Tensor input, {_ARGUMENTS}, bool gradient, str backend) -> (Tensor, Tensor, Tensor)"
+)
 LIBRARY.define(f"cross_entropy_(Tensor(a!) input, {_ARGUMENTS}, str backend) -> Tensor")
 LIBRARY.define(
     "cross_entropy_backward(Tensor input, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
@@ -205,7 +218,7 @@ LIBRARY.define(
 
 
 @torch.library.impl(LIBRARY, "cross_entropy", "CompositeExplicitAutograd")
-def _op(input, target, weight, ignore_index, reduction, label_smoothing, gradient, backend):  # type: ignore[no-untyped-def]
+def _op(input, target, weight, ignore_index, reduction, label_smoothing, gradient, backend):
     dlogits = _new_gradient(input) if gradient else None
     rows = _Rows(input, target, weight, ignore_index, label_smoothing)
     loss, lse = _run_forward(rows, reduction, dlogits, backend)
@@ -213,35 +226,37 @@ def _op(input, target, weight, ignore_index, reduction, label_smoothing, gradien
 
 
 @torch.library.register_fake("superfine::cross_entropy", lib=LIBRARY)
-def _op_fake(input, target, weight, ignore_index, reduction, label_smoothing, gradient, backend):  # type: ignore[no-untyped-def]
+def _op_fake(input, target, weight, ignore_index, reduction, label_smoothing, gradient, backend):
     lse = input.new_empty(input.shape[0], dtype=opmath_dtype(input.dtype))
     loss = torch.empty_like(lse) if reduction == NONE else lse.new_empty(())
     return loss, lse, input.new_empty(input.shape if gradient else 0)
 
 
 @torch.library.impl(LIBRARY, "cross_entropy_", "CompositeExplicitAutograd")
-def _op_inplace(input, target, weight, ignore_index, reduction, label_smoothing, backend):  # type: ignore[no-untyped-def]
+def _op_inplace(input, target, weight, ignore_index, reduction, label_smoothing, backend):
     rows = _Rows(input, target, weight, ignore_index, label_smoothing)
     return _run_forward(rows, reduction, input, backend)[0]
 
 
 @torch.library.register_fake("superfine::cross_entropy_", lib=LIBRARY)
-def _op_inplace_fake(input, target, weight, ignore_index, reduction, label_smoothing, backend):  # type: ignore[no-untyped-def]
+def _op_inplace_fake(input, target, weight, ignore_index, reduction, label_smoothing, backend):
     return input.new_empty((), dtype=opmath_dtype(input.dtype))
 
 
 @torch.library.impl(LIBRARY, "cross_entropy_backward", "CompositeExplicitAutograd")
-def _op_backward(input, target, weight, ignore_index, label_smoothing, lse, scale, backend):  # type: ignore[no-untyped-def]
+def _op_backward(input, target, weight, ignore_index, label_smoothing, lse, scale, backend):
     return _run_backward(_Rows(input, target, weight, ignore_index, label_smoothing), lse, scale, backend)
 
 
 @torch.library.register_fake("superfine::cross_entropy_backward", lib=LIBRARY)
-def _op_backward_fake(input, target, weight, ignore_index, label_smoothing, lse, scale, backend):  # type: ignore[no-untyped-def]
+def _op_backward_fake(input, target, weight, ignore_index, label_smoothing, lse, scale, backend):
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    input, target, weight, ctx.ignore_index, ctx.reduction, ctx.label_smoothing, ctx.fused, ctx.backend = inputs
+    input, target, weight, ctx.ignore_index, ctx.reduction, ctx.label_smoothing, ctx.fused, ctx.backend = (
+        inputs
+    )
     _, lse, dlogits = output
     ctx.mark_non_differentiable(lse, dlogits)
     ctx.set_materialize_grads(False)
@@ -252,12 +267,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    dinput = None
-    if grad is not None and ctx.needs_input_grad[0]:
-        if ctx.fused:
-            dinput = _times_upstream(*ctx.saved_tensors, grad)
-        else:
-            dinput = _two_phase_gradient(ctx, grad)
+    if grad is None or not ctx.needs_input_grad[0]:
+        return (None,) * 8
+    dinput = _times_upstream(ctx.saved_tensors[0], grad) if ctx.fused else _two_phase_gradient(ctx, grad)
     return dinput, None, None, None, None, None, None, None
 
 
@@ -288,22 +300,34 @@ def _times_upstream(dlogits: Tensor, grad: Tensor) -> Tensor:
     return dlogits * grad
 
 
-torch.library.register_autograd("superfine::cross_entropy", _backward, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(
+    "superfine::cross_entropy", _backward, setup_context=_setup_context, lib=LIBRARY
+)
 
 
-class _InPlace(torch.autograd.Function):
-    """cross_entropy_ with autograd: the logits' memory becomes the gradient, and their version counts up."""
+class _Fused(torch.autograd.Function):
+    """The fused way without the dispatcher, which for a small classifier costs more than the loss.
+
+    In place, the logits' memory becomes the gradient and their version counts up.
+    """
 
     @staticmethod
-    def forward(ctx, input, *arguments):  # type: ignore[no-untyped-def]
-        dlogits = input.detach()
-        loss = torch.ops.superfine.cross_entropy_(dlogits, *arguments)
+    def forward(ctx, input, inplace, target, weight, ignore_index, reduction, label_smoothing, backend):
+        if inplace:
+            dlogits = input.detach()
+            loss = torch.ops.superfine.cross_entropy_(
+                dlogits, target, weight, ignore_index, reduction, label_smoothing, backend
+            )
+        else:
+            loss, _, dlogits = _op(
+                input, target, weight, ignore_index, reduction, label_smoothing, True, backend
+            )
         ctx.save_for_backward(dlogits)
         return loss
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
-        return _times_upstream(*ctx.saved_tensors, grad), None, None, None, None, None, None
+    def backward(ctx, grad):
+        return _times_upstream(ctx.saved_tensors[0], grad), None, None, None, None, None, None, None
 
 
 # --- public ---------------------------------------------------------------------------------------------------
@@ -349,8 +373,8 @@ def cross_entropy(
         backend = "reference"
     if backend == "reference":
         return reference(input, target, weight, ignore_index, reduction, label_smoothing)
-    logits = input if input.dim() == 1 else input.movedim(1, -1)
-    logits = logits.reshape(-1, input.shape[-1 if input.dim() == 1 else 1])
+    logits = input if input.dim() <= 2 else input.movedim(1, -1)
+    logits = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         logits = logits.contiguous()
     labels = target.reshape(-1)
@@ -358,17 +382,24 @@ def cross_entropy(
         weight = weight.to(opmath_dtype(input.dtype)).contiguous()
     arguments = (labels, weight, ignore_index, REDUCTIONS[reduction], float(label_smoothing))
     needs_gradient = torch.is_grad_enabled() and input.requires_grad
-    if inplace and needs_gradient:
-        return _InPlace.apply(logits, *arguments, backend or "")
     fused = needs_gradient and reduction != "none" and input.device.type == "cpu"
+    if needs_gradient and (inplace or (fused and is_plain((logits, labels)))):
+        return _Fused.apply(logits, inplace, *arguments, backend or "")
     loss = torch.ops.superfine.cross_entropy(logits, *arguments, fused, backend or "")[0]
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
 def _check(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float, inplace: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    inplace: bool,
 ) -> None:
-    def expect(condition: bool, argument: str, value: object, expected: str, error: type[Exception] = ValueError) -> None:
+    def expect(
+        condition: bool, argument: str, value: object, expected: str, error: type[Exception] = ValueError
+    ) -> None:
         if not condition:
             reject("cross_entropy", argument, value, expected, error)
 
@@ -382,7 +413,9 @@ def _check(
     if target.is_floating_point():
         expect(target.shape == input.shape, "target", target, f"probabilities of shape {tuple(input.shape)}")
     else:
-        expect(target.dtype in (torch.int64, torch.int32), "target", target, "int64 or int32 classes", TypeError)
+        expect(
+            target.dtype in (torch.int64, torch.int32), "target", target, "int64 or int32 classes", TypeError
+        )
         shape = input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
         expect(target.shape == shape, "target", target, f"classes of shape {tuple(shape)}")
     expect(target.device == input.device, "target", target, f"a tensor on {input.device}")
@@ -399,5 +432,12 @@ def _check(
             not (input.requires_grad and input.is_leaf), "input", "a leaf that requires grad",
             "the output of an op: inplace=True overwrites it",
         )  # fmt: skip
-        strided = any(size > 1 and stride == 0 for size, stride in zip(input.shape, input.stride(), strict=True))
-        expect(not strided, "input", "an expanded tensor", "memory of its own for every element with inplace=True")
+        strided = any(
+            size > 1 and stride == 0 for size, stride in zip(input.shape, input.stride(), strict=True)
+        )
+        expect(
+            not strided,
+            "input",
+            "an expanded tensor",
+            "memory of its own for every element with inplace=True",
+        )

@@ -107,6 +107,15 @@ def poisoned(like: Tensor) -> Tensor:
     return torch.full(like.shape, float("nan"), dtype=like.dtype, device=like.device)
 
 
+def assert_same(backend: str, actual: Tensor, expected: Tensor) -> None:
+    """Equal bits from CUDA; Triton compiles one kernel per kind of arguments, and each may fuse differently."""
+    if backend == "cuda":
+        assert torch.equal(actual, expected)
+    else:
+        tolerance = max(LOSS_TOLERANCE[actual.dtype], GRADIENT_TOLERANCE[actual.dtype])
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual.cpu().double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -182,6 +191,7 @@ def test_adamw_can_be_captured_in_a_graph(cuda_module):
     case = AdamWCase.random([5000, 3], device="cuda")
     expected = step_on_cpu(case)
     before = case.to("cuda")
+    superfine_kernels.adamw_(*case.to("cuda").lists(), **HYPER, backend="cuda")  # loads the kernel
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         superfine_kernels.adamw_(*case.lists(), **HYPER, backend="cuda")
@@ -249,9 +259,9 @@ def test_cross_entropy_agrees_with_torch_in_float64(backend, dtype, vocab, label
 
     assert_close(losses, expected_losses, LOSS_TOLERANCE[dtype])
     assert_close(lse, expected_lse, LOSS_TOLERANCE[dtype])
-    assert torch.equal(alone, losses), "the losses depend on whether the gradient is asked for"
-    assert torch.equal(in_place, dlogits)
-    assert torch.equal(in_place_later, recomputed)
+    assert_same(backend, alone, losses)
+    assert_same(backend, in_place, dlogits)
+    assert_same(backend, in_place_later, recomputed)
     for gradient in (dlogits, recomputed):
         assert_close(gradient, expected, GRADIENT_TOLERANCE[dtype])
         assert not gradient[1].any()
@@ -270,7 +280,7 @@ def test_cross_entropy_on_strided_rows_touches_nothing_beside_them(backend, dtyp
     assert_close(losses, expected_losses, LOSS_TOLERANCE[dtype])
     assert_close(dense, expected, GRADIENT_TOLERANCE[dtype])
     forward(backend, x, t, dlogits=x, scale=scale)
-    assert torch.equal(x, dense)
+    assert_same(backend, x, dense)
     assert torch.equal(wide[:, :shift], before[:, :shift])
     assert torch.equal(wide[:, shift + vocab :], before[:, shift + vocab :])
 
@@ -336,9 +346,9 @@ def test_cross_entropy_over_more_than_2_to_the_31_logits(backend):
     expected = poisoned(few)
     expected_losses, expected_lse = forward(backend, few, few_labels, dlogits=expected, scale=scale)
     losses, lse = forward(backend, x, t, dlogits=x, scale=scale)
-    assert torch.equal(losses[ends], expected_losses)
-    assert torch.equal(lse[ends], expected_lse)
-    assert torch.equal(x[ends], expected)
+    assert_same(backend, losses[ends], expected_losses)
+    assert_same(backend, lse[ends], expected_lse)
+    assert_same(backend, x[ends], expected)
 
 
 def test_cross_entropy_runs_in_order_on_the_current_stream(backend):
@@ -380,9 +390,9 @@ def test_denominator_and_mean_stay_on_the_device(cuda_module, dtype, weighted, r
             **where(t),
         )
     kept = t[t != -100].cpu()
-    expected = torch.tensor(float(len(kept)) if w is None else w.cpu().double()[kept].sum())
+    expected = torch.ones(len(kept)).double().sum() if w is None else w.cpu().double()[kept].sum()
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
-    assert_close(out, torch.stack([expected, 1 / expected]).double(), tolerance)
+    assert_close(out, torch.stack([expected, 1 / expected]), tolerance)
     assert_close(total[0], losses.cpu().double().sum(), tolerance)
     if rows > 1:
         assert_close(mean[0], losses.cpu().double().sum() / expected, tolerance)

@@ -38,8 +38,10 @@ inline std::string describe(py::handle tensor) {
   return dtype.substr(dtype.find('.') + 1) + " " + shape + " on " + device;
 }
 
-[[noreturn]] inline void reject_adamw(const char* list, std::size_t i, const std::string& is, const std::string& expected) {
-  throw py::value_error("adamw_: " + std::string(list) + "[" + std::to_string(i) + "] is " + is + "; expected " + expected);
+[[noreturn]] inline void reject_adamw(const char* list, std::size_t i, const std::string& is,
+                                      const std::string& expected) {
+  throw py::value_error("adamw_: " + std::string(list) + "[" + std::to_string(i) + "] is " + is + "; expected " +
+                        expected);
 }
 
 namespace detail {
@@ -145,16 +147,28 @@ class AdamWReader {
         result_.rest.push_back(i);
         return;
       }
-      entry = {py::reinterpret_borrow<py::object>(objects.exp_avg_sq), py::reinterpret_borrow<py::object>(objects.step),
-               param.data, exp_avg.data, layout(param), exp_avg_sq.data, static_cast<float*>(step.data)};
+      entry = {py::reinterpret_borrow<py::object>(objects.exp_avg_sq),
+               py::reinterpret_borrow<py::object>(objects.step),
+               param.data,
+               exp_avg.data,
+               layout(param),
+               exp_avg_sq.data,
+               static_cast<float*>(step.data)};
     }
     const std::int64_t state_bytes = param.numel * element_size(*exp_avg.dtype);
     writes(param.data, param.numel * element_size(*param.dtype));
     writes(exp_avg.data, state_bytes);
     writes(entry.exp_avg_sq_data, state_bytes);
     if (amsgrad) writes(max_exp_avg_sq.data, state_bytes);
-    result_.tensors.push_back({param.data, grad.data, exp_avg.data, entry.exp_avg_sq_data, max_exp_avg_sq.data,
-                               param.numel, *param.dtype, *exp_avg.dtype, {}});
+    result_.tensors.push_back({param.data,
+                               grad.data,
+                               exp_avg.data,
+                               entry.exp_avg_sq_data,
+                               max_exp_avg_sq.data,
+                               param.numel,
+                               *param.dtype,
+                               *exp_avg.dtype,
+                               {}});
     result_.steps.push_back(entry.step_data);
   }
 
@@ -237,7 +251,8 @@ inline AdamWArguments read_adamw_lists(const TensorReader& reader, TensorView::D
   objects.reserve(n);
   for (std::size_t i = 0; i < n; ++i) {
     const auto at = [i](const py::list& list) { return PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i)); };
-    objects.push_back({at(params), at(grads), at(exp_avgs), at(exp_avg_sqs), amsgrad ? at(max_exp_avg_sqs) : nullptr, at(steps)});
+    objects.push_back(
+        {at(params), at(grads), at(exp_avgs), at(exp_avg_sqs), amsgrad ? at(max_exp_avg_sqs) : nullptr, at(steps)});
   }
   return read_adamw_objects(reader, device, objects);
 }
@@ -274,8 +289,9 @@ class StateWalk {
 // Arguments from an optimizer's parameter group and state. For some hundred small tensors, collecting
 // lists in Python would cost more than the step. `used` receives the parameters that have a gradient.
 // Nothing is returned for tensor subclasses, whose ops have to go through torch's dispatcher.
-inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader, TensorView::Device device, AdamWPlan& plan,
-                                       const py::list& params, const py::dict& state, bool amsgrad, py::list& used) {
+inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader, TensorView::Device device,
+                                                      AdamWPlan& plan, const py::list& params, const py::dict& state,
+                                                      bool amsgrad, py::list& used) {
   static PyObject* const grad_name = PyUnicode_InternFromString("grad");
   static PyObject* const names[] = {PyUnicode_InternFromString("exp_avg"), PyUnicode_InternFromString("exp_avg_sq"),
                                     PyUnicode_InternFromString("step"), PyUnicode_InternFromString("max_exp_avg_sq")};
@@ -287,7 +303,8 @@ inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader
   StateWalk walk(state.ptr());
   for (std::size_t i = 0; i < n; ++i) {
     constexpr std::size_t kAhead = 6;
-    if (i + kAhead < n) TensorReader::prefetch_record(PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i + kAhead)));
+    if (i + kAhead < n)
+      TensorReader::prefetch_record(PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i + kAhead)));
     PyObject* param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
     if (!reader.is_plain(param)) return std::nullopt;
     PyObject* entries = walk.find(param);

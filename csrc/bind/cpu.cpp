@@ -21,7 +21,9 @@ using namespace superfine;
 namespace {
 
 template <class T = void>
-T* pointer(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
 const cpu::Kernels& kernels_for(const std::string& isa) {
   if (isa.empty()) {
@@ -43,13 +45,12 @@ std::vector<std::string> isas() {
 }
 
 std::vector<std::size_t> adamw(const TensorReader& reader, const py::list& params, const py::list& grads,
-                               const py::list& exp_avgs, const py::list& exp_avg_sqs,
-                               const py::list& max_exp_avg_sqs, const py::list& steps, double lr, double beta1,
-                               double beta2, double eps, double weight_decay, bool maximize, int threads,
-                               const std::string& isa) {
+                               const py::list& exp_avgs, const py::list& exp_avg_sqs, const py::list& max_exp_avg_sqs,
+                               const py::list& steps, double lr, double beta1, double beta2, double eps,
+                               double weight_decay, bool maximize, int threads, const std::string& isa) {
   const cpu::Kernels& kernels = kernels_for(isa);
-  AdamWArguments arguments = read_adamw_lists(reader, TensorView::Device::cpu, params, grads, exp_avgs, exp_avg_sqs,
-                                              max_exp_avg_sqs, steps);
+  AdamWArguments arguments =
+      read_adamw_lists(reader, TensorView::Device::cpu, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps);
   advance(arguments, lr, beta1, beta2, eps, weight_decay, maximize);
   reader.increment_version(params);
   const py::gil_scoped_release release;
@@ -57,10 +58,9 @@ std::vector<std::size_t> adamw(const TensorReader& reader, const py::list& param
   return arguments.rest;
 }
 
-std::optional<std::pair<py::list, std::vector<std::size_t>>> adamw_group(const TensorReader& reader, AdamWPlan& plan,
-                                                          const py::list& params, const py::dict& state, bool amsgrad, double lr, double beta1,
-                                                          double beta2, double eps, double weight_decay, bool maximize,
-                                                          int threads, const std::string& isa) {
+std::optional<std::pair<py::list, std::vector<std::size_t>>> adamw_group(
+    const TensorReader& reader, AdamWPlan& plan, const py::list& params, const py::dict& state, bool amsgrad, double lr,
+    double beta1, double beta2, double eps, double weight_decay, bool maximize, int threads, const std::string& isa) {
   const cpu::Kernels& kernels = kernels_for(isa);
   py::list used;
   auto arguments = read_adamw_group(reader, TensorView::Device::cpu, plan, params, state, amsgrad, used);
@@ -76,8 +76,8 @@ std::optional<std::pair<py::list, std::vector<std::size_t>>> adamw_group(const T
 
 template <class Label>
 std::pair<std::int64_t, double> scan_labels(const Label* target, std::int64_t stride, std::int64_t rows,
-                                             std::int64_t vocab, const void* weight, bool weight_is_f64,
-                                             std::int64_t ignore_index) {
+                                            std::int64_t vocab, const void* weight, bool weight_is_f64,
+                                            std::int64_t ignore_index) {
   double weight_sum = 0;
   for (std::int64_t i = 0; i < rows; ++i) {
     const std::int64_t label = target[i * stride];
@@ -105,10 +105,17 @@ cpu::CrossEntropy cross_entropy_args(std::uintptr_t input, std::int64_t rows, st
                                      std::int64_t row_stride, int dtype, std::uintptr_t target, bool target_is_int64,
                                      std::int64_t target_stride, std::uintptr_t weight, std::int64_t ignore_index,
                                      double label_smoothing) {
-  return {pointer<const void>(input), rows,          vocab,
-          row_stride,                 static_cast<DType>(dtype), pointer<const void>(target),
-          target_is_int64,            target_stride, pointer<const void>(weight),
-          ignore_index,               label_smoothing};
+  return {pointer<const void>(input),
+          rows,
+          vocab,
+          row_stride,
+          static_cast<DType>(dtype),
+          pointer<const void>(target),
+          target_is_int64,
+          target_stride,
+          pointer<const void>(weight),
+          ignore_index,
+          label_smoothing};
 }
 
 template <class T>
@@ -135,15 +142,14 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("adamw", &adamw, "One AdamW step over lists of tensors. Returns the positions that it left alone.",
         py::arg("reader"), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-        py::arg("max_exp_avg_sqs"), py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
-        py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"), py::arg("threads"),
-        py::arg("isa"));
+        py::arg("max_exp_avg_sqs"), py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
+        py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"), py::arg("threads"), py::arg("isa"));
 
   m.def("adamw_group", &adamw_group,
         "One AdamW step over an optimizer's group. Returns the parameters with a gradient and the positions among "
         "them that it left alone; None where a parameter is a tensor subclass.",
-        py::arg("reader"), py::arg("plan"), py::arg("params"), py::arg("state"), py::arg("amsgrad"), py::kw_only(), py::arg("lr"),
-        py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"),
+        py::arg("reader"), py::arg("plan"), py::arg("params"), py::arg("state"), py::arg("amsgrad"), py::kw_only(),
+        py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"),
         py::arg("threads"), py::arg("isa"));
 
   m.def("check_labels", &check_labels,
@@ -165,10 +171,11 @@ PYBIND11_MODULE(_cpu, m) {
         return args.dtype == DType::f64 ? sum_in_order(pointer<const double>(losses), rows)
                                         : sum_in_order(pointer<const float>(losses), rows);
       },
-      "Losses and lse of every row; with `dlogits` also scale * dloss/dinput. Returns the sum of the losses.", py::arg("input"), py::arg("rows"),
-      py::arg("vocab"), py::arg("row_stride"), py::arg("dtype"), py::arg("target"), py::arg("target_is_int64"),
-      py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"), py::arg("label_smoothing"),
-      py::arg("losses"), py::arg("lse"), py::arg("dlogits"), py::arg("scale"), py::arg("threads"), py::arg("isa"));
+      "Losses and lse of every row; with `dlogits` also scale * dloss/dinput. Returns the sum of the losses.",
+      py::arg("input"), py::arg("rows"), py::arg("vocab"), py::arg("row_stride"), py::arg("dtype"), py::arg("target"),
+      py::arg("target_is_int64"), py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"),
+      py::arg("label_smoothing"), py::arg("losses"), py::arg("lse"), py::arg("dlogits"), py::arg("scale"),
+      py::arg("threads"), py::arg("isa"));
 
   m.def(
       "cross_entropy_backward",
@@ -185,9 +192,8 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "dlogits from the lse of the forward pass and one scale a row.", py::arg("input"), py::arg("rows"),
       py::arg("vocab"), py::arg("row_stride"), py::arg("dtype"), py::arg("target"), py::arg("target_is_int64"),
-      py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"), py::arg("label_smoothing"),
-      py::arg("lse"), py::arg("scale"), py::arg("scale_stride"), py::arg("dlogits"), py::arg("threads"),
-      py::arg("isa"));
+      py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("lse"),
+      py::arg("scale"), py::arg("scale_stride"), py::arg("dlogits"), py::arg("threads"), py::arg("isa"));
 
   m.def(
       "advise_huge_pages",

@@ -95,12 +95,11 @@ int common_device(const TensorReader& reader, const py::list& params) {
 }
 
 std::vector<std::size_t> adamw(const TensorReader& reader, const py::list& params, const py::list& grads,
-                               const py::list& exp_avgs, const py::list& exp_avg_sqs,
-                               const py::list& max_exp_avg_sqs, const py::list& steps, double lr, double beta1,
-                               double beta2, double eps, double weight_decay, bool maximize,
-                               std::uintptr_t stream) {
-  AdamWArguments arguments = read_adamw_lists(reader, TensorView::Device::cuda, params, grads, exp_avgs, exp_avg_sqs,
-                                              max_exp_avg_sqs, steps);
+                               const py::list& exp_avgs, const py::list& exp_avg_sqs, const py::list& max_exp_avg_sqs,
+                               const py::list& steps, double lr, double beta1, double beta2, double eps,
+                               double weight_decay, bool maximize, std::uintptr_t stream) {
+  AdamWArguments arguments =
+      read_adamw_lists(reader, TensorView::Device::cuda, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps);
   if (params.empty()) return {};
   const DeviceGuard guard(common_device(reader, params), "adamw_");
   advance(arguments, lr, beta1, beta2, eps, weight_decay, maximize);
@@ -114,10 +113,17 @@ cuda::CrossEntropy cross_entropy_args(std::uintptr_t input, std::int64_t rows, s
                                       std::int64_t row_stride, int dtype, std::uintptr_t target, bool target_is_int64,
                                       std::int64_t target_stride, std::uintptr_t weight, std::int64_t ignore_index,
                                       double label_smoothing) {
-  return {pointer<const void>(input), rows,          vocab,
-          row_stride,                 static_cast<DType>(dtype), pointer<const void>(target),
-          target_is_int64,            target_stride, pointer<const void>(weight),
-          ignore_index,               label_smoothing};
+  return {pointer<const void>(input),
+          rows,
+          vocab,
+          row_stride,
+          static_cast<DType>(dtype),
+          pointer<const void>(target),
+          target_is_int64,
+          target_stride,
+          pointer<const void>(weight),
+          ignore_index,
+          label_smoothing};
 }
 
 }  // namespace
@@ -131,8 +137,8 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def("adamw", &adamw, "One AdamW step over lists of tensors. Returns the positions that it left alone.",
         py::arg("reader"), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-        py::arg("max_exp_avg_sqs"), py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
-        py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"), py::arg("stream"));
+        py::arg("max_exp_avg_sqs"), py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
+        py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"), py::arg("stream"));
 
   m.def(
       "cross_entropy_forward",

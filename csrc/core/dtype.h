@@ -11,16 +11,35 @@ namespace superfine {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 
-struct bf16 { std::uint16_t bits; };
-struct f16 { std::uint16_t bits; };
+struct bf16 {
+  std::uint16_t bits;
+};
+struct f16 {
+  std::uint16_t bits;
+};
 
-SF_HD std::uint32_t float_bits(float x) { std::uint32_t u; std::memcpy(&u, &x, 4); return u; }
-SF_HD float bits_float(std::uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
+SF_HD std::uint32_t float_bits(float x) {
+  std::uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+SF_HD float bits_float(std::uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
 
 // All arithmetic on a storage type T happens in Opmath<T>: double for double, float otherwise.
-template <class T> struct OpmathOf { using type = float; };
-template <> struct OpmathOf<double> { using type = double; };
-template <class T> using Opmath = typename OpmathOf<T>::type;
+template <class T>
+struct OpmathOf {
+  using type = float;
+};
+template <>
+struct OpmathOf<double> {
+  using type = double;
+};
+template <class T>
+using Opmath = typename OpmathOf<T>::type;
 
 SF_HD float load(float x) { return x; }
 SF_HD double load(double x) { return x; }

@@ -55,15 +55,14 @@ void adamw(const AdamWTensor* tensors, std::int64_t count, int threads) {
   for (std::int64_t i = 0; i < count; ++i) total += tensors[i].numel;
   // Starting a second thread costs about 5 us, what one core needs for some 10,000 elements.
   const std::int64_t useful = total / 8192 + 1;
-  parallel_for(total, useful < threads ? static_cast<int>(useful) : threads,
-               [&](std::int64_t begin, std::int64_t end) {
-                 std::int64_t start = 0;
-                 for (std::int64_t i = 0; i < count && start < end; start += tensors[i++].numel) {
-                   const std::int64_t first = begin > start ? begin - start : 0;
-                   const std::int64_t last = end - start < tensors[i].numel ? end - start : tensors[i].numel;
-                   if (first < last) update(tensors[i], first, last);
-                 }
-               });
+  parallel_for(total, useful < threads ? static_cast<int>(useful) : threads, [&](std::int64_t begin, std::int64_t end) {
+    std::int64_t start = 0;
+    for (std::int64_t i = 0; i < count && start < end; start += tensors[i++].numel) {
+      const std::int64_t first = begin > start ? begin - start : 0;
+      const std::int64_t last = end - start < tensors[i].numel ? end - start : tensors[i].numel;
+      if (first < last) update(tensors[i], first, last);
+    }
+  });
 }
 
 }  // namespace superfine::cpu::SF_ISA

@@ -8,8 +8,10 @@
 namespace superfine::cpu {
 
 // Steps all tensors in one parallel region. The bits do not depend on `threads` or the ISA.
-#define SF_DECLARE(isa) \
-  namespace isa { void adamw(const AdamWTensor* tensors, std::int64_t count, int threads); }
+#define SF_DECLARE(isa)                                                    \
+  namespace isa {                                                          \
+  void adamw(const AdamWTensor* tensors, std::int64_t count, int threads); \
+  }
 SF_FOR_EACH_ISA(SF_DECLARE)
 #undef SF_DECLARE
 

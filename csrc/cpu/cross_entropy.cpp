@@ -4,13 +4,15 @@
 //   loss   = (1 - s) w_t (lse - x_t) + s/C sum_c w_c (lse - x_c)
 //   dx_c   = [(1 - s) w_t + s/C sum_c w_c] exp(x_c - lse) - (1 - s) w_t [c = t] - s/C w_c
 //
-// A row is read from memory once (maximum and sum, block by block), and again from the L2 cache for
-// the gradient: C * sizeof(x) bytes in, the same out, against two passes in and two out for the
-// separate log_softmax and its backward. Sums run over kLanes fixed lanes and a fixed tree, whatever
-// the vector width, so every instruction set and thread count gives the same bits.
+// A row is read from memory once, block by block: maximum, then sum of exponentials. The exponentials
+// stay in a buffer of the thread's own, in the L2 cache, and scaling them gives the gradient: C *
+// sizeof(x) bytes in, the same out and one exponential an element, against two passes in, two out and
+// two exponentials for log_softmax and its backward. Sums run over kLanes fixed lanes and a fixed tree,
+// whatever the vector width, so every instruction set and thread count gives the same bits.
 #include "cpu/cross_entropy.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #if defined(__SSE2__)
@@ -59,14 +61,45 @@ inline void for_each_group(const E* x, std::int64_t begin, std::int64_t end, E p
   }
 }
 
+// What one thread keeps of a row between the passes: exponentials relative to the maximum up to their
+// block, and those maxima.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(std::int64_t vocab)
+      : exponentials_(static_cast<T*>(allocate((vocab + kLanes) * sizeof(T)))),
+        maxima_(static_cast<T*>(allocate((vocab / kBlock + 1) * sizeof(T)))) {}
+  ~Scratch() {
+    std::free(exponentials_);
+    std::free(maxima_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  T* exponentials() const { return exponentials_; }
+  T& maximum(std::int64_t element) const { return maxima_[element / kBlock]; }
+
+ private:
+  static void* allocate(std::size_t bytes) {
+    void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (memory == nullptr) std::abort();  // out of memory inside a parallel region
+    return memory;
+  }
+
+  T* exponentials_;
+  T* maxima_;
+};
+
 template <class T>
 struct RowSums {
-  T lse;
+  T maximum;
+  T sum;     // sum_c exp(x_c - maximum)
   T smooth;  // sum_c w_c x_c, where smoothing asks for it
 };
 
-template <class E>
-RowSums<Opmath<E>> reduce_row(const E* x, std::int64_t vocab, const Opmath<E>* weight, bool smoothing) {
+template <class E, bool kKeep>
+RowSums<Opmath<E>> reduce_row(const E* x, std::int64_t vocab, const Opmath<E>* weight, bool smoothing,
+                              const Scratch<Opmath<E>>* scratch) {
   using T = Opmath<E>;
   const T inf = std::numeric_limits<T>::infinity();
   E minus_inf, zero;
@@ -91,8 +124,11 @@ RowSums<Opmath<E>> reduce_row(const E* x, std::int64_t vocab, const Opmath<E>* w
       running = maximum;
     }
     const T shift = running == -inf ? T(0) : running;  // a block of -inf only adds exp(-inf) = 0
-    for_each_group(x, begin, end, minus_inf, [&](const E* group, std::int64_t) {
-      for (int l = 0; l < kLanes; ++l) sums[l] += exp_nonpositive(load(group[l]) - shift);
+    if (kKeep) scratch->maximum(begin) = shift;
+    for_each_group(x, begin, end, minus_inf, [&](const E* group, std::int64_t offset) {
+      T* kept = kKeep ? scratch->exponentials() + offset : weights;
+      for (int l = 0; l < kLanes; ++l) kept[l] = exp_nonpositive(load(group[l]) - shift);
+      for (int l = 0; l < kLanes; ++l) sums[l] += kept[l];
     });
     if (smoothing) {
       for_each_group(x, begin, end, zero, [&](const E* group, std::int64_t offset) {
@@ -101,24 +137,25 @@ RowSums<Opmath<E>> reduce_row(const E* x, std::int64_t vocab, const Opmath<E>* w
       });
     }
   }
-  return {running + std::log(tree(sums, false)), smoothing ? tree(smooths, false) : T(0)};
+  return {running, tree(sums, false), smoothing ? tree(smooths, false) : T(0)};
 }
 
-// Copies `count` finished gradients; `stream` keeps them out of the caches.
+// Copies `count` finished gradients past the caches; what does not fill 16 aligned bytes goes the usual way.
 template <class E>
-inline void copy_out(E* out, const E* staged, std::int64_t count, bool stream) {
+inline void stream_out(E* out, const E* staged, std::int64_t count) {
 #if defined(__SSE2__)
-  if (stream && reinterpret_cast<std::uintptr_t>(out) % 16 == 0) {
-    const std::int64_t vectors = count * static_cast<std::int64_t>(sizeof(E)) / 16;
-    const __m128i* from = reinterpret_cast<const __m128i*>(staged);
-    __m128i* to = reinterpret_cast<__m128i*>(out);
-    for (std::int64_t i = 0; i < vectors; ++i) _mm_stream_si128(to + i, _mm_load_si128(from + i));
-    const std::int64_t done = vectors * 16 / static_cast<std::int64_t>(sizeof(E));
-    std::memcpy(out + done, staged + done, static_cast<std::size_t>(count - done) * sizeof(E));
-    return;
+  constexpr std::int64_t kPack = 16 / sizeof(E);
+  const auto misaligned = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out) % 16 / sizeof(E));
+  std::int64_t i = misaligned == 0 ? 0 : kPack - misaligned < count ? kPack - misaligned : count;
+  std::memcpy(out, staged, static_cast<std::size_t>(i) * sizeof(E));
+  for (; i + kPack <= count; i += kPack) {
+    const __m128i pack = _mm_loadu_si128(reinterpret_cast<const __m128i*>(staged + i));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), pack);
   }
-#endif
+  std::memcpy(out + i, staged + i, static_cast<std::size_t>(count - i) * sizeof(E));
+#else
   std::memcpy(out, staged, static_cast<std::size_t>(count) * sizeof(E));
+#endif
 }
 
 template <class E>
@@ -126,31 +163,25 @@ struct RowGradient {  // dx_c = softmax * p_c - smooth * w_c - [c = target] * at
   Opmath<E> softmax, smooth, at_target;
 };
 
-template <class E>
-void write_gradient(const E* x, std::int64_t vocab, Opmath<E> lse, std::int64_t target,
-                    const Opmath<E>* weight, const RowGradient<E>& k, E* out, bool stream) {
+// Writes a row's gradient, block by block, from `probabilities(begin, count, p)`, which fills p with
+// softmax * p_c for count <= kStage classes from `begin` on.
+template <class E, class Probabilities>
+inline void write_gradient(std::int64_t vocab, std::int64_t target, const Opmath<E>* weight, const RowGradient<E>& k,
+                           E* out, bool stream, const Probabilities& probabilities) {
   using T = Opmath<E>;
-  const T x_target = load(x[target]);  // read before an in-place write overwrites it
   alignas(64) E staged[kStage];
+  alignas(64) T p[kStage];
   for (std::int64_t begin = 0; begin < vocab; begin += kStage) {
     const std::int64_t count = begin + kStage < vocab ? kStage : vocab - begin;
-    const E* from = x + begin;
-    if (k.smooth == T(0)) {
-      for (std::int64_t i = 0; i < count; ++i) store(&staged[i], k.softmax * exp_nonpositive(load(from[i]) - lse));
-    } else if (weight == nullptr) {
-      for (std::int64_t i = 0; i < count; ++i) {
-        store(&staged[i], k.softmax * exp_nonpositive(load(from[i]) - lse) - k.smooth);
-      }
-    } else {
-      for (std::int64_t i = 0; i < count; ++i) {
-        store(&staged[i], k.softmax * exp_nonpositive(load(from[i]) - lse) - k.smooth * weight[begin + i]);
-      }
+    probabilities(begin, count, p);
+    if (k.smooth != T(0)) {
+      for (std::int64_t i = 0; i < count; ++i) p[i] -= k.smooth * (weight ? weight[begin + i] : T(1));
     }
-    copy_out(out + begin, staged, count, stream);
+    if (begin <= target && target < begin + count) p[target - begin] -= k.at_target;
+    E* to = stream ? staged : out + begin;
+    for (std::int64_t i = 0; i < count; ++i) store(&to[i], p[i]);
+    if (stream) stream_out(out + begin, staged, count);
   }
-  T value = k.softmax * exp_nonpositive(x_target - lse);
-  value -= k.smooth == T(0) ? T(0) : k.smooth * (weight ? weight[target] : T(1));
-  store(&out[target], value - k.at_target);
 }
 
 template <class T>
@@ -176,34 +207,61 @@ class Rows {
   const E* row(std::int64_t i) const { return static_cast<const E*>(args_.input) + i * args_.row_stride; }
   bool ignored(std::int64_t i) const { return label(args_, i) == args_.ignore_index; }
 
-  T forward(std::int64_t i, T* lse) const {
-    const std::int64_t t = label(args_, i);
-    const RowSums<T> sums = reduce_row(row(i), args_.vocab, weight_, smoothing_ > T(0));
-    *lse = sums.lse;
-    T loss = (T(1) - smoothing_) * weight(t) * (sums.lse - T(load(row(i)[t])));
-    if (smoothing_ > T(0)) {
-      loss += smoothing_ / static_cast<T>(args_.vocab) * (weight_sum_ * sums.lse - sums.smooth);
-    }
-    return loss;
-  }
+  T forward(std::int64_t i, T* lse) const { return loss(i, reduce<false>(i, nullptr), lse); }
 
   // The gradient buffer is dense; in place it is the input and keeps the input's row stride.
+  T forward_and_gradient(std::int64_t i, T* lse, T scale, E* dlogits, const Scratch<T>& scratch) const {
+    const RowSums<T> sums = reduce<true>(i, &scratch);
+    const T row_loss = loss(i, sums, lse);  // reads the logit of the target before it may be overwritten
+    const RowGradient<E> k = coefficients(i, scale);
+    const T normalizer = k.softmax / sums.sum;
+    write_gradient(args_.vocab, label(args_, i), weight_, k, out(i, dlogits), streams_to(dlogits),
+                   [&](std::int64_t begin, std::int64_t count, T* p) {
+                     const T factor = normalizer * exp_nonpositive(scratch.maximum(begin) - sums.maximum);
+                     const T* e = scratch.exponentials() + begin;
+                     for (std::int64_t j = 0; j < count; ++j) p[j] = factor * e[j];
+                   });
+    return row_loss;
+  }
+
   void gradient(std::int64_t i, T lse, T scale, E* dlogits) const {
-    const bool in_place = dlogits == args_.input;
-    E* out = dlogits + i * (in_place ? args_.row_stride : args_.vocab);
-    if (ignored(i)) {
-      std::memset(static_cast<void*>(out), 0, static_cast<std::size_t>(args_.vocab) * sizeof(E));
-      return;
-    }
-    const std::int64_t t = label(args_, i);
-    const T per_class = smoothing_ / static_cast<T>(args_.vocab);
-    const T hard = (T(1) - smoothing_) * weight(t);
-    const RowGradient<E> k = {scale * (hard + per_class * weight_sum_), scale * per_class, scale * hard};
-    write_gradient(row(i), args_.vocab, lse, t, weight_, k, out, stream_ && !in_place);
+    const RowGradient<E> k = coefficients(i, scale);
+    write_gradient(args_.vocab, label(args_, i), weight_, k, out(i, dlogits), streams_to(dlogits),
+                   [&](std::int64_t begin, std::int64_t count, T* p) {
+                     const E* x = row(i) + begin;
+                     for (std::int64_t j = 0; j < count; ++j) p[j] = k.softmax * exp_nonpositive(load(x[j]) - lse);
+                   });
+  }
+
+  void no_gradient(std::int64_t i, E* dlogits) const {
+    std::memset(static_cast<void*>(out(i, dlogits)), 0, static_cast<std::size_t>(args_.vocab) * sizeof(E));
   }
 
  private:
   T weight(std::int64_t c) const { return weight_ ? weight_[c] : T(1); }
+  bool streams_to(const E* dlogits) const { return stream_ && dlogits != args_.input; }
+  E* out(std::int64_t i, E* dlogits) const {
+    return dlogits + i * (dlogits == args_.input ? args_.row_stride : args_.vocab);
+  }
+
+  template <bool kKeep>
+  RowSums<T> reduce(std::int64_t i, const Scratch<T>* scratch) const {
+    return reduce_row<E, kKeep>(row(i), args_.vocab, weight_, smoothing_ > T(0), scratch);
+  }
+
+  T loss(std::int64_t i, const RowSums<T>& sums, T* lse) const {
+    const std::int64_t t = label(args_, i);
+    *lse = sums.maximum + std::log(sums.sum);
+    const T hard = (T(1) - smoothing_) * weight(t) * (*lse - T(load(row(i)[t])));
+    if (!(smoothing_ > T(0))) return hard;
+    return hard + smoothing_ / static_cast<T>(args_.vocab) * (weight_sum_ * *lse - sums.smooth);
+  }
+
+  RowGradient<E> coefficients(std::int64_t i, T scale) const {
+    const T per_class = smoothing_ / static_cast<T>(args_.vocab);
+    const T hard = (T(1) - smoothing_) * weight(label(args_, i));
+    return {scale * (hard + per_class * weight_sum_), scale * per_class, scale * hard};
+  }
 
   const CrossEntropy& args_;
   const T* weight_;
@@ -212,30 +270,47 @@ class Rows {
   bool stream_;
 };
 
+// Starting a second thread costs about 5 us, what one core needs for some 8,000 logits.
+int useful_threads(const CrossEntropy& args, int threads) {
+  const std::int64_t useful = args.rows * args.vocab / 8192 + 1;
+  return useful < threads ? static_cast<int>(useful) : threads;
+}
+
 template <class E>
 void forward(const CrossEntropy& args, void* losses, void* lse, void* dlogits, double scale, int threads) {
   using T = Opmath<E>;
   const Rows<E> rows(args);
-  parallel_for(args.rows, threads, [&](std::int64_t begin, std::int64_t end) {
+  T* losses_out = static_cast<T*>(losses);
+  T* lse_out = static_cast<T*>(lse);
+  E* gradients = static_cast<E*>(dlogits);
+  parallel_for(args.rows, useful_threads(args, threads), [&](std::int64_t begin, std::int64_t end) {
+    const Scratch<T> scratch(gradients ? args.vocab : 0);
     for (std::int64_t i = begin; i < end; ++i) {
-      T loss = 0, row_lse = 0;
-      if (!rows.ignored(i)) loss = rows.forward(i, &row_lse);
-      static_cast<T*>(losses)[i] = loss;
-      static_cast<T*>(lse)[i] = row_lse;
-      if (dlogits) rows.gradient(i, row_lse, static_cast<T>(scale), static_cast<E*>(dlogits));
+      if (rows.ignored(i)) {
+        losses_out[i] = lse_out[i] = T(0);
+        if (gradients) rows.no_gradient(i, gradients);
+      } else if (gradients) {
+        losses_out[i] = rows.forward_and_gradient(i, &lse_out[i], static_cast<T>(scale), gradients, scratch);
+      } else {
+        losses_out[i] = rows.forward(i, &lse_out[i]);
+      }
     }
   });
 }
 
 template <class E>
-void backward(const CrossEntropy& args, const void* lse, const void* scale, std::int64_t scale_stride,
-              void* dlogits, int threads) {
+void backward(const CrossEntropy& args, const void* lse, const void* scale, std::int64_t scale_stride, void* dlogits,
+              int threads) {
   using T = Opmath<E>;
   const Rows<E> rows(args);
-  parallel_for(args.rows, threads, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(args.rows, useful_threads(args, threads), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
-      rows.gradient(i, static_cast<const T*>(lse)[i], static_cast<const T*>(scale)[i * scale_stride],
-                    static_cast<E*>(dlogits));
+      if (rows.ignored(i)) {
+        rows.no_gradient(i, static_cast<E*>(dlogits));
+      } else {
+        const T row_scale = static_cast<const T*>(scale)[i * scale_stride];
+        rows.gradient(i, static_cast<const T*>(lse)[i], row_scale, static_cast<E*>(dlogits));
+      }
     }
   });
 }
@@ -252,8 +327,8 @@ void cross_entropy_forward(const CrossEntropy& args, void* losses, void* lse, vo
   }
 }
 
-void cross_entropy_backward(const CrossEntropy& args, const void* lse, const void* scale,
-                            std::int64_t scale_stride, void* dlogits, int threads) {
+void cross_entropy_backward(const CrossEntropy& args, const void* lse, const void* scale, std::int64_t scale_stride,
+                            void* dlogits, int threads) {
   switch (args.dtype) {
     case DType::f32: return backward<float>(args, lse, scale, scale_stride, dlogits, threads);
     case DType::f64: return backward<double>(args, lse, scale, scale_stride, dlogits, threads);

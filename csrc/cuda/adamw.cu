@@ -63,8 +63,8 @@ __device__ __forceinline__ bool is_aligned(const T* a, const T* b, const T* c, i
 }
 
 template <bool kAmsgrad, int N, class P, class S>
-__device__ __forceinline__ void update(const AdamWScalars<Opmath<P>>& s, P* param, const P* grad,
-                                       S* exp_avg, S* exp_avg_sq, S* max_exp_avg_sq) {
+__device__ __forceinline__ void update(const AdamWScalars<Opmath<P>>& s, P* param, const P* grad, S* exp_avg,
+                                       S* exp_avg_sq, S* max_exp_avg_sq) {
   using T = Opmath<P>;
   auto p = *reinterpret_cast<const Pack<P, N>*>(param);
   const auto g = *reinterpret_cast<const Pack<P, N>*>(grad);
@@ -141,9 +141,8 @@ class Launcher {
       table_.scalars[scalars_++] = round_scalars<Opmath<P>>(t.scalars);
     }
     const int i = table_.count++;
-    table_.tensors[i] = {static_cast<P*>(t.param),     static_cast<const P*>(t.grad),
-                         static_cast<S*>(t.exp_avg),   static_cast<S*>(t.exp_avg_sq),
-                         static_cast<S*>(t.max_exp_avg_sq), t.numel};
+    table_.tensors[i] = {static_cast<P*>(t.param),      static_cast<const P*>(t.grad),     static_cast<S*>(t.exp_avg),
+                         static_cast<S*>(t.exp_avg_sq), static_cast<S*>(t.max_exp_avg_sq), t.numel};
     table_.first_chunk[i] = static_cast<std::int32_t>(chunks_);
     table_.scalars_of[i] = static_cast<std::uint16_t>(scalars);
     chunks_ += chunks;
@@ -201,8 +200,7 @@ void launch(const AdamWTensor* tensors, std::int64_t count, const Select& select
 template <class P, class S, bool kAmsgrad>
 void step(const AdamWTensor* tensors, std::int64_t count, DType param, DType state, cudaStream_t stream) {
   const auto select = [=](const AdamWTensor& t) {
-    return t.numel > 0 && t.param_dtype == param && t.state_dtype == state &&
-           (t.max_exp_avg_sq != nullptr) == kAmsgrad;
+    return t.numel > 0 && t.param_dtype == param && t.state_dtype == state && (t.max_exp_avg_sq != nullptr) == kAmsgrad;
   };
   const std::int64_t selected = std::count_if(tensors, tensors + count, select);
   if (selected == 0) return;

@@ -137,8 +137,8 @@ class GradientWriter {
 // kHold: the row waits in dynamic shared memory, which has room for its packs.
 template <class E, bool kSmooth, bool kHold>
 __global__ void __launch_bounds__(kThreadLimit<E>, 1)
-    forward_kernel(const CrossEntropy args, std::int64_t first_row, Opmath<E>* losses, Opmath<E>* lses,
-                   void* dlogits, const Opmath<E>* scales, std::int64_t scale_stride) {
+    forward_kernel(const CrossEntropy args, std::int64_t first_row, Opmath<E>* losses, Opmath<E>* lses, void* dlogits,
+                   const Opmath<E>* scales, std::int64_t scale_stride) {
   using T = Opmath<E>;
   constexpr int kPack = Layout<E>::kPack;
   extern __shared__ float4 shared[];
@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
   }
   if (dlogits == nullptr) return;
   __syncwarp();  // a block of one warp has met no barrier yet, and x_target may now be overwritten
-  const Gradient<T> k(maximum, T(1) / part.softmax.sum, scales[i * scale_stride], smoothing, w_target,
-                      part.weights, vocab);
+  const Gradient<T> k(maximum, T(1) / part.softmax.sum, scales[i * scale_stride], smoothing, w_target, part.weights,
+                      vocab);
   const GradientWriter<E, kSmooth> write(row, layout, k);
   if (kHold) {
     for (int p = threadIdx.x; p < layout.packs; p += blockDim.x) write(p, held[p]);
@@ -299,9 +299,9 @@ void launch_forward(const CrossEntropy& args, void* losses, void* lse, void* dlo
                "cross_entropy_forward");
   }
   for_each_slice(args.rows, "cross_entropy_forward", [&](std::int64_t first, unsigned blocks) {
-    kernel<<<blocks, threads_for<E>(args.vocab), shared_bytes, stream>>>(
-        args, first, static_cast<T*>(losses), static_cast<T*>(lse), dlogits, static_cast<const T*>(scale),
-        scale_stride);
+    kernel<<<blocks, threads_for<E>(args.vocab), shared_bytes, stream>>>(args, first, static_cast<T*>(losses),
+                                                                         static_cast<T*>(lse), dlogits,
+                                                                         static_cast<const T*>(scale), scale_stride);
   });
 }
 
@@ -314,15 +314,16 @@ void forward(const CrossEntropy& args, void* losses, void* lse, void* dlogits, c
   constexpr int kScratch = kMaxThreads / kWarp * sizeof(SmoothSoftmax<Opmath<E>>);
   const std::int64_t row_bytes = args.vocab * static_cast<std::int64_t>(sizeof(E)) / 16 * 16;
   if (dlogits != nullptr && row_bytes + kScratch <= limit) {
-    launch_forward<E, kSmooth, true>(args, losses, lse, dlogits, scale, scale_stride, static_cast<int>(row_bytes), stream);
+    launch_forward<E, kSmooth, true>(args, losses, lse, dlogits, scale, scale_stride, static_cast<int>(row_bytes),
+                                     stream);
   } else {
     launch_forward<E, kSmooth, false>(args, losses, lse, dlogits, scale, scale_stride, 0, stream);
   }
 }
 
 template <class E, bool kSmooth>
-void backward(const CrossEntropy& args, const void* lse, const void* scale, std::int64_t scale_stride,
-              void* dlogits, cudaStream_t stream) {
+void backward(const CrossEntropy& args, const void* lse, const void* scale, std::int64_t scale_stride, void* dlogits,
+              cudaStream_t stream) {
   using T = Opmath<E>;
   for_each_slice(args.rows, "cross_entropy_backward", [&](std::int64_t first, unsigned blocks) {
     backward_kernel<E, kSmooth><<<blocks, threads_for<E>(args.vocab), 0, stream>>>(
@@ -356,8 +357,8 @@ void cross_entropy_forward(const CrossEntropy& args, void* losses, void* lse, vo
   });
 }
 
-void cross_entropy_backward(const CrossEntropy& args, const void* lse, const void* scale,
-                            std::int64_t scale_stride, void* dlogits, cudaStream_t stream) {
+void cross_entropy_backward(const CrossEntropy& args, const void* lse, const void* scale, std::int64_t scale_stride,
+                            void* dlogits, cudaStream_t stream) {
   dispatch(args, "cross_entropy_backward", [&](auto element, auto smooth) {
     backward<decltype(element), smooth.value>(args, lse, scale, scale_stride, dlogits, stream);
   });

@@ -31,8 +31,8 @@ void cross_entropy_forward(const CrossEntropy& args, void* losses, void* lse, vo
                            std::int64_t scale_stride, cudaStream_t stream);
 
 // dlogits as above, from the lse of the forward pass: one read and one write of the logits.
-void cross_entropy_backward(const CrossEntropy& args, const void* lse, const void* scale,
-                            std::int64_t scale_stride, void* dlogits, cudaStream_t stream);
+void cross_entropy_backward(const CrossEntropy& args, const void* lse, const void* scale, std::int64_t scale_stride,
+                            void* dlogits, cudaStream_t stream);
 
 // out[0] = sum of w_t over the rows that are not ignored, out[1] = 1 / out[0]: the mean's denominator
 // and the scale of its gradient, without a word to the host. Reads target, weight and sizes only.

@@ -20,7 +20,7 @@ namespace superfine {
 // What one tensor needs at one step; computed in double by `adamw_scalars`, then rounded once to T.
 template <class T>
 struct AdamWScalars {
-  T decay;                  // 1 - lr * weight_decay
+  T decay;  // 1 - lr * weight_decay
   T one_minus_beta1;
   T beta2;
   T one_minus_beta2;
@@ -30,8 +30,8 @@ struct AdamWScalars {
   T gradient_sign;          // -1 to maximise
 };
 
-inline AdamWScalars<double> adamw_scalars(double lr, double beta1, double beta2, double eps,
-                                          double weight_decay, bool maximize, double step) {
+inline AdamWScalars<double> adamw_scalars(double lr, double beta1, double beta2, double eps, double weight_decay,
+                                          bool maximize, double step) {
   AdamWScalars<double> s;
   s.decay = 1.0 - lr * weight_decay;
   s.one_minus_beta1 = 1.0 - beta1;
@@ -46,10 +46,14 @@ inline AdamWScalars<double> adamw_scalars(double lr, double beta1, double beta2,
 
 template <class T>
 inline AdamWScalars<T> round_scalars(const AdamWScalars<double>& s) {
-  return {static_cast<T>(s.decay),           static_cast<T>(s.one_minus_beta1),
-          static_cast<T>(s.beta2),           static_cast<T>(s.one_minus_beta2),
-          static_cast<T>(s.eps),             static_cast<T>(s.negative_step_size),
-          static_cast<T>(s.sqrt_bias_correction2), static_cast<T>(s.gradient_sign)};
+  return {static_cast<T>(s.decay),
+          static_cast<T>(s.one_minus_beta1),
+          static_cast<T>(s.beta2),
+          static_cast<T>(s.one_minus_beta2),
+          static_cast<T>(s.eps),
+          static_cast<T>(s.negative_step_size),
+          static_cast<T>(s.sqrt_bias_correction2),
+          static_cast<T>(s.gradient_sign)};
 }
 
 // p: parameter, g: gradient, m: exp_avg, v: exp_avg_sq, v_max: max_exp_avg_sq (kAmsgrad only).

@@ -6,7 +6,6 @@ before the split, because a text in both train and test makes the test score a m
 
 from __future__ import annotations
 
-import codecs
 import csv
 import hashlib
 import importlib
@@ -203,15 +202,12 @@ def stratified_split(
 
 def _decode(path: Path, encoding: str) -> str:
     raw = path.read_bytes()
+    # Spreadsheets put a byte-order mark before UTF-8; it would become part of the first column's name.
+    codec = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8", "utf_8") else encoding
     try:
-        codec = codecs.lookup(encoding)
+        return raw.decode(codec)
     except LookupError:
-        raise ValueError(
-            f"data: encoding is {encoding!r}; expected a codec such as utf-8 or latin-1"
-        ) from None
-    try:
-        # Spreadsheets put a byte-order mark before UTF-8; it would become part of the first column's name.
-        return raw.decode("utf-8-sig" if codec.name == "utf-8" else encoding)
+        raise ValueError(f"data: encoding is {encoding!r}; expected a codec such as utf-8") from None
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         guess = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"

@@ -29,7 +29,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         *,
         inplace: bool = False,
     ) -> None:
-        super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+        super().__init__(
+            weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
         self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class AdamW(torch.optim.AdamW):
                 if "step" in (saved := self.state.get(param, {})):
                     saved["step"] = saved["step"].to(device="cpu", dtype=torch.float32)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step; returns what `closure`, if given, returned."""
         loss = None
         if closure is not None:
@@ -89,7 +89,9 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def _plan(self, index: int) -> AdamWPlan:
-        plans = self.__dict__.setdefault("_plans", [])  # not in __init__: a copied or unpickled optimizer has none
+        plans = self.__dict__.setdefault(
+            "_plans", []
+        )  # not in __init__: a copied or unpickled optimizer has none
         while len(plans) <= index:
             plans.append(AdamWPlan())
         return plans[index]
@@ -115,16 +117,23 @@ class AdamW(torch.optim.AdamW):
             state = self.state[param]
             state["step"] = torch.zeros((), dtype=torch.float32)
             for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+                state[name] = torch.zeros_like(
+                    param, memory_format=torch.preserve_format, requires_grad=False
+                )
         return bool(missing)
 
     def _step_group_with_torch(self, group: dict[str, Any]) -> None:
-        lists: list[list[Tensor]] = [[] for _ in range(6)]
+        lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
         beta1, beta2 = group["betas"]
         with torch.set_grad_enabled(group["differentiable"]):
             has_complex = self._init_group(group, *lists)
             adam(
-                *lists,
+                params=lists[0],
+                grads=lists[1],
+                exp_avgs=lists[2],
+                exp_avg_sqs=lists[3],
+                max_exp_avg_sqs=lists[4],
+                state_steps=lists[5],
                 amsgrad=group["amsgrad"],
                 has_complex=has_complex,
                 beta1=beta1,

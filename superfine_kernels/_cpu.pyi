@@ -1,0 +1,55 @@
+"""
+CPU kernels. Addresses are integers from Tensor.data_ptr(); an empty `isa` means the best one.
+"""
+from __future__ import annotations
+import types
+import typing
+__all__: list[str] = ['AdamWPlan', 'TensorReader', 'adamw', 'adamw_group', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'isas']
+class TensorReader:
+    """
+    Reads torch tensors natively; made once from the torch module.
+    """
+    def __init__(self, torch: types.ModuleType) -> None:
+        ...
+    def use_attributes(self) -> None:
+        """
+        Read through Python attributes, as for torch < 2.10.
+        """
+    @property
+    def uses_dlpack(self) -> bool:
+        ...
+class AdamWPlan:
+    """
+    What an optimizer remembers of a group between steps; validated by each.
+    """
+    def __init__(self) -> None:
+        ...
+def adamw(reader: TensorReader, params: list, grads: list, exp_avgs: list, exp_avg_sqs: list, max_exp_avg_sqs: list, steps: list, *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, maximize: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
+    """
+    One AdamW step over lists of tensors. Returns the positions that it left alone.
+    """
+def adamw_group(reader: TensorReader, plan: AdamWPlan, params: list, state: dict, amsgrad: bool, *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, maximize: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> tuple[list, list[int]] | None:
+    """
+    One AdamW step over an optimizer's group. Returns the parameters with a gradient and the positions among them that it left alone; None where a parameter is a tensor subclass.
+    """
+def advise_huge_pages(address: typing.SupportsInt | typing.SupportsIndex, bytes: typing.SupportsInt | typing.SupportsIndex) -> bool:
+    """
+    Asks for huge pages behind a fresh buffer. False where the system has none.
+    """
+def check_labels(target: typing.SupportsInt | typing.SupportsIndex, target_is_int64: bool, target_stride: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, weight_is_f64: bool, ignore_index: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, float]:
+    """
+    (first position with a label outside [0, vocab) or -1, sum of the weights of the labels not ignored).
+    """
+def cross_entropy_backward(input: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, row_stride: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_is_int64: bool, target_stride: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, ignore_index: typing.SupportsInt | typing.SupportsIndex, label_smoothing: typing.SupportsFloat | typing.SupportsIndex, lse: typing.SupportsInt | typing.SupportsIndex, scale: typing.SupportsInt | typing.SupportsIndex, scale_stride: typing.SupportsInt | typing.SupportsIndex, dlogits: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> None:
+    """
+    dlogits from the lse of the forward pass and one scale a row.
+    """
+def cross_entropy_forward(input: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, row_stride: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_is_int64: bool, target_stride: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, ignore_index: typing.SupportsInt | typing.SupportsIndex, label_smoothing: typing.SupportsFloat | typing.SupportsIndex, losses: typing.SupportsInt | typing.SupportsIndex, lse: typing.SupportsInt | typing.SupportsIndex, dlogits: typing.SupportsInt | typing.SupportsIndex, scale: typing.SupportsFloat | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> float:
+    """
+    Losses and lse of every row; with `dlogits` also scale * dloss/dinput. Returns the sum of the losses.
+    """
+def isas() -> list[str]:
+    """
+    The instruction sets that this build holds and this processor runs, best last.
+    """
+__version__: str = '0.1.0'
