@@ -126,30 +126,48 @@ def _cpu_forward(rows: _Rows, reduction: int, dlogits: Tensor | None, isa: str) 
     )
     if reduction == NONE:
         return losses, lse
-    return torch.tensor(total / denominator if denominator else float("nan"), dtype=lse.dtype), lse
+    mean = total / denominator if denominator else float("nan")
+    return torch.tensor(mean, dtype=lse.dtype, device=lse.device), lse  # not torch's default device
 
 
-def _gpu_forward(rows: _Rows, reduction: int, dlogits: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+def _cuda_forward(rows: _Rows, reduction: int, dlogits: Tensor | None) -> tuple[Tensor, Tensor]:
+    from superfine_kernels import _cuda
+
+    arguments, where = rows.native(), _where(rows.input)
+    losses, lse = rows.new_rows(), rows.new_rows()
+    denominator = losses.new_ones(2)  # and its reciprocal, which scales the gradient
+    if reduction == MEAN:
+        labels = {k: v for k, v in arguments.items() if k not in ("input", "row_stride", "label_smoothing")}
+        _cuda.cross_entropy_denominator(**labels, out=denominator.data_ptr(), **where)
+    _cuda.cross_entropy_forward(
+        **arguments,
+        losses=losses.data_ptr(),
+        lse=lse.data_ptr(),
+        dlogits=0 if dlogits is None else dlogits.data_ptr(),
+        scale=denominator[1].data_ptr(),
+        scale_stride=0,
+        **where,
+    )
+    if reduction == NONE:
+        return losses, lse
+    loss = losses.new_empty(())
+    _cuda.cross_entropy_reduce(
+        losses=losses.data_ptr(),
+        rows=losses.numel(),
+        dtype=DTYPE_CODES[losses.dtype],
+        denominator=denominator.data_ptr() if reduction == MEAN else 0,
+        out=loss.data_ptr(),
+        **where,
+    )
+    return loss, lse
+
+
+def _triton_forward(rows: _Rows, reduction: int, dlogits: Tensor | None) -> tuple[Tensor, Tensor]:
+    from superfine_kernels.triton import cross_entropy as kernels
+
     one = rows.input.new_ones((), dtype=opmath_dtype(rows.input.dtype))
     denominator = _device_denominator(rows) if reduction == MEAN else one
-    scale = denominator.reciprocal()
-    if backend == "triton":
-        from superfine_kernels.triton import cross_entropy as kernels
-
-        losses, lse = kernels.cross_entropy_forward(**vars(rows), dlogits=dlogits, scale=scale)
-    else:
-        from superfine_kernels import _cuda
-
-        losses, lse = rows.new_rows(), rows.new_rows()
-        _cuda.cross_entropy_forward(
-            **rows.native(),
-            losses=losses.data_ptr(),
-            lse=lse.data_ptr(),
-            dlogits=0 if dlogits is None else dlogits.data_ptr(),
-            scale=scale.data_ptr(),
-            scale_stride=0,
-            **_where(rows.input),
-        )
+    losses, lse = kernels.cross_entropy_forward(**vars(rows), dlogits=dlogits, scale=denominator.reciprocal())
     return (losses if reduction == NONE else losses.sum() / denominator), lse
 
 
@@ -171,7 +189,7 @@ def _run_forward(rows: _Rows, reduction: int, dlogits: Tensor | None, backend: s
     name, _, isa = _backends.choose("cross_entropy", rows.input.device, backend).partition(":")
     if name == "cpu":
         return _cpu_forward(rows, reduction, dlogits, isa)
-    return _gpu_forward(rows, reduction, dlogits, name)
+    return (_triton_forward if name == "triton" else _cuda_forward)(rows, reduction, dlogits)
 
 
 def _run_backward(rows: _Rows, lse: Tensor, scale: Tensor, backend: str) -> Tensor:
@@ -235,7 +253,9 @@ def _op_fake(input, target, weight, ignore_index, reduction, label_smoothing, gr
 @torch.library.impl(LIBRARY, "cross_entropy_", "CompositeExplicitAutograd")
 def _op_inplace(input, target, weight, ignore_index, reduction, label_smoothing, backend):
     rows = _Rows(input, target, weight, ignore_index, label_smoothing)
-    return _run_forward(rows, reduction, input, backend)[0]
+    loss = _run_forward(rows, reduction, input, backend)[0]
+    torch.autograd.graph.increment_version(input)  # autograd must notice, as after any in-place op
+    return loss
 
 
 @torch.library.register_fake("superfine::cross_entropy_", lib=LIBRARY)
@@ -289,7 +309,8 @@ def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
 
 
 def _times_upstream(dlogits: Tensor, grad: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and grad.requires_grad:
+    # With create_graph=True the gradient would pass for a constant, even where `grad` is one.
+    if torch.is_grad_enabled() and (grad.requires_grad or is_plain((grad,))):
         raise RuntimeError(
             "cross_entropy: a second derivative is asked for, and the fused backward keeps no logits; "
             "pass backend='reference'"
@@ -432,12 +453,19 @@ def _check(
             not (input.requires_grad and input.is_leaf), "input", "a leaf that requires grad",
             "the output of an op: inplace=True overwrites it",
         )  # fmt: skip
-        strided = any(
-            size > 1 and stride == 0 for size, stride in zip(input.shape, input.stride(), strict=True)
-        )
         expect(
-            not strided,
+            not _overlaps_itself(input),
             "input",
-            "an expanded tensor",
+            f"a tensor with strides {input.stride()}",
             "memory of its own for every element with inplace=True",
         )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements may share memory: each stride must step over all that the smaller ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False

@@ -108,7 +108,7 @@ def poisoned(like: Tensor) -> Tensor:
 
 
 def assert_same(backend: str, actual: Tensor, expected: Tensor) -> None:
-    """Equal bits from CUDA; Triton compiles one kernel per kind of arguments, and each may fuse differently."""
+    """Equal bits from CUDA; Triton compiles a kernel per kind of arguments, and each may fuse otherwise."""
     if backend == "cuda":
         assert torch.equal(actual, expected)
     else:

@@ -33,7 +33,7 @@ struct AdamWObjects {
 
 inline std::string describe(py::handle tensor) {
   const std::string dtype = py::str(tensor.attr("dtype"));
-  const std::string shape = py::str(py::tuple(tensor.attr("shape")));
+  const std::string shape = py::str(py::tuple(py::list(tensor.attr("shape"))));
   const std::string device = py::str(tensor.attr("device"));
   return dtype.substr(dtype.find('.') + 1) + " " + shape + " on " + device;
 }
@@ -60,7 +60,7 @@ inline std::uint64_t hash(const Ranges& ranges) {
     h = (h ^ reinterpret_cast<std::uintptr_t>(begin)) * 0x9e3779b97f4a7c15u;
     h = (h ^ (h >> 32) ^ reinterpret_cast<std::uintptr_t>(end)) * 0xd6e8feb86659fd93u;
   }
-  return h ^ (h >> 32);
+  return (h ^ (h >> 32)) | 1;  // never 0, which marks an empty slot
 }
 
 // Every byte may be written through one tensor only.
@@ -68,7 +68,7 @@ inline void reject_overlap(Ranges& ranges) {
   constexpr std::size_t kRemembered = 64;  // parameter groups that take turns
   static std::array<std::uint64_t, kRemembered> passed = {};
   const std::uint64_t key = hash(ranges);
-  std::uint64_t& slot = passed[key % kRemembered];
+  std::uint64_t& slot = passed[(key >> 1) % kRemembered];
   if (slot == key) return;
   std::sort(ranges.begin(), ranges.end());
   for (std::size_t i = 1; i < ranges.size(); ++i) {

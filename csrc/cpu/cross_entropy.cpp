@@ -94,17 +94,17 @@ template <class T>
 struct RowSums {
   T maximum;
   T sum;     // sum_c exp(x_c - maximum)
-  T smooth;  // sum_c w_c x_c, where smoothing asks for it
+  T smooth;  // sum_c w_c (x_c - reference), where smoothing asks for it
 };
 
 template <class E, bool kKeep>
 RowSums<Opmath<E>> reduce_row(const E* x, std::int64_t vocab, const Opmath<E>* weight, bool smoothing,
-                              const Scratch<Opmath<E>>* scratch) {
+                              Opmath<E> reference, const Scratch<Opmath<E>>* scratch) {
   using T = Opmath<E>;
   const T inf = std::numeric_limits<T>::infinity();
-  E minus_inf, zero;
+  E minus_inf, pad;
   store(&minus_inf, -inf);
-  store(&zero, T(0));
+  store(&pad, reference);
   T sums[kLanes] = {}, smooths[kLanes] = {}, weights[kLanes];
   T running = -inf;
   for (std::int64_t begin = 0; begin < vocab; begin += kBlock) {
@@ -131,9 +131,9 @@ RowSums<Opmath<E>> reduce_row(const E* x, std::int64_t vocab, const Opmath<E>* w
       for (int l = 0; l < kLanes; ++l) sums[l] += kept[l];
     });
     if (smoothing) {
-      for_each_group(x, begin, end, zero, [&](const E* group, std::int64_t offset) {
+      for_each_group(x, begin, end, pad, [&](const E* group, std::int64_t offset) {
         for (int l = 0; l < kLanes; ++l) weights[l] = weight && offset + l < end ? weight[offset + l] : T(1);
-        for (int l = 0; l < kLanes; ++l) smooths[l] += weights[l] * T(load(group[l]));
+        for (int l = 0; l < kLanes; ++l) smooths[l] += weights[l] * (T(load(group[l])) - reference);
       });
     }
   }
@@ -246,15 +246,24 @@ class Rows {
 
   template <bool kKeep>
   RowSums<T> reduce(std::int64_t i, const Scratch<T>* scratch) const {
-    return reduce_row<E, kKeep>(row(i), args_.vocab, weight_, smoothing_ > T(0), scratch);
+    return reduce_row<E, kKeep>(row(i), args_.vocab, weight_, smoothing_ > T(0), reference(i), scratch);
   }
 
   T loss(std::int64_t i, const RowSums<T>& sums, T* lse) const {
     const std::int64_t t = label(args_, i);
-    *lse = sums.maximum + std::log(sums.sum);
-    const T hard = (T(1) - smoothing_) * weight(t) * (*lse - T(load(row(i)[t])));
+    const T log_sum = std::log(sums.sum);
+    *lse = sums.maximum + log_sum;
+    // Differences of logits, not of lse, so that an offset common to a row costs no digits.
+    const T hard = (T(1) - smoothing_) * weight(t) * (log_sum + (sums.maximum - T(load(row(i)[t]))));
     if (!(smoothing_ > T(0))) return hard;
-    return hard + smoothing_ / static_cast<T>(args_.vocab) * (weight_sum_ * *lse - sums.smooth);
+    const T soft = weight_sum_ * (log_sum + (sums.maximum - reference(i))) - sums.smooth;
+    return hard + smoothing_ / static_cast<T>(args_.vocab) * soft;
+  }
+
+  // Smoothing sums start from the target's logit: small terms, whatever the offset of the row.
+  T reference(std::int64_t i) const {
+    const T x = load(row(i)[label(args_, i)]);
+    return std::isfinite(x) ? x : T(0);
   }
 
   RowGradient<E> coefficients(std::int64_t i, T scale) const {

@@ -27,7 +27,7 @@ class AdamW(torch.optim.AdamW):
 
     Raises:
         ValueError: arguments out of range, as torch; a gradient of another dtype, device or shape; parameters
-            that overlap in memory. No parameter has moved then.
+            that overlap in memory. No parameter of that group has moved then.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class AdamW(torch.optim.AdamW):
         missing = [p for p in group["params"] if p.grad is not None and not self.state.get(p)]
         for param in missing:
             state = self.state[param]
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
                 state[name] = torch.zeros_like(
                     param, memory_format=torch.preserve_format, requires_grad=False

@@ -1,0 +1,69 @@
+"""Small helpers that several test files share."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from superfine_kernels import _cpu
+
+ISAS = _cpu.isas()
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(actual: Tensor, expected: Tensor) -> bool:
+    """Equal bit for bit, the sign of zero included; any NaN equals any other."""
+    if actual.dtype != expected.dtype or actual.shape != expected.shape:
+        return False
+    if not actual.is_floating_point():
+        return torch.equal(actual, expected)
+    nan = actual.isnan()
+    integers = _INTEGERS[actual.element_size()]
+    bits = [t.detach().contiguous().view(integers).masked_fill(nan, 0) for t in (actual, expected)]
+    return torch.equal(nan, expected.isnan()) and torch.equal(*bits)
+
+
+def assert_same_bits_in_lists(
+    actual: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]
+) -> None:
+    for k, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert same_bits(a, b), f"list {k}, tensor {i} of shape {tuple(a.shape)} differs"
+
+
+@contextlib.contextmanager
+def one_warning(text: str) -> Iterator[None]:
+    """The block gives exactly one warning, and it contains `text`."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 1, messages
+    assert text in messages[0]
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Runs the block with torch at `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_python(code: str, *options: str) -> str:
+    """What `code` prints in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

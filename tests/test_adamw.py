@@ -1,0 +1,534 @@
+"""adamw_ on the CPU: against the formula in float64, and bit for bit where equal bits are promised."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import ADAMW_DTYPES, AdamWCase
+from support import ISAS, assert_same_bits_in_lists, one_warning, same_bits, threads
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
+
+import superfine_kernels
+from superfine_kernels import _cpu, adamw_
+from superfine_kernels.adamw import cost, reference
+
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
+
+HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+
+# Nothing, one element, around one vector and four (16, 64 floats), around 512 and 4096, and around the 8192
+# elements from which a second thread starts.
+SIZES = [0, 1, 15, 16, 17, 63, 64, 65, 511, 512, 513, 4095, 4096, 4097, 8191, 8192, 8193]
+
+
+def assert_step_agrees_with_float64(
+    lists: Sequence[list[Tensor]], backend: str | None = None, **hyper
+) -> None:
+    """Steps `lists` in place and compares every element with the formula in float64 on the same values."""
+    hyper = {**HYPER, **hyper}
+    before = [[t.detach().to(torch.float64, copy=True) for t in tensors] for tensors in lists]
+    expected = [[t.clone() for t in tensors] for tensors in before]
+    expected[5] = [step.clone() for step in lists[5]]
+    reference(*expected, **hyper)
+    adamw_(*lists, **hyper, backend=backend)
+    assert_same_bits_in_lists([lists[5]], [expected[5]])
+    for k, (ours, theirs) in enumerate(zip(lists[:5], expected[:5], strict=True)):
+        for i, (actual, exact) in enumerate(zip(ours, theirs, strict=True)):
+            # What cancels leaves the rounding errors of its terms: a few units of the largest of them.
+            terms = exact.abs() + before[k][i].abs()
+            first_moment_terms = before[1][i].abs() + before[2][i].abs()
+            if k == 2:
+                terms += first_moment_terms
+            if k == 0:
+                step = float(expected[5][i])
+                root = (expected[4] or expected[3])[i].sqrt() / (1 - hyper["beta2"] ** step) ** 0.5
+                step_size = hyper["lr"] / (1 - hyper["beta1"] ** step)
+                terms += step_size * first_moment_terms / (root + hyper["eps"])
+            info = torch.finfo(actual.dtype)
+            error = (actual.double() - exact).abs()
+            assert (error <= 8 * info.eps * (terms + info.smallest_normal)).all(), f"list {k}, tensor {i}"
+
+
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        {},
+        {"maximize": True},
+        {"weight_decay": 0.0},
+        {"lr": 0.0},
+        {"beta1": 0.0, "beta2": 0.0, "eps": 1e-3},
+        {"lr": 0.3, "beta1": 0.5, "beta2": 0.95},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize(("param", "state"), ADAMW_DTYPES)
+def test_agrees_with_the_formula_in_float64(param, state, amsgrad, hyper):
+    case = AdamWCase.random(SIZES, param, state, amsgrad)
+    for _ in range(3):
+        assert_step_agrees_with_float64(case.lists(), **hyper)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 70), min_size=1, max_size=6),
+    dtypes=st.sampled_from(ADAMW_DTYPES),
+    amsgrad=st.booleans(),
+    lr=st.floats(0, 1),
+    betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.9999)),
+    eps=st.floats(1e-10, 1e-2),
+    weight_decay=st.floats(0, 1),
+    maximize=st.booleans(),
+)
+def test_any_hyperparameters(sizes, dtypes, amsgrad, lr, betas, eps, weight_decay, maximize):
+    case = AdamWCase.random(sizes, *dtypes, amsgrad)
+    hyper = {"lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
+    assert_step_agrees_with_float64(case.lists(), **hyper, maximize=maximize)
+
+
+def test_mixed_dtypes_in_one_call():
+    cases = [AdamWCase.random([17, 64], *dtypes) for dtypes in ADAMW_DTYPES]
+    lists = [[t for case in cases for t in case.lists()[k]] for k in range(6)]
+    assert_step_agrees_with_float64(lists)
+
+
+# --- bits -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize(("param", "state"), ADAMW_DTYPES)
+def test_same_bits_on_every_instruction_set_thread_count_and_run(param, state, amsgrad):
+    # Elements next to the special ones are in the same vectors; the tail of 8193 is a vector of its own.
+    case = AdamWCase.random(SIZES, param, state, amsgrad)
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-30, -1e-40, 3e38])
+    for tensors in (case.params[-1], case.grads[-1]):
+        tensors[100:108] = special
+    results = []
+    for isa in [*ISAS, ISAS[-1]]:
+        for count in (1, 2, 3):
+            copy = case.to("cpu")
+            with threads(count):
+                for _ in range(2):
+                    adamw_(*copy.lists(), **HYPER, backend=f"cpu:{isa}")
+            results.append(copy.lists())
+    for other in results[1:]:
+        assert_same_bits_in_lists(other, results[0])
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_float32_has_the_bits_of_torch_fused(amsgrad, maximize):
+    # Multiples of 16: torch steps a shorter tail with other roundings.
+    ours = AdamWCase.random([16, 64, 512, 4096, 8208], amsgrad=amsgrad)
+    theirs = ours.to("cpu")
+    for step in range(1, 6):
+        adamw_(*ours.lists(), **{**HYPER, "maximize": maximize})
+        torch._foreach_add_(theirs.steps, 1)
+        torch._fused_adamw_(
+            *theirs.lists(), lr=HYPER["lr"], beta1=HYPER["beta1"], beta2=HYPER["beta2"], eps=HYPER["eps"],
+            weight_decay=HYPER["weight_decay"], amsgrad=amsgrad, maximize=maximize,
+        )  # fmt: skip
+        assert_same_bits_in_lists(ours.lists(), theirs.lists())
+        assert ours.steps[0] == step
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype):
+    # Without gradient and moments a step is p * (1 - lr * weight_decay), rounded once; the products run
+    # through normal, subnormal, halfway, overflowing and NaN results.
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for weight_decay in (0.0, 0.25, 1 / 3, 0.5, 0.999, 1 - 2**-12, 3.0):
+        keep = torch.tensor(1 - weight_decay, dtype=torch.float64).float()
+        param, zero = numbers.clone(), torch.zeros_like(numbers)
+        adamw_(
+            [param], [zero], [zero.clone()], [zero.clone()], [], [torch.zeros(())],
+            **{**HYPER, "lr": 1.0, "weight_decay": weight_decay, "eps": 1.0},
+        )  # fmt: skip
+        expected = (numbers.float() * keep).to(dtype)
+        # + 0: the last addition of a step may drop the sign of a zero.
+        assert same_bits(param + 0, expected + 0)
+
+
+# --- layouts and values -----------------------------------------------------------------------------
+
+
+def _laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The values of a (4, 6, 5, 3) tensor in another order of memory, dense."""
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "reversed":
+        return tensor.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    if layout == "expanded size 1":  # the stride of a dimension of size 1 means nothing
+        return tensor.contiguous().as_strided((4, 6, 5, 3), (90, 15, 3, 1)).unsqueeze(1).expand(4, 1, 6, 5, 3)
+    return tensor.contiguous()
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "reversed", "expanded size 1"])
+def test_dense_layouts_are_stepped_in_place(layout):
+    plain = AdamWCase.random([360], amsgrad=True)
+    strided = [[_laid_out(t.reshape(4, 6, 5, 3), layout) for t in ts] for ts in plain.to("cpu").lists()[:5]]
+    pointers = [t.data_ptr() for ts in strided for t in ts]
+    steps = [step.clone() for step in plain.steps]
+    adamw_(*plain.lists(), **HYPER)
+    adamw_(*strided, steps, **HYPER)  # a warning would be an error: no reference path here
+    assert [t.data_ptr() for ts in strided for t in ts] == pointers
+    for k in range(5):
+        assert same_bits(strided[k][0].reshape(360), plain.lists()[k][0])
+
+
+@pytest.mark.parametrize("sliced", ["params", "all"])
+def test_slices_leave_their_neighbours_alone_and_warn_once(sliced):
+    parents = [torch.randn(40, 7) for _ in range(4)]
+    before = [t.clone() for t in parents]
+    views = [t[:, :3] if sliced == "all" or k == 0 else t[:, :3].clone() for k, t in enumerate(parents)]
+    views[3].abs_()
+    before[3][:, :3].abs_()
+    lists = [*([v] for v in views), [], [torch.zeros(())]]
+    with one_warning("layout that no kernel takes; eager torch steps them"):
+        for _ in range(2):
+            assert_step_agrees_with_float64(lists)
+    for parent, old in zip(parents, before, strict=True):
+        assert torch.equal(parent[:, 3:], old[:, 3:])
+    assert not torch.equal(parents[0][:, :3], before[0][:, :3])
+
+
+def test_a_gradient_in_another_order_than_its_parameter():
+    lists = [
+        [torch.randn(6, 5)],
+        [torch.randn(5, 6).t()],
+        [torch.randn(6, 5)],
+        [torch.rand(6, 5)],
+        [],
+        [torch.zeros(())],
+    ]
+    with one_warning("layout that no kernel takes"):
+        assert_step_agrees_with_float64(lists)
+
+
+def test_kernel_and_reference_share_a_call():
+    case = AdamWCase.random([20, 30, 40])
+    case.params[1] = torch.randn(60)[::2]
+    with one_warning("the first is torch.float32 with strides (2,)"):
+        assert_step_agrees_with_float64(case.lists())
+
+
+def test_complex_parameters_are_pairs_of_real_ones():
+    real = AdamWCase.random([30])
+    complexes = [[torch.view_as_complex(t.clone().view(15, 2)) for t in ts] for ts in real.lists()[:4]]
+    with one_warning("torch.complex64"):
+        adamw_(*complexes, [], [real.steps[0].clone()], **HYPER)
+    reference(*real.lists(), **HYPER)
+    for k in range(4):
+        assert same_bits(torch.view_as_real(complexes[k][0]).reshape(30), real.lists()[k][0])
+
+
+def test_zero_dimensional_parameters():
+    lists = [
+        [torch.tensor(2.0)],
+        [torch.tensor(-3.0)],
+        [torch.tensor(0.5)],
+        [torch.tensor(0.25)],
+        [],
+        [torch.zeros(())],
+    ]
+    assert_step_agrees_with_float64(lists)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_nan_and_infinite_gradients_do_what_torch_does(amsgrad):
+    ours = AdamWCase.random([64], amsgrad=amsgrad)
+    ours.grads[0][3], ours.grads[0][20], ours.grads[0][40] = torch.nan, torch.inf, -torch.inf
+    theirs = ours.to("cpu")
+    for _ in range(2):
+        adamw_(*ours.lists(), **HYPER)
+        torch._foreach_add_(theirs.steps, 1)
+        torch._fused_adamw_(
+            *theirs.lists(), lr=HYPER["lr"], beta1=HYPER["beta1"], beta2=HYPER["beta2"], eps=HYPER["eps"],
+            weight_decay=HYPER["weight_decay"], amsgrad=amsgrad, maximize=False,
+        )  # fmt: skip
+    assert_same_bits_in_lists(ours.lists(), theirs.lists())
+    assert ours.params[0].isnan().nonzero().flatten().tolist() == [3, 20, 40]
+
+
+def test_denormal_moments_keep_their_digits():
+    lists = [[torch.ones(40)], [torch.full((40,), 1e-22)], [torch.full((40,), 1e-40)], [torch.full((40,), 1e-42)], [],
+             [torch.zeros(())]]  # fmt: skip
+    assert_step_agrees_with_float64(lists, eps=1e-30)
+    assert (lists[3][0] > 0).all()
+
+
+# --- bad input ------------------------------------------------------------------------------------------
+
+
+def _replace(name: str, tensor: Tensor):
+    return lambda case: getattr(case, name).__setitem__(1, tensor)
+
+
+BAD_LISTS = {
+    "grads short": (lambda c: c.grads.pop(), "adamw_: grads has 1 tensors; expected 2, one for each of params"),
+    "exp_avgs short": (lambda c: c.exp_avgs.pop(), "exp_avgs has 1 tensors; expected 2"),
+    "exp_avg_sqs short": (lambda c: c.exp_avg_sqs.pop(), "exp_avg_sqs has 1 tensors; expected 2"),
+    "max_exp_avg_sqs short": (lambda c: c.max_exp_avg_sqs.pop(), "max_exp_avg_sqs has 1 tensors; expected 2"),
+    "steps short": (lambda c: c.steps.pop(), "steps has 1 tensors; expected 2"),
+    "params short": (lambda c: c.params.pop(), "grads has 2 tensors; expected 1"),
+    "grad dtype": (
+        _replace("grads", torch.zeros(4, 5).bfloat16()),
+        "adamw_: grads[1] is bfloat16 (4, 5) on cpu; expected float32 (4, 5) on cpu",
+    ),
+    "exp_avg dtype": (
+        _replace("exp_avgs", torch.zeros(4, 5).half()),
+        "adamw_: exp_avgs[1] is float16 (4, 5) on cpu; expected float32 (4, 5) on cpu",
+    ),
+    "exp_avg shape": (
+        _replace("exp_avgs", torch.zeros(20)),
+        "adamw_: exp_avgs[1] is float32 (20,) on cpu; expected float32 (4, 5) on cpu",
+    ),
+    "exp_avg_sq dtype": (_replace("exp_avg_sqs", torch.zeros(4, 5).double()), "exp_avg_sqs[1] is float64 (4, 5) on cpu"),
+    "max dtype": (_replace("max_exp_avg_sqs", torch.zeros(4, 5).half()), "max_exp_avg_sqs[1] is float16 (4, 5) on cpu"),
+    "step dtype": (_replace("steps", torch.tensor(3)), "steps[1] is int64 () on cpu; expected float32 () on cpu"),
+    "step shape": (_replace("steps", torch.zeros(2)), "steps[1] is float32 (2,) on cpu; expected float32 () on cpu"),
+    "param device": (
+        _replace("params", torch.zeros(4, 5, device="meta")),
+        "params[1] is float32 (4, 5) on meta; expected a tensor on cpu",
+    ),
+    "grad device": (
+        _replace("grads", torch.zeros(4, 5, device="meta")),
+        "grads[1] is float32 (4, 5) on meta; expected float32 (4, 5) on cpu",
+    ),
+    "state is param": (lambda c: c.exp_avgs.__setitem__(1, c.params[1]), "overlap in memory"),
+    "param twice": (lambda c: c.params.__setitem__(1, c.params[0][:20].view(4, 5)), "overlap in memory"),
+    "overlap by one": (lambda c: c.exp_avg_sqs.__setitem__(1, c.exp_avgs[0][4:24].view(4, 5)), "overlap in memory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_LISTS)
+def test_bad_lists_are_refused_before_anything_is_written(name):
+    spoil, message = BAD_LISTS[name]
+    flat = AdamWCase.random([24, 20], amsgrad=True)
+    case = AdamWCase(*([t.view(4, 5) if t.numel() == 20 else t for t in ts] for ts in flat.lists()))
+    spoil(case)
+    tensors = [t for ts in case.lists() for t in ts if t.device.type == "cpu"]
+    before = [t.clone() for t in tensors]
+    with pytest.raises(ValueError) as error:
+        adamw_(*case.lists(), **HYPER)
+    assert message in str(error.value)
+    assert all(same_bits(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": -1e-9}, "adamw_: lr is -1e-09 (float); expected a finite number >= 0"),
+        ({"lr": float("nan")}, "adamw_: lr is nan (float)"),
+        ({"lr": float("inf")}, "adamw_: lr is inf (float)"),
+        ({"beta1": 1.0}, "adamw_: beta1 is 1.0 (float); expected a number in [0, 1)"),
+        ({"beta2": -0.1}, "adamw_: beta2 is -0.1 (float); expected a number in [0, 1)"),
+        ({"eps": -1.0}, "adamw_: eps is -1.0 (float); expected a number >= 0"),
+        ({"weight_decay": float("nan")}, "adamw_: weight_decay is nan (float); expected a number >= 0"),
+    ],
+)
+def test_bad_hyperparameters_are_refused(change, message):
+    case = AdamWCase.random([5])
+    before = case.to("cpu")
+    with pytest.raises(ValueError) as error:
+        adamw_(*case.lists(), **{**HYPER, **change})
+    assert message in str(error.value)
+    assert_same_bits_in_lists(case.lists(), before.lists())
+
+
+def test_a_moment_of_a_dtype_that_no_step_takes_is_refused_before_the_others_move():
+    case = AdamWCase.random([6, 7], torch.float64, torch.float64)
+    case.exp_avgs[1], case.exp_avg_sqs[1] = torch.zeros(7), torch.zeros(7)
+    before = case.to("cpu")
+    with pytest.raises(
+        ValueError, match=r"exp_avgs\[1\] is float32 \(7,\) on cpu; expected float64 \(7,\) on cpu"
+    ):
+        adamw_(*case.lists(), **HYPER)
+    assert_same_bits_in_lists(case.lists(), before.lists())
+
+
+def test_integer_parameters_are_refused():
+    ones = [[torch.ones(3, dtype=torch.int64)] for _ in range(4)]
+    with pytest.raises((ValueError, TypeError), match=r"params\[0\] is int64 \(3,\) on cpu; expected"):
+        adamw_(*ones, [], [torch.zeros(())], **HYPER)
+    assert torch.equal(ones[0][0], torch.ones(3, dtype=torch.int64))
+
+
+def test_sparse_gradients_are_refused_in_one_line():
+    case = AdamWCase.random([3])
+    before = case.to("cpu")
+    lists = [case.params, [case.grads[0].to_sparse()], *case.lists()[2:]]
+    with pytest.raises((ValueError, TypeError), match=r"adamw_: grads\[0\].*sparse") as error:
+        adamw_(*lists, **HYPER)
+    assert "\n" not in str(error.value)
+    assert_same_bits_in_lists([case.params], [before.params])
+
+
+@pytest.mark.parametrize("wrong", [None, 1.0, [1.0]])
+def test_what_is_no_tensor_is_refused(wrong):
+    case = AdamWCase.random([3])
+    case.grads[0] = wrong
+    with pytest.raises(TypeError, match=r"expected a torch\.Tensor"):
+        adamw_(*case.lists(), **HYPER)
+
+
+def test_an_unknown_or_unusable_backend_is_named():
+    case = AdamWCase.random([3])
+    for backend, reason in [
+        ("sse", "no such backend"),
+        ("cpu:mmx", "has baseline"),
+        ("cuda", "adamw_: backend is 'cuda'"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            adamw_(*case.lists(), **HYPER, backend=backend)
+        assert reason in str(error.value)
+
+
+def test_no_parameters_is_a_step_of_nothing():
+    adamw_([], [], [], [], [], [], **HYPER)
+
+
+# --- torch around the op --------------------------------------------------------------------------------
+
+
+def test_autograd_notices_the_step():
+    case = AdamWCase.random([5])
+    weight = case.params[0].requires_grad_()
+    product = weight * weight  # keeps the weight for its backward
+    adamw_(*case.lists(), **HYPER)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+def test_a_failed_step_does_not_count_as_a_change():
+    case = AdamWCase.random([5])
+    version = case.params[0]._version
+    with pytest.raises(ValueError):
+        adamw_(*case.lists(), **{**HYPER, "lr": -1.0})
+    assert case.params[0]._version == version
+
+
+@pytest.mark.parametrize(("param", "state"), ADAMW_DTYPES)
+def test_reading_tensors_through_attributes_gives_the_same(param, state):
+    # The way of torch before 2.10, which has no DLPack exchange table.
+    case = AdamWCase.random([0, 1, 17, 600], param, state, amsgrad=True)
+    case.params[2] = case.params[2].requires_grad_()
+    expected = case.to("cpu")
+    adamw_(*expected.lists(), **HYPER)
+    reader = _cpu.TensorReader(torch)
+    reader.use_attributes()
+    assert not reader.uses_dlpack
+    assert _cpu.adamw(reader, *case.lists(), **HYPER, threads=2, isa="") == []
+    assert_same_bits_in_lists(case.lists(), expected.lists())
+
+
+def test_reading_through_attributes_refuses_the_same():
+    reader = _cpu.TensorReader(torch)
+    reader.use_attributes()
+    case = AdamWCase.random([3, 4])
+    case.grads[1] = torch.zeros(4, device="meta")
+    with pytest.raises(
+        ValueError, match=r"grads\[1\] is float32 \(4,\) on meta; expected float32 \(4,\) on cpu"
+    ):
+        _cpu.adamw(reader, *case.lists(), **HYPER, threads=1, isa="")
+    case.grads[1] = "four"
+    with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got str"):
+        _cpu.adamw(reader, *case.lists(), **HYPER, threads=1, isa="")
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_passes_opcheck(amsgrad):
+    case = AdamWCase.random([3, 17], amsgrad=amsgrad)
+    torch.library.opcheck(torch.ops.superfine.adamw_.default, case.lists(), HYPER)
+
+
+def test_fake_tensors_are_taken_and_nothing_is_computed():
+    with FakeTensorMode():
+        lists = [[torch.empty(5)] for _ in range(4)]
+        adamw_(*lists, [], [torch.empty(())], **HYPER)
+    assert lists[0][0].shape == (5,)
+
+
+def test_tensor_subclasses_are_stepped_through_their_own_dispatch():
+    case = AdamWCase.random([7])
+    lists = [[TwoTensor(t.clone(), 2 * t) for t in ts] for ts in case.lists()]
+    twice = [[2 * t for t in ts] for ts in case.lists()]
+    adamw_(*lists, **HYPER)
+    adamw_(*case.lists(), **HYPER)
+    adamw_(*twice, **HYPER)
+    for k in range(6):
+        if lists[k]:
+            assert same_bits(lists[k][0].a, case.lists()[k][0])
+            assert same_bits(lists[k][0].b, twice[k][0])
+
+
+def test_inference_tensors_are_stepped():
+    with torch.inference_mode():
+        case = AdamWCase.random([17])
+        assert_step_agrees_with_float64(case.lists())
+
+
+def test_two_python_threads_step_their_own_parameters():
+    cases = [AdamWCase.random([9000 + i]) for i in range(4)]
+    expected = [case.to("cpu") for case in cases]
+    for case in expected:
+        for _ in range(20):
+            adamw_(*case.lists(), **HYPER)
+
+    def work(case: AdamWCase) -> None:
+        for _ in range(20):
+            adamw_(*case.lists(), **HYPER)
+
+    workers = [threading.Thread(target=work, args=(case,)) for case in cases]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for case, other in zip(cases, expected, strict=True):
+        assert_same_bits_in_lists(case.lists(), other.lists())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler gives warnings of its own
+def test_compiles_into_a_graph():
+    def step(*lists: list[Tensor]) -> Tensor:
+        adamw_(*lists, **HYPER)
+        return lists[0][0] * 2
+
+    case = AdamWCase.random([17, 33])
+    expected = case.to("cpu")
+    doubled = torch.compile(step, fullgraph=True)(*case.lists())
+    adamw_(*expected.lists(), **HYPER)
+    assert_same_bits_in_lists(case.lists(), expected.lists())
+    assert same_bits(doubled, expected.params[0] * 2)
+
+
+# --- cost ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("param", "state", "amsgrad", "bytes_per_element"),
+    [
+        (torch.float32, None, False, 28),
+        (torch.float32, None, True, 36),
+        (torch.bfloat16, torch.float32, False, 22),
+        (torch.bfloat16, None, False, 14),
+        (torch.float16, torch.float16, False, 14),
+        (torch.float64, None, False, 56),
+    ],
+)
+def test_cost_counts_every_byte_once(param, state, amsgrad, bytes_per_element):
+    assert cost(1000, param, state, amsgrad).bytes == 1000 * bytes_per_element
+    assert cost(1000, param, state, amsgrad).flops == 1000 * (16 if amsgrad else 15)
+    assert cost(0).bytes == 0
+
+
+def test_the_best_backend_is_the_default():
+    assert superfine_kernels.isa() == ISAS[-1]
+    assert f"cpu     cpu         yes ({ISAS[-1]})" in superfine_kernels.backends()
