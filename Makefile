@@ -1,6 +1,6 @@
 # Every target installs what it needs into .venv. Options:
 #   PYTHON=python3.12   the interpreter behind .venv
-#   PIP_ARGS=...        passed to pip, for example an --index-url with CPU-only torch wheels
+#   PIP_ARGS=...        passed to pip, for example an --extra-index-url with CPU-only torch wheels
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin

@@ -65,7 +65,7 @@ def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._functorch.peek_interpreter_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
         and set(map(type, tensors)) <= _PLAIN_TYPES
     )
 

@@ -110,7 +110,8 @@ def _leave_to_reference(lists: tuple[list[Tensor], ...], hyper: dict[str, Any]) 
         f"adamw_: some parameters (the first is {first.dtype} with strides {first.stride()}) have a dtype or layout "
         "that no kernel takes; eager torch steps them"
     )
-    reference(*lists, **hyper)
+    with torch.no_grad():
+        reference(*lists, **hyper)
 
 
 # --- registration -----------------------------------------------------------------------------------

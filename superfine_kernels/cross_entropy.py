@@ -309,16 +309,18 @@ def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
 
 
 def _times_upstream(dlogits: Tensor, grad: Tensor) -> Tensor:
-    # With create_graph=True the gradient would pass for a constant, even where `grad` is one.
-    if torch.is_grad_enabled() and (grad.requires_grad or is_plain((grad,))):
-        raise RuntimeError(
-            "cross_entropy: a second derivative is asked for, and the fused backward keeps no logits; "
-            "pass backend='reference'"
-        )
     # Reading the value is free on the CPU only, and only outside tracing.
-    if type(grad) is Tensor and grad.device.type == "cpu" and grad.item() == 1:
-        return dlogits
-    return dlogits * grad
+    traced = type(grad) is not Tensor
+    if traced or grad.device.type != "cpu" or grad.item() != 1:
+        dlogits = dlogits * grad
+    if torch.is_grad_enabled() and not traced:  # backward(create_graph=True)
+        fail = torch._C._functions.DelayedError(
+            "cross_entropy: a second derivative is asked for, and the fused backward keeps no logits; "
+            "pass backend='reference'",
+            1,
+        )
+        return fail(dlogits.detach().requires_grad_())
+    return dlogits
 
 
 torch.library.register_autograd(
@@ -391,6 +393,9 @@ def cross_entropy(
     _check(input, target, weight, reduction, label_smoothing, inplace)
     if target.is_floating_point():
         warn_once("cross_entropy: class probabilities have no kernel yet; eager torch computes them")
+        backend = "reference"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        warn_once("cross_entropy: torch.func transforms have no kernel; eager torch computes them")
         backend = "reference"
     if backend == "reference":
         return reference(input, target, weight, ignore_index, reduction, label_smoothing)

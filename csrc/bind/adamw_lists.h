@@ -121,7 +121,7 @@ class AdamWReader {
 
   void add(const AdamWObjects& objects) {
     const std::size_t i = position_++;
-    const TensorView param = reader_.read(objects.param);
+    const TensorView param = read(objects.param, "params", i);
     if (param.device != device_) {
       reject_adamw("params", i, describe(objects.param),
                    device_ == TensorView::Device::cpu ? "a tensor on cpu" : "a tensor on cuda");
@@ -139,7 +139,7 @@ class AdamWReader {
     if (!takes || !is_remembered(entry, objects, param, exp_avg)) {
       entry = {};
       const TensorView exp_avg_sq = read_like(objects.exp_avg_sq, "exp_avg_sqs", i, exp_avg, objects.exp_avg);
-      const TensorView step = reader_.read(objects.step);
+      const TensorView step = read(objects.step, "steps", i);
       if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) {
         reject_adamw("steps", i, describe(objects.step), "float32 () on cpu");
       }
@@ -178,10 +178,19 @@ class AdamWReader {
   }
 
  private:
+  TensorView read(PyObject* object, const char* list, std::size_t i) const {
+    try {
+      return reader_.read(object);
+    } catch (const py::error_already_set&) {
+      const std::string layout = py::str(py::handle(object).attr("layout"));
+      reject_adamw(list, i, describe(object) + " of layout " + layout, "a tensor with memory of its own (strided)");
+    }
+  }
+
   // A tensor of the shape, device and (unless told otherwise) dtype of `like`.
   TensorView read_like(PyObject* object, const char* list, std::size_t i, const TensorView& like, PyObject* like_object,
                        bool same_dtype = true) {
-    TensorView view = reader_.read(object);
+    TensorView view = read(object, list, i);
     if (view.device != like.device || view.device_index != like.device_index || !same_shape(view, like) ||
         (same_dtype && view.dtype != like.dtype)) {
       reject_adamw(list, i, describe(object), describe(like_object));

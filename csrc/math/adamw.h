@@ -6,7 +6,8 @@
 //   p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //
 // Every rounding is spelled out (two fmas, the rest separate), so that all instruction sets and CUDA
-// (-fmad=false) give the same bits; on fp32 they are also those of torch's fused CPU step.
+// (-fmad=false) give the same bits; on fp32 they are also those of torch's fused CPU step, except for
+// its scalar tail of a few elements.
 #pragma once
 
 #include <cmath>

@@ -1,7 +1,7 @@
 // The exponential behind softmax and cross-entropy on the CPU: exp(x) for x <= 0, NaN in, NaN out.
 //
 // Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, then the degree-6 polynomial of Cephes' expf
-// (Moshier); at most 1 ulp from the true value. Branch-free, so that loops over it vectorise; every
+// (Moshier); at most 2 ulp from the true value. Branch-free, so that loops over it vectorise; every
 // rounding is written out, so that every instruction set gives the same bits. Results below the
 // smallest normal number are zero.
 #pragma once

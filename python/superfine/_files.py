@@ -43,8 +43,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise FileNotFoundError(
                 f"atomic_write: nothing was written for {path}; expected a file at {temporary}"
             )
-        if final.exists():
-            os.chmod(temporary, stat.S_IMODE(final.stat().st_mode))
+        # Some writers make private files; what people share should have the usual permissions.
+        os.chmod(temporary, stat.S_IMODE(final.stat().st_mode) if final.exists() else 0o666 & ~_umask())
         _fsync(temporary)
         os.replace(temporary, final)
     except BaseException:  # Ctrl-C too: no half-written file stays behind
@@ -72,6 +72,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
+                os.chmod(Path(folder, name), 0o666 & ~_umask())
                 _fsync(Path(folder, name))
             _fsync_folder(Path(folder))
         os.replace(temporary, final)  # POSIX lets a folder replace an empty one, and nothing else
@@ -79,6 +80,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync_folder(final.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # the only way to read it is to set it
+    os.umask(mask)
+    return mask
 
 
 def _temporary_beside(final: Path) -> Path:

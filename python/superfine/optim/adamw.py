@@ -17,7 +17,8 @@ class AdamW(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter 2019), equal to `torch.optim.AdamW`, which it subclasses.
 
     State and parameter groups have torch's names and meaning, so checkpoints load in both directions. On float32
-    CPU parameters the bits are those of torch's fused implementation; lower precision is computed in float32
+    CPU parameters the bits are those of torch's fused implementation, except for its scalar tail of a few
+    elements a tensor; lower precision is computed in float32
     and rounded once per store, as there.
 
     Args:
