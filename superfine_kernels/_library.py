@@ -57,6 +57,11 @@ def warn_once(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=3)
 
 
+def in_functional_transform() -> bool:
+    """Whether torch.func (grad, vmap, ...) is at work. Dynamo inlines those by itself."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -65,7 +70,7 @@ def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not in_functional_transform()
         and set(map(type, tensors)) <= _PLAIN_TYPES
     )
 

@@ -28,6 +28,7 @@ from superfine_kernels._library import (
     DTYPE_CODES,
     LIBRARY,
     Cost,
+    in_functional_transform,
     is_plain,
     opmath_dtype,
     reject,
@@ -394,7 +395,7 @@ def cross_entropy(
     if target.is_floating_point():
         warn_once("cross_entropy: class probabilities have no kernel yet; eager torch computes them")
         backend = "reference"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_functional_transform():
         warn_once("cross_entropy: torch.func transforms have no kernel; eager torch computes them")
         backend = "reference"
     if backend == "reference":
@@ -409,6 +410,7 @@ def cross_entropy(
     arguments = (labels, weight, ignore_index, REDUCTIONS[reduction], float(label_smoothing))
     needs_gradient = torch.is_grad_enabled() and input.requires_grad
     fused = needs_gradient and reduction != "none" and input.device.type == "cpu"
+    inplace = inplace and not torch.compiler.is_compiling()  # the compiler plans memory itself
     if needs_gradient and (inplace or (fused and is_plain((logits, labels)))):
         return _Fused.apply(logits, inplace, *arguments, backend or "")
     loss = torch.ops.superfine.cross_entropy(logits, *arguments, fused, backend or "")[0]

@@ -42,7 +42,9 @@ def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: r
 
 def assert_close(ours: list[nn.Parameter], theirs: list[nn.Parameter], tolerance: float = 2e-6) -> None:
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        torch.testing.assert_close(a.data, b.data, rtol=tolerance, atol=tolerance, msg=lambda m, i=i: f"{i}: {m}")
+        torch.testing.assert_close(
+            a.data, b.data, rtol=tolerance, atol=tolerance, msg=lambda m, i=i: f"{i}: {m}"
+        )
 
 
 def assert_same_bits(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> None:
@@ -50,7 +52,9 @@ def assert_same_bits(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> No
         assert same_bits(a.data, b.data), f"parameter {i} of shape {tuple(a.shape)} differs"
 
 
-def assert_same_state(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, tolerance: float = 2e-6) -> None:
+def assert_same_state(
+    ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, tolerance: float = 2e-6
+) -> None:
     a, b = ours.state_dict(), theirs.state_dict()
     assert a["state"].keys() == b["state"].keys()
     for index, state in a["state"].items():
@@ -257,7 +261,9 @@ def test_what_has_no_kernel_is_stepped_by_torch_with_one_warning(option):
     ours, theirs = parameters(), parameters()
     a = AdamW(ours, lr=1e-2, **{option: option == "differentiable"})
     b = torch.optim.AdamW(theirs, lr=1e-2, **{option: option == "differentiable"})
-    if option == "capturable":  # torch refuses it on the CPU, at the step; so must the class that passes it on
+    if (
+        option == "capturable"
+    ):  # torch refuses it on the CPU, at the step; so must the class that passes it on
         for optimizer, params in ((a, ours), (b, theirs)):
             optimizer.param_groups[0]["capturable"] = True
             set_gradients(params, 0)
