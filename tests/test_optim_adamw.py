@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import gc
-import io
-import pickle
 import warnings
 
 import pytest
 import torch
 from support import one_warning, same_bits
 from torch import Tensor, nn
-from torch.testing._internal.two_tensor import TwoTensor
 
 from superfine.optim import AdamW
 
@@ -75,10 +71,10 @@ def assert_same_state(
         {},
         {"amsgrad": True},
         {"maximize": True, "weight_decay": 0.0},
-        {"lr": torch.tensor(3e-3), "betas": (0.8, 0.9), "eps": 1e-4, "weight_decay": 0.3},
+        {"lr": torch.tensor(3e-3).double(), "betas": (0.8, 0.9), "eps": 1e-4, "weight_decay": 0.3},
         {"foreach": True},
         {"fused": True},
-        {"betas": (torch.tensor(0.8), torch.tensor(0.9))},
+        {"betas": (torch.tensor(0.8).double(), torch.tensor(0.9).double())},
     ],
     ids=str,
 )

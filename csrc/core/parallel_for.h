@@ -1,7 +1,8 @@
-// Splits [0, count) into one contiguous range per thread. The runtime is OpenMP's, which torch has
-// already started, so the threads are torch's own. Callers keep results independent of the split.
+// Splits [0, count) among threads. The runtime is OpenMP's, which torch has already started, so the
+// threads are torch's own. Callers keep results independent of who computes what.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #ifdef _OPENMP
@@ -10,21 +11,35 @@
 
 namespace superfine {
 
-template <class Body>  // body(begin, end)
-inline void parallel_for(std::int64_t count, int threads, const Body& body) {
+// Hands out [0, count) in pieces of `grain`, first come, first served: a thread whose core is busy with
+// something else takes fewer, instead of keeping all others waiting at the end.
+class Ranges {
+ public:
+  Ranges(std::int64_t count, std::int64_t grain) : count_(count), grain_(grain) {}
+
+  bool next(std::int64_t& begin, std::int64_t& end) {
+    begin = taken_.fetch_add(grain_, std::memory_order_relaxed);
+    end = begin + grain_ < count_ ? begin + grain_ : count_;
+    return begin < count_;
+  }
+
+ private:
+  std::int64_t count_, grain_;
+  std::atomic<std::int64_t> taken_{0};
+};
+
+// Every thread calls worker(ranges) once.
+template <class Worker>
+inline void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Worker& worker) {
+  Ranges ranges(count, grain);
 #ifdef _OPENMP
-  if (threads > 1 && count > 1 && !omp_in_parallel()) {
+  if (threads > 1 && count > grain && !omp_in_parallel()) {
 #pragma omp parallel num_threads(threads)
-    {
-      const std::int64_t team = omp_get_num_threads(), rank = omp_get_thread_num();
-      const std::int64_t begin = count / team * rank + (rank < count % team ? rank : count % team);
-      const std::int64_t end = begin + count / team + (rank < count % team ? 1 : 0);
-      if (begin < end) body(begin, end);
-    }
+    worker(ranges);
     return;
   }
 #endif
-  if (count > 0) body(std::int64_t{0}, count);
+  if (count > 0) worker(ranges);
 }
 
 }  // namespace superfine

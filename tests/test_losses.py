@@ -1,0 +1,95 @@
+"""superfine.losses: torch's module and function in name, arguments, state and values."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from support import same_bits
+from torch import nn
+
+import superfine.losses
+import superfine_kernels
+from superfine.losses import CrossEntropyLoss
+
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
+
+
+@pytest.mark.parametrize("shape", [(9,), (4, 9), (4, 9, 3)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "sum"},
+        {"reduction": "none"},
+        {"label_smoothing": 0.1},
+        {"ignore_index": 3},
+        {"weight": torch.linspace(0.1, 2, 9), "label_smoothing": 0.2, "ignore_index": 0},
+    ],
+    ids=str,
+)
+def test_equals_the_module_of_torch(options, shape):
+    x = torch.randn(shape)
+    t = torch.randint(0, 9, [n for d, n in enumerate(shape) if d != min(1, len(shape) - 1)])
+    results = []
+    for module in (CrossEntropyLoss(**options), nn.CrossEntropyLoss(**options)):
+        leaf = x.clone().requires_grad_()
+        loss = module(leaf, t)
+        loss.sum().backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_has_the_state_of_the_module_of_torch():
+    weight = torch.rand(5)
+    ours, theirs = CrossEntropyLoss(weight), nn.CrossEntropyLoss(weight)
+    assert list(ours.state_dict()) == list(theirs.state_dict()) == ["weight"]
+    other = CrossEntropyLoss(torch.zeros(5))
+    other.load_state_dict(theirs.state_dict())
+    assert same_bits(other.weight, weight)
+    theirs.load_state_dict(ours.state_dict())
+    assert CrossEntropyLoss().state_dict() == {}
+
+
+def test_is_a_module_of_torchs_kind():
+    loss = CrossEntropyLoss(ignore_index=7, label_smoothing=0.3, reduction="sum", inplace=True)
+    assert isinstance(loss, nn.CrossEntropyLoss)
+    assert repr(loss) == "CrossEntropyLoss()"
+    assert (loss.ignore_index, loss.label_smoothing, loss.reduction, loss.inplace) == (7, 0.3, "sum", True)
+    clone = copy.deepcopy(loss)
+    assert (clone.inplace, clone.reduction) == (True, "sum")
+    assert CrossEntropyLoss(torch.ones(5)).double().weight.dtype == torch.float64
+
+
+def test_weights_of_another_dtype_than_the_logits():
+    x, t, weight = torch.randn(4, 5), torch.tensor([0, 4, 2, 2]), torch.rand(5)
+    expected = CrossEntropyLoss(weight)(x, t)
+    assert same_bits(CrossEntropyLoss(weight.double())(x, t), expected)
+    low = CrossEntropyLoss(weight)(x.bfloat16(), t)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_in_place_gives_the_same_gradient_in_the_memory_of_the_logits():
+    x, t = torch.randn(4, 600), torch.randint(0, 600, (4,))
+    gradients = []
+    for inplace in (False, True):
+        leaf = x.clone().requires_grad_()
+        output = leaf * 1
+        memory = output.detach()
+        CrossEntropyLoss(inplace=inplace)(output, t).backward()
+        gradients.append(leaf.grad)
+        assert same_bits(memory, leaf.grad if inplace else x)
+    assert same_bits(*gradients)
+
+
+def test_the_function_takes_the_arguments_of_torchs():
+    assert superfine.losses.cross_entropy is superfine_kernels.cross_entropy
+    ours = inspect.signature(superfine.losses.cross_entropy).parameters
+    theirs = inspect.signature(nn.functional.cross_entropy).parameters
+    for name, parameter in theirs.items():
+        if name not in ("size_average", "reduce"):  # torch's own deprecated ones
+            assert ours[name].default == parameter.default
+    assert ours["inplace"].kind is inspect.Parameter.KEYWORD_ONLY
