@@ -20,9 +20,9 @@ pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
 
-# Nothing, one element, around one vector and four (16, 64 floats), around 512 and 4096, and around the 8192
-# elements from which a second thread starts.
-SIZES = [0, 1, 15, 16, 17, 63, 64, 65, 511, 512, 513, 4095, 4096, 4097, 8191, 8192, 8193]
+# Nothing, one element, around one vector and four (16, 64 floats), around 512 and 4096, and around the 16384
+# elements that a thread takes at a time.
+SIZES = [0, 1, 15, 16, 17, 63, 64, 65, 511, 512, 513, 4095, 4096, 4097, 16383, 16384, 16385]
 
 
 def assert_step_agrees_with_float64(
@@ -95,13 +95,13 @@ def test_mixed_dtypes_in_one_call():
     assert_step_agrees_with_float64(lists)
 
 
-# --- bits -------------------------------------------------------------------------------------------
+# --- bits --------------------
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize(("param", "state"), ADAMW_DTYPES)
 def test_same_bits_on_every_instruction_set_thread_count_and_run(param, state, amsgrad):
-    # Elements next to the special ones are in the same vectors; the tail of 8193 is a vector of its own.
+    # Elements next to the special ones are in the same vectors; the tail of 16385 is a vector of its own.
     case = AdamWCase.random(SIZES, param, state, amsgrad)
     special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-30, -1e-40, 3e38])
     for tensors in (case.params[-1], case.grads[-1]):
@@ -152,7 +152,7 @@ def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype):
         assert same_bits(param + 0, expected + 0)
 
 
-# --- layouts and values -----------------------------------------------------------------------------
+# --- layouts and values --------------------
 
 
 def _laid_out(tensor: Tensor, layout: str) -> Tensor:
@@ -266,7 +266,7 @@ def test_inference_tensors_are_stepped():
         assert_step_agrees_with_float64(case.lists())
 
 
-# --- cost ---------------------------------------------------------------------------------------------------
+# --- cost --------------------
 
 
 @pytest.mark.parametrize(

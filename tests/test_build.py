@@ -94,7 +94,9 @@ def test_functions_take_their_arguments_by_the_names_of_the_stubs():
 
 def test_module_package_and_distribution_have_one_version():
     assert superfine_kernels.__version__ == _cpu.__version__ == importlib.metadata.version("superfine")
-    assert re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1] == _cpu.__version__
+    assert (
+        re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1] == _cpu.__version__
+    )
 
 
 def test_the_module_has_no_torch_in_it():
@@ -111,4 +113,6 @@ def test_an_unknown_instruction_set_is_refused_by_the_module_itself():
          "lse", "scale", "scale_stride", "dlogits"], 0,
     )  # fmt: skip
     with pytest.raises(ValueError, match="isa is 'mmx'; expected one that this processor has"):
-        _cpu.cross_entropy_backward(**arguments, target_is_int64=True, label_smoothing=0.0, threads=1, isa="mmx")
+        _cpu.cross_entropy_backward(
+            **arguments, target_is_int64=True, label_smoothing=0.0, threads=1, isa="mmx"
+        )

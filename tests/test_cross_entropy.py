@@ -64,7 +64,7 @@ def assert_agrees_with_float64(
     )
 
 
-# --- values -------------------------------------------------------------------------------------------------
+# --- values --------------------
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -185,7 +185,7 @@ def test_float32_exponentials_are_within_two_units():
     assert (gradient[25000:] == 0).all()
 
 
-# --- infinities and NaN -----------------------------------------------------------------------------------
+# --- infinities and NaN --------------------
 
 
 @pytest.mark.parametrize("dtype", LOGIT_DTYPES)
@@ -312,13 +312,13 @@ def test_a_common_offset_costs_no_accuracy(label_smoothing):
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
 
 
-# --- bits -----------------------------------------------------------------------------------------------------
+# --- bits --------------------
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", LOGIT_DTYPES)
 def test_same_bits_on_every_instruction_set_thread_count_and_run(dtype, label_smoothing):
-    # 8200 classes: two blocks and a tail that is no whole vector; 5 rows: an odd split between threads.
+    # 8200 classes: two blocks and a tail that is no whole vector; a thread takes 4 of the 5 rows at a time.
     x, t, weight = logits(5, 8200, dtype), labels(5, 8200), class_weights(8200, dtype)
     x[3, :5000] = -math.inf
     x[4, 17] = math.nan

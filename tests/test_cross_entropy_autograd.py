@@ -22,7 +22,7 @@ def torch_gradient(x: Tensor, t: Tensor, factor: float = 1.0, **options) -> Tens
     return gradient_of(factor * torch.nn.functional.cross_entropy(leaf, t, **options), leaf).to(x.dtype)
 
 
-# --- upstream gradients -----------------------------------------------------------------------------------------
+# --- upstream gradients --------------------
 
 
 @pytest.mark.parametrize("factor", [1.0, -0.5, 0.0, 1024.0])
@@ -99,7 +99,7 @@ def test_gradients_reach_the_model_through_a_view_of_the_logits():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-# --- in place -----------------------------------------------------------------------------------------------------
+# --- in place --------------------
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -162,7 +162,7 @@ def test_without_gradient_in_place_leaves_the_logits_alone():
     assert same_bits(loss, cross_entropy(before, labels(4, 9)))
 
 
-# --- derivatives ----------------------------------------------------------------------------------------------------
+# --- derivatives --------------------
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -212,7 +212,7 @@ def test_second_derivatives_of_the_reference_backend():
     assert torch.autograd.gradgradcheck(lambda x: cross_entropy(x, t, backend="reference"), (x,))
 
 
-# --- tracing ----------------------------------------------------------------------------------------------------------
+# --- tracing --------------------
 
 
 @pytest.mark.parametrize("gradient", [False, True])

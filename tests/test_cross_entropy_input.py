@@ -17,7 +17,7 @@ from superfine_kernels.cross_entropy import REDUCTIONS, cost, reference
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 
-# --- bad input --------------------------------------------------------------------------------------------------
+# --- bad input --------------------
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -147,7 +147,7 @@ def test_bad_arguments_are_refused(name):
     assert message in str(caught.value)
 
 
-# --- other ways in ------------------------------------------------------------------------------------------------
+# --- other ways in --------------------
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -20,7 +20,9 @@ KERNELS, PACKAGE, NATIVE = ROOT / "superfine_kernels", ROOT / "python" / "superf
 
 
 def sources(*folders: Path, suffixes: tuple[str, ...] = (".py",)) -> list[Path]:
-    return sorted(p for f in folders for p in f.rglob("*") if p.suffix in suffixes and "__pycache__" not in p.parts)
+    return sorted(
+        p for f in folders for p in f.rglob("*") if p.suffix in suffixes and "__pycache__" not in p.parts
+    )
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -34,7 +36,7 @@ def imported_modules(path: Path) -> set[str]:
     return modules
 
 
-# --- one name everywhere ------------------------------------------------------------------------------------------
+# --- one name everywhere --------------------
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -76,7 +78,7 @@ def test_an_op_file_holds_what_every_op_file_holds(op):
     assert [name for name in public if not ast.get_docstring(functions[name])] == []
 
 
-# --- imports point one way ------------------------------------------------------------------------------------------
+# --- imports point one way --------------------
 
 
 def test_kernels_never_import_the_training_package():
@@ -107,7 +109,12 @@ def test_native_code_includes_nothing_of_torch():
 
 
 def test_maths_depends_on_no_loop_and_no_loop_on_the_binding():
-    allowed = {"core": {"core"}, "math": {"core", "math"}, "cpu": {"core", "math", "cpu"}, "cuda": {"core", "math", "cuda"}}
+    allowed = {
+        "core": {"core"},
+        "math": {"core", "math"},
+        "cpu": {"core", "math", "cpu"},
+        "cuda": {"core", "math", "cuda"},
+    }
     for folder, below in allowed.items():
         for path in sources(NATIVE / folder, suffixes=(".h", ".cpp", ".cu")):
             includes = re.findall(r'#include "(\w+)/', path.read_text())
@@ -140,7 +147,7 @@ def test_importing_the_kernels_takes_less_than_50_ms_beyond_torch():
     assert min(float(run_python(code)) for _ in range(3)) < 0.050
 
 
-# --- files to be read ---------------------------------------------------------------------------------------------
+# --- files to be read --------------------
 
 
 def tracked_sources() -> list[Path]:
@@ -185,5 +192,9 @@ def test_every_package_is_marked_as_typed():
 def test_build_products_are_not_tracked():
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert [name for name in tracked if re.search(r"\.(so|o|pyc|whl|safetensors)$|^build/|^dist/", name)] == []
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert [
+        name for name in tracked if re.search(r"\.(so|o|pyc|whl|safetensors)$|^build/|^dist/", name)
+    ] == []

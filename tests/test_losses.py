@@ -6,13 +6,13 @@ import copy
 import inspect
 
 import pytest
+import superfine.losses
 import torch
+from superfine.losses import CrossEntropyLoss
 from support import same_bits
 from torch import nn
 
-import superfine.losses
 import superfine_kernels
-from superfine.losses import CrossEntropyLoss
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 

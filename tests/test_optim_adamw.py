@@ -7,10 +7,9 @@ import warnings
 
 import pytest
 import torch
+from superfine.optim import AdamW
 from support import one_warning, same_bits
 from torch import Tensor, nn
-
-from superfine.optim import AdamW
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
@@ -62,7 +61,7 @@ def assert_same_state(
     assert names == [set(group) for group in b["param_groups"]]
 
 
-# --- the same steps ---------------------------------------------------------------------------------------------
+# --- the same steps --------------------
 
 
 @pytest.mark.parametrize(
@@ -184,7 +183,7 @@ def test_300_small_tensors_equal_one_by_one():
     assert_same_bits(together, alone)
 
 
-# --- schedulers, closures, hooks, scalers -----------------------------------------------------------------------
+# --- schedulers, closures, hooks, scalers --------------------
 
 
 @pytest.mark.parametrize(
@@ -263,7 +262,7 @@ def test_what_has_no_kernel_is_stepped_by_torch_with_one_warning(option):
         for optimizer, params in ((a, ours), (b, theirs)):
             optimizer.param_groups[0]["capturable"] = True
             set_gradients(params, 0)
-        with pytest.raises(Exception) as theirs_error:  # noqa: PT011, B017 (whatever torch raises)
+        with pytest.raises(Exception) as theirs_error:
             b.step()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -9,12 +9,11 @@ import pickle
 
 import pytest
 import torch
+from superfine.optim import AdamW
 from support import one_warning, run_python, same_bits
 from test_optim_adamw import SHAPES, assert_close, assert_same_bits, parameters, set_gradients, train
 from torch import nn
 from torch.utils._pytree import tree_map_only
-
-from superfine.optim import AdamW
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
@@ -26,11 +25,13 @@ def saved_and_loaded(state_dict: dict) -> dict:
     return torch.load(file, weights_only=True)
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------
+# --- checkpoints --------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}], ids=str)
-@pytest.mark.parametrize("implementation", [{}, {"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize(
+    "implementation", [{}, {"fused": True}, {"foreach": True}, {"foreach": False}], ids=str
+)
 def test_torch_goes_on_from_our_checkpoint_and_we_from_torchs(implementation, options):
     theirs = parameters()
     b = torch.optim.AdamW(theirs, lr=1e-2, **implementation, **options)
@@ -59,7 +60,9 @@ def test_torch_fused_goes_on_from_our_checkpoint_with_the_same_bits():
     theirs = copy.deepcopy(ours)
     b = torch.optim.AdamW(theirs, fused=True)
     state = saved_and_loaded(a.state_dict())
-    b.load_state_dict({**state, "param_groups": [{**group, "fused": True} for group in state["param_groups"]]})
+    b.load_state_dict(
+        {**state, "param_groups": [{**group, "fused": True} for group in state["param_groups"]]}
+    )
     train(a, ours, range(3, 8))
     train(b, theirs, range(3, 8))
     assert_same_bits(ours, theirs)
@@ -118,7 +121,9 @@ def test_steps_of_old_checkpoints_are_numbers():
     assert {float(a.state[p]["step"]) for p in ours} == {3.0}
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
 def test_copies_train_on_their_own(clone):
     model = nn.Linear(6, 5)
     optimizer = AdamW(model.parameters(), lr=1e-2)
@@ -143,7 +148,7 @@ def test_the_default_device_does_not_decide_where_steps_are_counted():
     assert {optimizer.state[p]["step"].device.type for p in params} == {"cpu"}
 
 
-# --- state that moves --------------------------------------------------------------------------------------------
+# --- state that moves --------------------
 
 
 def _replace_first_moment(optimizer, params):
@@ -226,7 +231,9 @@ def test_a_resized_parameter_is_refused_and_nothing_moves():
     params[1].data = torch.ones(8)
     params[1].grad = torch.ones(8)
     before = [p.detach().clone() for p in params]
-    with pytest.raises(ValueError, match=r"exp_avgs\[1\] is float32 \(6,\) on cpu; expected float32 \(8,\) on cpu"):
+    with pytest.raises(
+        ValueError, match=r"exp_avgs\[1\] is float32 \(6,\) on cpu; expected float32 \(8,\) on cpu"
+    ):
         optimizer.step()
     assert_same_bits(params, [nn.Parameter(p) for p in before])
     assert optimizer.state[params[0]]["step"] == 1
@@ -244,7 +251,9 @@ def test_a_first_moment_of_another_dtype_in_the_same_memory_is_noticed():
     }
     train(optimizer, [param], range(1))
     optimizer.state[param]["exp_avg"] = memory
-    with pytest.raises(ValueError, match=r"exp_avg_sqs\[0\] is bfloat16 \(4,\) on cpu; expected float32 \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"exp_avg_sqs\[0\] is bfloat16 \(4,\) on cpu; expected float32 \(4,\)"
+    ):
         optimizer.step()
 
 
@@ -269,7 +278,7 @@ def test_a_missing_entry_is_named():
     assert_same_bits(params, [nn.Parameter(p) for p in before])
 
 
-# --- parameters that take another way ----------------------------------------------------------------------------
+# --- parameters that take another way --------------------
 
 
 def test_slices_of_a_parameter_leave_their_neighbours_alone():
@@ -317,7 +326,9 @@ class Wrapped(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> Wrapped:
-        self = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype
+        )
         self.inner = inner
         return self
 
@@ -347,7 +358,7 @@ def test_state_of_a_subclass_without_memory_of_its_own_is_refused():
     # In a process of its own: read as plain memory, it would end the process.
     printed = run_python("""
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.testing._internal.two_tensor import TwoTensor
 from superfine.optim import AdamW
 param = torch.nn.Parameter(torch.ones(3))
 param.grad = torch.ones(3)

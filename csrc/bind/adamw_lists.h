@@ -126,13 +126,18 @@ class AdamWReader {
       reject_adamw("params", i, describe(objects.param),
                    device_ == TensorView::Device::cpu ? "a tensor on cpu" : "a tensor on cuda");
     }
+    if (!param.dtype && !py::handle(objects.param).attr("is_complex")().cast<bool>()) {
+      reject_adamw("params", i, describe(objects.param), "a float32, bfloat16, float16, float64 or complex tensor");
+    }
     const TensorView grad = read_like(objects.grad, "grads", i, param, objects.param);
     const TensorView exp_avg = read_like(objects.exp_avg, "exp_avgs", i, param, objects.param, false);
+    if (param.dtype && !(exp_avg.dtype && detail::kernel_takes(*param.dtype, *exp_avg.dtype))) {
+      reject_adamw("exp_avgs", i, describe(objects.exp_avg), describe(objects.param));
+    }
     const bool amsgrad = objects.max_exp_avg_sq != nullptr;
     TensorView max_exp_avg_sq;
     if (amsgrad) max_exp_avg_sq = read_like(objects.max_exp_avg_sq, "max_exp_avg_sqs", i, exp_avg, objects.exp_avg);
-    const bool takes = param.dtype && exp_avg.dtype && detail::kernel_takes(*param.dtype, *exp_avg.dtype) &&
-                       is_dense(param) && same_order(grad, param) && same_order(exp_avg, param) &&
+    const bool takes = param.dtype && is_dense(param) && same_order(grad, param) && same_order(exp_avg, param) &&
                        (!amsgrad || same_order(max_exp_avg_sq, param));
     AdamWPlan::Entry fresh;
     AdamWPlan::Entry& entry = plan_ == nullptr ? fresh : plan_->at(i);
@@ -151,7 +156,7 @@ class AdamWReader {
                py::reinterpret_borrow<py::object>(objects.step),
                param.data,
                exp_avg.data,
-               layout(param),
+               layout(param, *exp_avg.dtype),
                exp_avg_sq.data,
                static_cast<float*>(step.data)};
     }
@@ -198,8 +203,8 @@ class AdamWReader {
     return view;
   }
 
-  static std::uint64_t layout(const TensorView& view) {
-    std::uint64_t h = static_cast<std::uint64_t>(*view.dtype);
+  static std::uint64_t layout(const TensorView& view, DType state_dtype) {
+    std::uint64_t h = 8 * static_cast<std::uint64_t>(*view.dtype) + static_cast<std::uint64_t>(state_dtype);
     for (int d = 0; d < view.ndim; ++d) {
       h = (h ^ static_cast<std::uint64_t>(view.shape[d])) * 0x9e3779b97f4a7c15u;
       h = (h ^ static_cast<std::uint64_t>(view.strides[d])) * 0xd6e8feb86659fd93u;
@@ -209,8 +214,8 @@ class AdamWReader {
 
   static bool is_remembered(const AdamWPlan::Entry& entry, const AdamWObjects& objects, const TensorView& param,
                             const TensorView& exp_avg) {
-    return entry.exp_avg_sq.ptr() == objects.exp_avg_sq && entry.step.ptr() == objects.step &&
-           entry.param == param.data && entry.exp_avg == exp_avg.data && entry.layout == layout(param);
+    return param.numel > 0 && entry.exp_avg_sq.ptr() == objects.exp_avg_sq && entry.step.ptr() == objects.step &&
+           entry.param == param.data && entry.exp_avg == exp_avg.data && entry.layout == layout(param, *exp_avg.dtype);
   }
 
   void writes(const void* data, std::int64_t bytes) {

@@ -124,7 +124,7 @@ RowSums<Opmath<E>> reduce_row(const E* x, std::int64_t vocab, const Opmath<E>* w
       running = maximum;
     }
     const T shift = running == -inf ? T(0) : running;  // a block of -inf only adds exp(-inf) = 0
-    if (kKeep) scratch->maximum(begin) = shift;
+    if (kKeep) scratch->maximum(begin) = running;
     for_each_group(x, begin, end, minus_inf, [&](const E* group, std::int64_t offset) {
       T* kept = kKeep ? scratch->exponentials() + offset : weights;
       for (int l = 0; l < kLanes; ++l) kept[l] = exp_nonpositive(load(group[l]) - shift);
