@@ -12,7 +12,7 @@ import torch  # noqa: F401  isort: skip
 
 from superfine_kernels._backends import backends, isa
 from superfine_kernels._library import Cost, __version__
-from superfine_kernels.adamw import AdamWPlan, adamw_, adamw_group_
+from superfine_kernels.adamw import adamw_, adamw_group_
 from superfine_kernels.cross_entropy import cross_entropy
 
-__all__ = ["AdamWPlan", "Cost", "__version__", "adamw_", "adamw_group_", "backends", "cross_entropy", "isa"]
+__all__ = ["Cost", "__version__", "adamw_", "adamw_group_", "backends", "cross_entropy", "isa"]

@@ -4,7 +4,7 @@ CPU kernels. Addresses are integers from Tensor.data_ptr(); an empty `isa` means
 from __future__ import annotations
 import types
 import typing
-__all__: list[str] = ['AdamWPlan', 'TensorReader', 'adamw', 'adamw_group', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'isas']
+__all__: list[str] = ['TensorReader', 'adamw', 'adamw_group', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'isas']
 class TensorReader:
     """
     Reads torch tensors natively; made once from the torch module.
@@ -18,19 +18,13 @@ class TensorReader:
     @property
     def uses_dlpack(self) -> bool:
         ...
-class AdamWPlan:
-    """
-    What an optimizer remembers of a group between steps; validated by each.
-    """
-    def __init__(self) -> None:
-        ...
 def adamw(reader: TensorReader, params: list, grads: list, exp_avgs: list, exp_avg_sqs: list, max_exp_avg_sqs: list, steps: list, *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, maximize: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
     """
     One AdamW step over lists of tensors. Returns the positions that it left alone.
     """
-def adamw_group(reader: TensorReader, plan: AdamWPlan, params: list, state: dict, amsgrad: bool, *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, maximize: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> tuple[list, list[int]] | None:
+def adamw_group(reader: TensorReader, params: list, state: dict, amsgrad: bool, *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, maximize: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> tuple[list, list[int]] | None:
     """
-    One AdamW step over an optimizer's group. Returns the parameters with a gradient and the positions among them that it left alone; None where a parameter is a tensor subclass.
+    One AdamW step over an optimizer's group. Returns the parameters with a gradient and the positions among them that it left alone; None where a parameter is a tensor subclass or lies elsewhere.
     """
 def advise_huge_pages(address: typing.SupportsInt | typing.SupportsIndex, bytes: typing.SupportsInt | typing.SupportsIndex) -> bool:
     """

@@ -192,14 +192,9 @@ def adamw_(
             torch.ops.superfine.adamw_(*lists, **hyper, backend=backend or "")
 
 
-#: What an optimizer keeps of a group from step to step to save looking everything up again.
-AdamWPlan = _cpu.AdamWPlan
-
-
 def adamw_group_(
     params: list[Tensor],
     state: dict[Tensor, dict[str, Tensor]],
-    plan: AdamWPlan,
     *,
     amsgrad: bool = False,
     lr: float,
@@ -215,8 +210,6 @@ def adamw_group_(
         params: the group's parameters.
         state: for each parameter with a gradient a dict of `exp_avg`, `exp_avg_sq`, `step` and, with amsgrad,
             `max_exp_avg_sq`.
-        plan: one per group. Entries replaced in `state`, and parameters or moments that moved, are noticed; a
-            second moment alone given other memory through `.data` is not.
 
     Raises:
         KeyError: a parameter with a gradient has no state. Otherwise as `adamw_`.
@@ -229,13 +222,15 @@ def adamw_group_(
         return
     names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()), "step")
     if params[0].device.type == "cpu" and is_plain(()):
-        done = _cpu.adamw_group(READER, plan, params, state, amsgrad, **hyper, threads=threads(), isa="")
+        done = _cpu.adamw_group(READER, params, state, amsgrad, **hyper, threads=threads(), isa="")
         if done is not None:
             used, rest = done
             if rest:
                 _leave_to_reference(_lists([used[i] for i in rest], state, names), hyper)
             return
-    adamw_(*_lists([param for param in params if param.grad is not None], state, names), **hyper)
+    used = [param for param in params if param.grad is not None]
+    for device in dict.fromkeys(param.device for param in used):
+        adamw_(*_lists([param for param in used if param.device == device], state, names), **hyper)
 
 
 def _lists(

@@ -12,7 +12,8 @@ not ignored). Losses are float32 (float64 for float64 logits) whatever the dtype
 Two ways to the gradient. *Fused*: the forward pass writes dx while the row is still in the cache; only dx is
 saved, and backward multiplies it by the upstream gradient unless that is known to be 1. *Two-phase*: lse is
 saved beside the logits, and backward computes dx from them: for `reduction="none"`, where the upstream gradient
-differs from row to row, and on GPUs, where looking at it would wait for the device.
+differs from row to row, for float16, whose loss scale must come before the rounding, and on GPUs, where looking at
+the upstream gradient would wait for the device.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def _cpu_forward(rows: _Rows, reduction: int, dlogits: Tensor | None, isa: str) 
         losses=losses.data_ptr(),
         lse=lse.data_ptr(),
         dlogits=0 if dlogits is None else dlogits.data_ptr(),
-        scale=1 / denominator if denominator else 0.0,
+        scale=1 / denominator if denominator else float("inf"),
         threads=threads(),
         isa=isa,
     )
@@ -310,11 +311,13 @@ def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
 
 
 def _times_upstream(dlogits: Tensor, grad: Tensor) -> Tensor:
-    # Reading the value is free on the CPU only, and only outside tracing.
-    traced = type(grad) is not Tensor
-    if traced or grad.device.type != "cpu" or grad.item() != 1:
+    # Reading the value is free on the CPU only, and only where nothing traces or batches.
+    readable = type(grad) is Tensor and not torch._C._functorch.is_batchedtensor(grad)
+    if not readable or grad.device.type != "cpu" or grad.item() != 1:
         dlogits = dlogits * grad
-    if torch.is_grad_enabled() and not traced:  # backward(create_graph=True)
+    elif _graph_is_kept():
+        dlogits = dlogits.clone()  # a later backward needs it as it is, whatever the caller does
+    if torch.is_grad_enabled() and readable:  # backward(create_graph=True)
         fail = torch._C._functions.DelayedError(
             "cross_entropy: a second derivative is asked for, and the fused backward keeps no logits; "
             "pass backend='reference'",
@@ -322,6 +325,11 @@ def _times_upstream(dlogits: Tensor, grad: Tensor) -> Tensor:
         )
         return fail(dlogits.detach().requires_grad_())
     return dlogits
+
+
+def _graph_is_kept() -> bool:
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 torch.library.register_autograd(
@@ -378,8 +386,9 @@ def cross_entropy(
         ignore_index: rows with this label have no loss and a gradient of exactly zero, whatever their logits.
         reduction: "mean", "sum" or "none".
         label_smoothing: in [0, 1].
-        inplace: the gradient overwrites the memory of `input`, which then no longer holds the logits; needs a
-            reduction and an input that is not a leaf. Saves a buffer of the size of the logits.
+        inplace: the gradient may overwrite the memory of `input`, which then no longer holds the logits; needs a
+            reduction and an input that is not a leaf. Saves a buffer of the size of the logits where the logits
+            are a matrix with contiguous rows and not float16, whose loss scale arrives only in backward.
         backend: None for the best one; see `superfine_kernels.backends()`.
 
     Returns:
@@ -396,7 +405,7 @@ def cross_entropy(
         warn_once("cross_entropy: class probabilities have no kernel yet; eager torch computes them")
         backend = "reference"
     if in_functional_transform():
-        warn_once("cross_entropy: torch.func transforms have no kernel; eager torch computes them")
+        warn_once("cross_entropy: torch.func and forward-mode AD have no kernel; eager torch computes them")
         backend = "reference"
     if backend == "reference":
         return reference(input, target, weight, ignore_index, reduction, label_smoothing)
@@ -409,8 +418,10 @@ def cross_entropy(
         weight = weight.to(opmath_dtype(input.dtype)).contiguous()
     arguments = (labels, weight, ignore_index, REDUCTIONS[reduction], float(label_smoothing))
     needs_gradient = torch.is_grad_enabled() and input.requires_grad
-    fused = needs_gradient and reduction != "none" and input.device.type == "cpu"
-    inplace = inplace and not torch.compiler.is_compiling()  # the compiler plans memory itself
+    # float16 gradients want the loss scale before they are rounded, and it is known only in backward.
+    early = reduction != "none" and input.dtype != torch.float16
+    fused = needs_gradient and early and input.device.type == "cpu"
+    inplace = inplace and early and not torch.compiler.is_compiling()  # the compiler plans memory itself
     if needs_gradient and (inplace or (fused and is_plain((logits, labels)))):
         return _Fused.apply(logits, inplace, *arguments, backend or "")
     loss = torch.ops.superfine.cross_entropy(logits, *arguments, fused, backend or "")[0]

@@ -109,6 +109,18 @@ def test_a_moment_of_a_dtype_that_no_step_takes_is_refused_before_the_others_mov
     assert_same_bits_in_lists(case.lists(), before.lists())
 
 
+def test_real_moments_beside_a_complex_parameter_are_refused_before_the_others_move():
+    case = AdamWCase.random([6, 7])
+    case.params[1], case.grads[1] = (torch.ones(7, dtype=torch.complex64) for _ in range(2))
+    before = case.to("cpu")
+    with pytest.raises(
+        ValueError, match=r"exp_avgs\[1\] is float32 \(7,\) on cpu; expected complex64 \(7,\)"
+    ):
+        adamw_(*case.lists(), **HYPER)
+    assert_same_bits_in_lists(case.lists()[2:], before.lists()[2:])
+    assert all(map(torch.equal, case.params, before.params))
+
+
 def test_integer_parameters_are_refused():
     ones = [[torch.ones(3, dtype=torch.int64)] for _ in range(4)]
     with pytest.raises((ValueError, TypeError), match=r"params\[0\] is int64 \(3,\) on cpu; expected"):

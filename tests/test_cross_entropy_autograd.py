@@ -103,7 +103,7 @@ def test_gradients_reach_the_model_through_a_view_of_the_logits():
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_in_place_gives_the_bits_of_out_of_place_in_the_logits_memory(dtype, label_smoothing):
     # 600 classes: gradients are staged 512 at a time, so the second part is read after the first is written.
     x, t, weight = logits(5, 600, dtype), labels(5, 600), class_weights(600, dtype)
@@ -118,6 +118,46 @@ def test_in_place_gives_the_bits_of_out_of_place_in_the_logits_memory(dtype, lab
     assert same_bits(loss.detach(), expected_loss.detach())
     assert same_bits(memory, expected)
     assert same_bits(gradient_of(loss, leaf), expected)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_float16_gradients_are_rounded_after_the_loss_scale(inplace):
+    # 2048 x 1000: unscaled, most gradients are below float16's smallest number.
+    x, t = logits(2048, 1000, torch.float16), labels(2048, 1000)
+    leaf = x.clone().requires_grad_()
+    loss = cross_entropy(leaf * 1, t, inplace=inplace)
+    (grad,) = torch.autograd.grad(loss * 65536, leaf)
+    exact = x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(exact, t) * 65536, exact)
+    assert (grad == 0).float().mean() < 0.01
+    torch.testing.assert_close(grad.double(), expected, rtol=2e-3, atol=1e-7)
+
+
+def test_the_first_gradient_may_be_changed_while_the_graph_is_kept():
+    leaf = logits(5, 7, torch.float32).requires_grad_()
+    hidden = leaf * 1
+    loss = cross_entropy(hidden, labels(5, 7))
+    (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    expected = first.clone()
+    first.data.mul_(2)
+    (second,) = torch.autograd.grad(loss, hidden)
+    assert torch.equal(second, expected)
+
+
+def test_batched_upstream_gradients():
+    leaf = logits(5, 7, torch.float32).requires_grad_()
+    loss = cross_entropy(leaf, labels(5, 7))
+    (batched,) = torch.autograd.grad(loss, leaf, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    torch.testing.assert_close(batched[1], 2 * batched[0])
+
+
+def test_forward_mode_takes_the_reference():
+    x, dx, t = logits(5, 7, torch.float64), logits(5, 7, torch.float64), labels(5, 7)
+    with torch.autograd.forward_ad.dual_level(), pytest.warns(UserWarning, match="forward-mode"):
+        ours = cross_entropy(torch.autograd.forward_ad.make_dual(x, dx), t)
+        theirs = torch.nn.functional.cross_entropy(torch.autograd.forward_ad.make_dual(x, dx), t)
+        expected = torch.autograd.forward_ad.unpack_dual(theirs).tangent
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(ours).tangent, expected)
 
 
 def test_in_place_touches_nothing_beside_strided_rows():

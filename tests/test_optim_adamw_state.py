@@ -393,3 +393,46 @@ def test_bad_arguments_are_refused_as_by_torch():
     set_gradients(optimizer.param_groups[0]["params"], 0)
     with pytest.raises(ValueError, match="adamw_: lr is nan"):
         optimizer.step()
+
+
+def test_both_moments_moved_through_data_are_followed_wherever_they_land():
+    # The allocator may give the first moment its old address back and the second a new one.
+    param = nn.Parameter(torch.ones(1024))
+    optimizer = AdamW([param], lr=1e-3)
+    for step in range(1, 41):
+        param.grad = torch.full_like(param, float(step))
+        optimizer.step()
+        state = optimizer.state[param]
+        saved = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
+        for name in saved:
+            state[name].data = torch.empty(0)
+        for name in saved:
+            state[name].data = saved[name].clone()
+        param.grad = torch.ones_like(param)
+        before = state["exp_avg_sq"].clone()
+        optimizer.step()
+        assert not torch.equal(before, state["exp_avg_sq"])
+
+
+def test_a_gradient_dropped_by_another_thread_lives_until_the_step_is_done():
+    printed = run_python("""
+import threading, time, torch
+from superfine.optim import AdamW
+torch.set_num_threads(1)
+param = torch.nn.Parameter(torch.ones(10_000_000))
+optimizer = AdamW([param])
+param.grad = torch.ones_like(param)
+optimizer.step()
+def drop():
+    for _ in range(10):
+        time.sleep(0.002)
+        param.grad = None
+for _ in range(3):
+    param.grad = torch.ones_like(param)
+    thread = threading.Thread(target=drop)
+    thread.start()
+    optimizer.step()
+    thread.join()
+print("alive")
+""")
+    assert "alive" in printed

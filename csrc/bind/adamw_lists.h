@@ -19,6 +19,7 @@ struct AdamWArguments {
   std::vector<AdamWTensor> tensors;
   std::vector<float*> steps;      // one per tensor: the count of steps taken, in host memory
   std::vector<std::size_t> rest;  // positions that no kernel takes: other dtypes, strides that differ
+  std::vector<py::object> held;   // what another Python thread could drop while the kernel runs
 };
 
 // One parameter and what belongs to it, borrowed.
@@ -83,39 +84,15 @@ inline void reject_overlap(Ranges& ranges) {
 
 }  // namespace detail
 
-// What the last step read of an optimizer's second moments and step counters. Each of the five tensors of
-// a parameter costs about 130 ns to read, more than the arithmetic on a bias vector. Parameters, gradients
-// and first moments are read every time; while the Python objects are the same and neither the parameter
-// nor its first moment has moved, the other two have not either: whatever moves state (to another device,
-// into another buffer) moves the moments together.
-class AdamWPlan {
- public:
-  struct Entry {
-    py::object exp_avg_sq, step;  // held, so that an address cannot be given to another object
-    const void* param = nullptr;
-    const void* exp_avg = nullptr;
-    std::uint64_t layout = 0;
-    void* exp_avg_sq_data = nullptr;
-    float* step_data = nullptr;
-  };
-
-  Entry& at(std::size_t i) {
-    if (i >= entries_.size()) entries_.resize(i + 1);
-    return entries_[i];
-  }
-
- private:
-  std::vector<Entry> entries_;
-};
-
 // Collects checked arguments one parameter at a time. Shapes and devices must agree, and steps be
 // float32 scalars on the CPU, or it throws.
 class AdamWReader {
  public:
-  AdamWReader(const TensorReader& reader, TensorView::Device device, std::size_t expected, AdamWPlan* plan = nullptr)
-      : reader_(reader), device_(device), plan_(plan) {
+  AdamWReader(const TensorReader& reader, TensorView::Device device, std::size_t expected)
+      : reader_(reader), device_(device) {
     result_.tensors.reserve(expected);
     result_.steps.reserve(expected);
+    result_.held.reserve(4 * expected);
     written_.reserve(4 * expected);
   }
 
@@ -131,50 +108,43 @@ class AdamWReader {
     }
     const TensorView grad = read_like(objects.grad, "grads", i, param, objects.param);
     const TensorView exp_avg = read_like(objects.exp_avg, "exp_avgs", i, param, objects.param, false);
-    if (param.dtype && !(exp_avg.dtype && detail::kernel_takes(*param.dtype, *exp_avg.dtype))) {
+    if (param.dtype.has_value() != exp_avg.dtype.has_value() ||
+        (param.dtype && !detail::kernel_takes(*param.dtype, *exp_avg.dtype))) {
       reject_adamw("exp_avgs", i, describe(objects.exp_avg), describe(objects.param));
     }
+    const TensorView exp_avg_sq = read_like(objects.exp_avg_sq, "exp_avg_sqs", i, exp_avg, objects.exp_avg);
     const bool amsgrad = objects.max_exp_avg_sq != nullptr;
     TensorView max_exp_avg_sq;
     if (amsgrad) max_exp_avg_sq = read_like(objects.max_exp_avg_sq, "max_exp_avg_sqs", i, exp_avg, objects.exp_avg);
+    const TensorView step = read(objects.step, "steps", i);
+    if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) {
+      reject_adamw("steps", i, describe(objects.step), "float32 () on cpu");
+    }
     const bool takes = param.dtype && is_dense(param) && same_order(grad, param) && same_order(exp_avg, param) &&
-                       (!amsgrad || same_order(max_exp_avg_sq, param));
-    AdamWPlan::Entry fresh;
-    AdamWPlan::Entry& entry = plan_ == nullptr ? fresh : plan_->at(i);
-    if (!takes || !is_remembered(entry, objects, param, exp_avg)) {
-      entry = {};
-      const TensorView exp_avg_sq = read_like(objects.exp_avg_sq, "exp_avg_sqs", i, exp_avg, objects.exp_avg);
-      const TensorView step = read(objects.step, "steps", i);
-      if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) {
-        reject_adamw("steps", i, describe(objects.step), "float32 () on cpu");
-      }
-      if (!takes || !same_order(exp_avg_sq, param)) {
-        result_.rest.push_back(i);
-        return;
-      }
-      entry = {py::reinterpret_borrow<py::object>(objects.exp_avg_sq),
-               py::reinterpret_borrow<py::object>(objects.step),
-               param.data,
-               exp_avg.data,
-               layout(param, *exp_avg.dtype),
-               exp_avg_sq.data,
-               static_cast<float*>(step.data)};
+                       same_order(exp_avg_sq, param) && (!amsgrad || same_order(max_exp_avg_sq, param));
+    if (!takes) {
+      result_.rest.push_back(i);
+      return;
     }
     const std::int64_t state_bytes = param.numel * element_size(*exp_avg.dtype);
     writes(param.data, param.numel * element_size(*param.dtype));
     writes(exp_avg.data, state_bytes);
-    writes(entry.exp_avg_sq_data, state_bytes);
+    writes(exp_avg_sq.data, state_bytes);
     if (amsgrad) writes(max_exp_avg_sq.data, state_bytes);
+    for (PyObject* object :
+         {objects.param, objects.grad, objects.exp_avg, objects.exp_avg_sq, objects.max_exp_avg_sq}) {
+      if (object != nullptr) result_.held.push_back(py::reinterpret_borrow<py::object>(object));
+    }
     result_.tensors.push_back({param.data,
                                grad.data,
                                exp_avg.data,
-                               entry.exp_avg_sq_data,
+                               exp_avg_sq.data,
                                max_exp_avg_sq.data,
                                param.numel,
                                *param.dtype,
                                *exp_avg.dtype,
                                {}});
-    result_.steps.push_back(entry.step_data);
+    result_.steps.push_back(static_cast<float*>(step.data));
   }
 
   AdamWArguments finish() {
@@ -184,12 +154,18 @@ class AdamWReader {
 
  private:
   TensorView read(PyObject* object, const char* list, std::size_t i) const {
+    std::optional<TensorView> view;
     try {
-      return reader_.read(object);
-    } catch (const py::error_already_set&) {
-      const std::string layout = py::str(py::handle(object).attr("layout"));
-      reject_adamw(list, i, describe(object) + " of layout " + layout, "a tensor with memory of its own (strided)");
+      view = reader_.read(object);
+    } catch (const py::error_already_set&) {  // sparse, and other layouts without one stretch of memory
     }
+    if (view && (view->data != nullptr || view->numel == 0 || view->device == TensorView::Device::other)) {
+      return std::move(*view);
+    }
+    const std::string layout = py::str(py::handle(object).attr("layout"));
+    reject_adamw(list, i,
+                 "a " + std::string(Py_TYPE(object)->tp_name) + " of layout " + layout + ", " + describe(object),
+                 "a tensor with memory of its own (strided)");
   }
 
   // A tensor of the shape, device and (unless told otherwise) dtype of `like`.
@@ -203,41 +179,27 @@ class AdamWReader {
     return view;
   }
 
-  static std::uint64_t layout(const TensorView& view, DType state_dtype) {
-    std::uint64_t h = 8 * static_cast<std::uint64_t>(*view.dtype) + static_cast<std::uint64_t>(state_dtype);
-    for (int d = 0; d < view.ndim; ++d) {
-      h = (h ^ static_cast<std::uint64_t>(view.shape[d])) * 0x9e3779b97f4a7c15u;
-      h = (h ^ static_cast<std::uint64_t>(view.strides[d])) * 0xd6e8feb86659fd93u;
-    }
-    return h;
-  }
-
-  static bool is_remembered(const AdamWPlan::Entry& entry, const AdamWObjects& objects, const TensorView& param,
-                            const TensorView& exp_avg) {
-    return param.numel > 0 && entry.exp_avg_sq.ptr() == objects.exp_avg_sq && entry.step.ptr() == objects.step &&
-           entry.param == param.data && entry.exp_avg == exp_avg.data && entry.layout == layout(param, *exp_avg.dtype);
-  }
-
   void writes(const void* data, std::int64_t bytes) {
     if (bytes > 0) written_.emplace_back(static_cast<const char*>(data), static_cast<const char*>(data) + bytes);
   }
 
   const TensorReader& reader_;
   TensorView::Device device_;
-  AdamWPlan* plan_;
   std::size_t position_ = 0;
   AdamWArguments result_;
   detail::Ranges written_;
 };
 
 inline AdamWArguments read_adamw_objects(const TensorReader& reader, TensorView::Device device,
-                                         const std::vector<AdamWObjects>& objects, AdamWPlan* plan = nullptr) {
-  AdamWReader arguments(reader, device, objects.size(), plan);
+                                         const std::vector<AdamWObjects>& objects) {
+  AdamWReader arguments(reader, device, objects.size());
   for (std::size_t i = 0; i < objects.size(); ++i) {
     constexpr std::size_t kAhead = 6;
     if (i + kAhead < objects.size()) {
       const AdamWObjects& next = objects[i + kAhead];
-      for (PyObject* object : {next.param, next.grad, next.exp_avg}) TensorReader::prefetch_record(object);
+      for (PyObject* object : {next.param, next.grad, next.exp_avg, next.exp_avg_sq, next.step}) {
+        TensorReader::prefetch_record(object);
+      }
     }
     arguments.add(objects[i]);
   }
@@ -302,10 +264,11 @@ class StateWalk {
 
 // Arguments from an optimizer's parameter group and state. For some hundred small tensors, collecting
 // lists in Python would cost more than the step. `used` receives the parameters that have a gradient.
-// Nothing is returned for tensor subclasses, whose ops have to go through torch's dispatcher.
+// Nothing is returned for tensor subclasses, whose ops have to go through torch's dispatcher, and for
+// groups that span devices.
 inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader, TensorView::Device device,
-                                                      AdamWPlan& plan, const py::list& params, const py::dict& state,
-                                                      bool amsgrad, py::list& used) {
+                                                      const py::list& params, const py::dict& state, bool amsgrad,
+                                                      py::list& used) {
   static PyObject* const grad_name = PyUnicode_InternFromString("grad");
   static PyObject* const names[] = {PyUnicode_InternFromString("exp_avg"), PyUnicode_InternFromString("exp_avg_sq"),
                                     PyUnicode_InternFromString("step"), PyUnicode_InternFromString("max_exp_avg_sq")};
@@ -337,11 +300,12 @@ inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader
         throw py::error_already_set();
       }
     }
+    if (reader.read(param).device != device) return std::nullopt;
     objects.push_back({param, grad.ptr(), values[0], values[1], values[3], values[2]});
     grads.push_back(std::move(grad));
     used.append(params[i]);
   }
-  return read_adamw_objects(reader, device, objects, &plan);
+  return read_adamw_objects(reader, device, objects);
 }
 
 // Counts one step more for every tensor and sets the scalars that follow from it.

@@ -59,11 +59,11 @@ std::vector<std::size_t> adamw(const TensorReader& reader, const py::list& param
 }
 
 std::optional<std::pair<py::list, std::vector<std::size_t>>> adamw_group(
-    const TensorReader& reader, AdamWPlan& plan, const py::list& params, const py::dict& state, bool amsgrad, double lr,
-    double beta1, double beta2, double eps, double weight_decay, bool maximize, int threads, const std::string& isa) {
+    const TensorReader& reader, const py::list& params, const py::dict& state, bool amsgrad, double lr, double beta1,
+    double beta2, double eps, double weight_decay, bool maximize, int threads, const std::string& isa) {
   const cpu::Kernels& kernels = kernels_for(isa);
   py::list used;
-  auto arguments = read_adamw_group(reader, TensorView::Device::cpu, plan, params, state, amsgrad, used);
+  auto arguments = read_adamw_group(reader, TensorView::Device::cpu, params, state, amsgrad, used);
   if (!arguments) return std::nullopt;
   advance(*arguments, lr, beta1, beta2, eps, weight_decay, maximize);
   reader.increment_version(used);
@@ -137,9 +137,6 @@ PYBIND11_MODULE(_cpu, m) {
       .def("use_attributes", &TensorReader::use_attributes, "Read through Python attributes, as for torch < 2.10.")
       .def_property_readonly("uses_dlpack", &TensorReader::uses_dlpack);
 
-  py::class_<AdamWPlan>(m, "AdamWPlan", "What an optimizer remembers of a group between steps; validated by each.")
-      .def(py::init<>());
-
   m.def("adamw", &adamw, "One AdamW step over lists of tensors. Returns the positions that it left alone.",
         py::arg("reader"), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
         py::arg("max_exp_avg_sqs"), py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
@@ -147,9 +144,9 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("adamw_group", &adamw_group,
         "One AdamW step over an optimizer's group. Returns the parameters with a gradient and the positions among "
-        "them that it left alone; None where a parameter is a tensor subclass.",
-        py::arg("reader"), py::arg("plan"), py::arg("params"), py::arg("state"), py::arg("amsgrad"), py::kw_only(),
-        py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"),
+        "them that it left alone; None where a parameter is a tensor subclass or lies elsewhere.",
+        py::arg("reader"), py::arg("params"), py::arg("state"), py::arg("amsgrad"), py::kw_only(), py::arg("lr"),
+        py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"),
         py::arg("threads"), py::arg("isa"));
 
   m.def("check_labels", &check_labels,

@@ -10,6 +10,7 @@
 #endif
 
 namespace superfine {
+namespace {  // compiled once per instruction set: see cpu/isa.h
 
 // Hands out [0, count) in pieces of `grain`, first come, first served: a thread whose core is busy with
 // something else takes fewer, instead of keeping all others waiting at the end.
@@ -42,4 +43,5 @@ inline void parallel_for(std::int64_t count, std::int64_t grain, int threads, co
   if (count > 0) worker(ranges);
 }
 
+}  // namespace
 }  // namespace superfine

@@ -90,7 +90,8 @@ def trained_tensors(plan: Plan) -> dict[str, Tensor]:
     """CPU copies of the trained parameters and the persistent buffers, by name."""
     state = plan.model.state_dict()
     parameters = {name for name, _ in plan.model.named_parameters(remove_duplicate=False)}
-    names = [*plan.names, *(name for name in state if name not in parameters)]
+    buffers = (n for n, value in state.items() if n not in parameters and isinstance(value, Tensor))
+    names = [*plan.names, *buffers]
     return {name: state[name].detach().to("cpu", copy=True).contiguous() for name in names}
 
 

@@ -92,7 +92,8 @@ def save_delta(
     if any(parameter.is_meta for parameter in parameters.values()):
         raise ValueError("save_delta: model is on the meta device; expected parameters with values")
     tensors = {name: parameters[name] for name in plan.names} | _persistent_buffers(model)
-    tensors = {name: _own_contiguous(tensor) for name, tensor in tensors.items()}
+    seen: set[int] = set()
+    tensors = {name: _own_contiguous(tensor, seen) for name, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -319,10 +320,14 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
-def _own_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU with memory of its own size: safetensors refuses views of something larger."""
+def _own_contiguous(tensor: Tensor, seen: set[int]) -> Tensor:
+    """The tensor on the CPU with memory of its own: safetensors refuses shared storage and views of more."""
     tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    storage = tensor.untyped_storage()
+    if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+        tensor = tensor.clone()
+    seen.add(tensor.untyped_storage().data_ptr())
+    return tensor
 
 
 def _checked_extra(extra: Mapping[str, str] | None) -> dict[str, str]:

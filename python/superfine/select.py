@@ -31,8 +31,8 @@ def select(model: nn.Module, *selectors: str) -> Plan:
     """Freeze everything but the union of ``selectors`` and return the plan.
 
     Sets ``requires_grad`` on exactly the selected parameters and drops the gradients of the others. Selecting
-    again replaces the selection; optimizers made from the earlier plan then refuse to step. Select before
-    wrapping the model for data parallelism, which fixes what is synchronised.
+    again replaces the selection: make a new optimizer from the new plan, the earlier one no longer fits. Select
+    before wrapping the model for data parallelism, which fixes what is synchronised.
 
     Raises ``TypeError`` or ``ValueError``, with the model untouched, when a selector matches nothing or
     counts layers that are not there; when the selection holds one name of a tied parameter but not the

@@ -216,6 +216,11 @@ class Trainer:
             )
 
     def _checkpoint(self) -> None:
+        # Between logged steps nobody has looked: never replace a good checkpoint by a ruined one.
+        with torch.no_grad():
+            self._check_finite(
+                "the norm of the parameters", torch.nn.utils.get_total_norm(self.parameters).item()
+            )
         now = time.perf_counter()
         self.progress.seconds += now - self._clock
         self._clock = now

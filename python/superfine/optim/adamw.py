@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from superfine_kernels import AdamWPlan, adamw_group_
+from superfine_kernels import adamw_group_
 from superfine_kernels._library import warn_once
 
 
@@ -71,38 +71,34 @@ class AdamW(torch.optim.AdamW):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step; returns what `closure`, if given, returned."""
+        # torch's own check that nobody captures a step whose scalars would be frozen into the graph.
+        for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+            if check := getattr(self, name, None):
+                check()
+                break
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             reason = next((name for name in ("capturable", "differentiable") if group[name]), None)
             if reason is not None:
                 warn_once(f"AdamW: {reason}=True has no kernel yet; torch's implementation steps this group")
                 self._step_group_with_torch(group)
                 continue
             try:
-                self._step_group(group, self._plan(index))
+                self._step_group(group)
             except KeyError:  # nothing has been written: the step looks all state up first
                 if not self._make_missing_state(group):
                     raise
-                self._step_group(group, self._plan(index))
+                self._step_group(group)
         return loss
 
-    def _plan(self, index: int) -> AdamWPlan:
-        plans = self.__dict__.setdefault(
-            "_plans", []
-        )  # not in __init__: a copied or unpickled optimizer has none
-        while len(plans) <= index:
-            plans.append(AdamWPlan())
-        return plans[index]
-
-    def _step_group(self, group: dict[str, Any], plan: AdamWPlan) -> None:
+    def _step_group(self, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         adamw_group_(
             group["params"],
             self.state,
-            plan,
             amsgrad=group["amsgrad"],
             lr=float(group["lr"]),
             beta1=float(beta1),
