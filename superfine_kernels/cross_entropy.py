@@ -312,7 +312,8 @@ def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
 
 def _times_upstream(dlogits: Tensor, grad: Tensor) -> Tensor:
     # Reading the value is free on the CPU only, and only where nothing traces or batches.
-    readable = type(grad) is Tensor and not torch._C._functorch.is_batchedtensor(grad)
+    batched = in_functional_transform() or torch._C._functorch.is_legacy_batchedtensor(grad)
+    readable = type(grad) is Tensor and not batched
     if not readable or grad.device.type != "cpu" or grad.item() != 1:
         dlogits = dlogits * grad
     elif _graph_is_kept():

@@ -129,7 +129,8 @@ def test_float16_gradients_are_rounded_after_the_loss_scale(inplace):
     (grad,) = torch.autograd.grad(loss * 65536, leaf)
     exact = x.double().requires_grad_()
     (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(exact, t) * 65536, exact)
-    assert (grad == 0).float().mean() < 0.01
+    lost = (grad == 0) & (expected.abs() > 6e-8)  # float16's smallest number
+    assert not lost.any()
     torch.testing.assert_close(grad.double(), expected, rtol=2e-3, atol=1e-7)
 
 
@@ -151,10 +152,12 @@ def test_batched_upstream_gradients():
     torch.testing.assert_close(batched[1], 2 * batched[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own forward-mode rules
 def test_forward_mode_takes_the_reference():
     x, dx, t = logits(5, 7, torch.float64), logits(5, 7, torch.float64), labels(5, 7)
-    with torch.autograd.forward_ad.dual_level(), pytest.warns(UserWarning, match="forward-mode"):
-        ours = cross_entropy(torch.autograd.forward_ad.make_dual(x, dx), t)
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.warns(UserWarning, match="forward-mode"):
+            ours = cross_entropy(torch.autograd.forward_ad.make_dual(x, dx), t)
         theirs = torch.nn.functional.cross_entropy(torch.autograd.forward_ad.make_dual(x, dx), t)
         expected = torch.autograd.forward_ad.unpack_dual(theirs).tangent
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(ours).tangent, expected)

@@ -88,18 +88,20 @@ inline void reject_overlap(Ranges& ranges) {
 // float32 scalars on the CPU, or it throws.
 class AdamWReader {
  public:
-  AdamWReader(const TensorReader& reader, TensorView::Device device, std::size_t expected)
-      : reader_(reader), device_(device) {
+  AdamWReader(const TensorReader& reader, TensorView::Device device, std::size_t expected, bool may_span_devices)
+      : reader_(reader), device_(device), may_span_devices_(may_span_devices) {
     result_.tensors.reserve(expected);
     result_.steps.reserve(expected);
     result_.held.reserve(4 * expected);
     written_.reserve(4 * expected);
   }
 
-  void add(const AdamWObjects& objects) {
+  // False for a parameter on another device, where that is not an error.
+  bool add(const AdamWObjects& objects) {
     const std::size_t i = position_++;
     const TensorView param = read(objects.param, "params", i);
     if (param.device != device_) {
+      if (may_span_devices_) return false;
       reject_adamw("params", i, describe(objects.param),
                    device_ == TensorView::Device::cpu ? "a tensor on cpu" : "a tensor on cuda");
     }
@@ -124,7 +126,7 @@ class AdamWReader {
                        same_order(exp_avg_sq, param) && (!amsgrad || same_order(max_exp_avg_sq, param));
     if (!takes) {
       result_.rest.push_back(i);
-      return;
+      return true;
     }
     const std::int64_t state_bytes = param.numel * element_size(*exp_avg.dtype);
     writes(param.data, param.numel * element_size(*param.dtype));
@@ -145,6 +147,7 @@ class AdamWReader {
                                *exp_avg.dtype,
                                {}});
     result_.steps.push_back(static_cast<float*>(step.data));
+    return true;
   }
 
   AdamWArguments finish() {
@@ -157,7 +160,9 @@ class AdamWReader {
     std::optional<TensorView> view;
     try {
       view = reader_.read(object);
-    } catch (const py::error_already_set&) {  // sparse, and other layouts without one stretch of memory
+    } catch (const py::error_already_set&) {  // sparse layouts, and devices that DLPack does not know
+      const std::string device = py::str(py::handle(object).attr("device").attr("type"));
+      if (device != "cpu" && device != "cuda") view.emplace();
     }
     if (view && (view->data != nullptr || view->numel == 0 || view->device == TensorView::Device::other)) {
       return std::move(*view);
@@ -185,14 +190,17 @@ class AdamWReader {
 
   const TensorReader& reader_;
   TensorView::Device device_;
+  bool may_span_devices_;
   std::size_t position_ = 0;
   AdamWArguments result_;
   detail::Ranges written_;
 };
 
-inline AdamWArguments read_adamw_objects(const TensorReader& reader, TensorView::Device device,
-                                         const std::vector<AdamWObjects>& objects) {
-  AdamWReader arguments(reader, device, objects.size());
+// Nothing is returned where parameters may span devices, and do.
+inline std::optional<AdamWArguments> read_adamw_objects(const TensorReader& reader, TensorView::Device device,
+                                                        const std::vector<AdamWObjects>& objects,
+                                                        bool may_span_devices) {
+  AdamWReader arguments(reader, device, objects.size(), may_span_devices);
   for (std::size_t i = 0; i < objects.size(); ++i) {
     constexpr std::size_t kAhead = 6;
     if (i + kAhead < objects.size()) {
@@ -201,7 +209,7 @@ inline AdamWArguments read_adamw_objects(const TensorReader& reader, TensorView:
         TensorReader::prefetch_record(object);
       }
     }
-    arguments.add(objects[i]);
+    if (!arguments.add(objects[i])) return std::nullopt;
   }
   return arguments.finish();
 }
@@ -230,7 +238,7 @@ inline AdamWArguments read_adamw_lists(const TensorReader& reader, TensorView::D
     objects.push_back(
         {at(params), at(grads), at(exp_avgs), at(exp_avg_sqs), amsgrad ? at(max_exp_avg_sqs) : nullptr, at(steps)});
   }
-  return read_adamw_objects(reader, device, objects);
+  return *read_adamw_objects(reader, device, objects, false);
 }
 
 // A walk through an optimizer's state in the order of its parameters, which is the order in which the
@@ -300,12 +308,11 @@ inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader
         throw py::error_already_set();
       }
     }
-    if (reader.read(param).device != device) return std::nullopt;
     objects.push_back({param, grad.ptr(), values[0], values[1], values[3], values[2]});
     grads.push_back(std::move(grad));
     used.append(params[i]);
   }
-  return read_adamw_objects(reader, device, objects);
+  return read_adamw_objects(reader, device, objects, true);
 }
 
 // Counts one step more for every tensor and sets the scalars that follow from it.

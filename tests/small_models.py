@@ -1,0 +1,103 @@
+"""Small models of the supported families, for the tests of selection and of the first step."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import nn
+
+# Widths of 8 and 2 to 4 layers: the smallest with several heads and a first, an inner and a last layer.
+VOCAB = 32
+
+
+def bert(cls="BertForSequenceClassification", layers=4):
+    config = transformers.BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=8,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    return getattr(transformers, cls)(config)
+
+
+def roberta():
+    config = transformers.RobertaConfig(
+        vocab_size=VOCAB,
+        hidden_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=20,
+    )
+    return transformers.RobertaForSequenceClassification(config)
+
+
+def distilbert():
+    config = transformers.DistilBertConfig(
+        vocab_size=VOCAB, dim=8, n_layers=3, n_heads=2, hidden_dim=16, max_position_embeddings=16
+    )
+    return transformers.DistilBertForSequenceClassification(config)
+
+
+def gpt2(cls="GPT2LMHeadModel", **settings):
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=8,
+        n_layer=3,
+        n_head=2,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        **settings,
+    )
+    return getattr(transformers, cls)(config)
+
+
+def llama(tied=False):
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        tie_word_embeddings=tied,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def t5():
+    config = transformers.T5Config(
+        vocab_size=VOCAB,
+        d_model=8,
+        d_kv=4,
+        d_ff=16,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def trained(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def starting(model, *prefixes):
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+
+
+def step(model, plan, optimizer, inputs=None):
+    """One backward and step of a small model on a fixed input."""
+    model(torch.linspace(-1, 1, 8).view(2, 4) if inputs is None else inputs).square().sum().backward()
+    optimizer.step()
