@@ -19,7 +19,7 @@ struct AdamWArguments {
   std::vector<AdamWTensor> tensors;
   std::vector<float*> steps;      // one per tensor: the count of steps taken, in host memory
   std::vector<std::size_t> rest;  // positions that no kernel takes: other dtypes, strides that differ
-  std::vector<py::object> held;   // what another Python thread could drop while the kernel runs
+  std::vector<py::object> grads;  // held: another thread may set .grad to None while the kernel runs
 };
 
 // One parameter and what belongs to it, borrowed.
@@ -92,7 +92,6 @@ class AdamWReader {
       : reader_(reader), device_(device), may_span_devices_(may_span_devices) {
     result_.tensors.reserve(expected);
     result_.steps.reserve(expected);
-    result_.held.reserve(4 * expected);
     written_.reserve(4 * expected);
   }
 
@@ -133,10 +132,6 @@ class AdamWReader {
     writes(exp_avg.data, state_bytes);
     writes(exp_avg_sq.data, state_bytes);
     if (amsgrad) writes(max_exp_avg_sq.data, state_bytes);
-    for (PyObject* object :
-         {objects.param, objects.grad, objects.exp_avg, objects.exp_avg_sq, objects.max_exp_avg_sq}) {
-      if (object != nullptr) result_.held.push_back(py::reinterpret_borrow<py::object>(object));
-    }
     result_.tensors.push_back({param.data,
                                grad.data,
                                exp_avg.data,
@@ -312,7 +307,9 @@ inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader
     grads.push_back(std::move(grad));
     used.append(params[i]);
   }
-  return read_adamw_objects(reader, device, objects, true);
+  auto arguments = read_adamw_objects(reader, device, objects, true);
+  if (arguments) arguments->grads = std::move(grads);
+  return arguments;
 }
 
 // Counts one step more for every tensor and sets the scalars that follow from it.
