@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -11,6 +12,9 @@ import torch
 import triton_interpreter
 
 from superfine_kernels._library import warn_once
+
+# A shell that runs the tests in the background has SIGINT ignored; the tests of Ctrl-C need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every run and machine, and no folder of past failures beside the sources. The fixtures
 # below hold for all examples of a test together, which is what they are for.
