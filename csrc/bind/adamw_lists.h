@@ -287,10 +287,10 @@ inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader
       TensorReader::prefetch_record(PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i + kAhead)));
     PyObject* param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
     if (!reader.is_plain(param)) return std::nullopt;
-    PyObject* entries = walk.find(param);
     auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, grad_name));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
+    PyObject* entries = walk.find(param);
     if (entries == nullptr) {
       PyErr_SetObject(PyExc_KeyError, param);
       throw py::error_already_set();
@@ -302,6 +302,7 @@ inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader
         if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, names[k]);
         throw py::error_already_set();
       }
+      TensorReader::prefetch_object(values[k]);
     }
     objects.push_back({param, grad.ptr(), values[0], values[1], values[3], values[2]});
     grads.push_back(std::move(grad));
