@@ -17,8 +17,9 @@ from rich.table import Table
 from superfine._files import atomic_write
 from superfine.env import environment
 
-from . import OPS, Row, Settings, all_cases, measure, measure_ceilings
+from . import OPS, Row, Settings, all_cases, measure_ceilings
 from .harness import QUICK
+from .isolate import measure_alone
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         for index, case in enumerate(cases, 1):
             if console.is_terminal:  # a line, no spinner: a spinner's thread would run beside what is timed
                 print(f"{index}/{len(cases)} {case.key} ...", flush=True)
-            measured = measure(case, device, settings, ceilings)
+            measured = measure_alone(case, device, settings, ceilings)
             for row in measured:
                 results.add("row", asdict(row))
             rows += measured

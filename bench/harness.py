@@ -11,8 +11,6 @@ then one timed call. Correctness is checked before and after timing; a provider 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import math
 import statistics
@@ -171,7 +169,6 @@ def measure(
         note = f"needs {case.memory / 2**30:.1f} GiB; {available / 2**30:.1f} GiB are free"
         return [replace(blank, provider=provider.name, note=note) for provider in providers]
 
-    _return_freed_memory()
     inputs = case.inputs(device)
     rows: dict[str, Row] = {}
     running: dict[str, Callable[[], Any]] = {}
@@ -268,17 +265,6 @@ def _checked(case: Case, inputs: Any, call: Callable[[], Any], row: Row) -> Row:
     if not error <= 1:  # also when it is NaN
         return replace(row, status="wrong", error=error, note=f"error is {error:.3g} times the tolerance")
     return replace(row, status="ok", error=worst)
-
-
-def _return_freed_memory() -> None:
-    """Gives the heap's free memory back to the system.
-
-    What earlier cases freed would otherwise serve this one's large buffers, without the page faults that
-    they cost in a process of its own: eager cross-entropy over 1024 x 30522 then takes 57 ms, not 150.
-    """
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _failed(row: Row, error: Exception) -> Row:

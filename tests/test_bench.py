@@ -249,6 +249,7 @@ def test_command_line_writes_one_line_for_each_record(tmp_path, monkeypatch, cap
     monkeypatch.setattr(
         "superfine_bench.__main__.measure_ceilings", lambda device: Ceilings("cpu", {"copy": [(2**25, 50.0)]})
     )
+    monkeypatch.setattr("superfine_bench.__main__.measure_alone", measure)
     assert main(["--quick", "--out", str(tmp_path / "results")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "results" / "bench.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["environment", "ceilings", "row", "row"]
@@ -264,6 +265,7 @@ def test_command_line_fails_when_a_result_is_wrong(monkeypatch, capsys):
     wrong = Provider("wrong", lambda inputs: lambda: inputs["x"])
     monkeypatch.setattr("superfine_bench.__main__.all_cases", lambda only: [make_case(wrong)])
     monkeypatch.setattr("superfine_bench.__main__.measure_ceilings", lambda device: Ceilings("cpu", {}))
+    monkeypatch.setattr("superfine_bench.__main__.measure_alone", measure)
     assert main(["--quick"]) == 1
     assert "double/64/float32: wrong is wrong" in capsys.readouterr().err
 
