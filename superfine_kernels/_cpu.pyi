@@ -13,10 +13,10 @@ class TensorReader:
         ...
     def use_attributes(self) -> None:
         """
-        Read through Python attributes, as for torch < 2.10.
+        Read through Python attributes from now on.
         """
     @property
-    def uses_dlpack(self) -> bool:
+    def uses_shim(self) -> bool:
         ...
 def adamw(reader: TensorReader, params: list, grads: list, exp_avgs: list, exp_avg_sqs: list, max_exp_avg_sqs: list, steps: list, *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, maximize: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
     """

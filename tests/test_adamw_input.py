@@ -191,7 +191,7 @@ def test_reading_tensors_through_attributes_gives_the_same(param, state):
     adamw_(*expected.lists(), **HYPER)
     reader = _cpu.TensorReader(torch)
     reader.use_attributes()
-    assert not reader.uses_dlpack
+    assert not reader.uses_shim
     assert _cpu.adamw(reader, *case.lists(), **HYPER, threads=2, isa="") == []
     assert_same_bits_in_lists(case.lists(), expected.lists())
 

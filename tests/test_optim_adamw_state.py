@@ -423,13 +423,14 @@ param = torch.nn.Parameter(torch.ones(10_000_000))
 optimizer = AdamW([param])
 param.grad = torch.ones_like(param)
 optimizer.step()
-def drop():
-    for _ in range(10):
-        time.sleep(0.002)
-        param.grad = None
+step = optimizer.state[param]["step"]
+def drop(taken):
+    while step.item() == taken:  # it grows right before the kernel runs; torch itself races with an earlier drop
+        time.sleep(0)
+    param.grad = None
 for _ in range(3):
     param.grad = torch.ones_like(param)
-    thread = threading.Thread(target=drop)
+    thread = threading.Thread(target=drop, args=(step.item(),))
     thread.start()
     optimizer.step()
     thread.join()

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <optional>
 #include <string>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "bind/tensor_list.h"
+#include "core/parallel_for.h"
 #include "math/adamw.h"
 
 namespace superfine {
@@ -22,15 +24,14 @@ struct AdamWArguments {
   std::vector<py::object> grads;  // held: another thread may set .grad to None while the kernel runs
 };
 
-// One parameter and what belongs to it, borrowed.
-struct AdamWObjects {
-  PyObject* param;
-  PyObject* grad;
-  PyObject* exp_avg;
-  PyObject* exp_avg_sq;
-  PyObject* max_exp_avg_sq;  // null without amsgrad
-  PyObject* step;
-};
+// A parameter and what belongs to it.
+enum Role : std::size_t { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kStep, kRoles };
+constexpr const char* kLists[kRoles] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"};
+using AdamWObjects = std::array<PyObject*, kRoles>;  // borrowed; no kMaxExpAvgSq without amsgrad
+
+inline void prefetch_records(const TensorReader& reader, const AdamWObjects& objects) {
+  for (PyObject* object : objects) reader.prefetch_record(object);
+}
 
 inline std::string describe(py::handle tensor) {
   const std::string dtype = py::str(tensor.attr("dtype"));
@@ -39,10 +40,9 @@ inline std::string describe(py::handle tensor) {
   return dtype.substr(dtype.find('.') + 1) + " " + shape + " on " + device;
 }
 
-[[noreturn]] inline void reject_adamw(const char* list, std::size_t i, const std::string& is,
-                                      const std::string& expected) {
-  throw py::value_error("adamw_: " + std::string(list) + "[" + std::to_string(i) + "] is " + is + "; expected " +
-                        expected);
+[[noreturn]] inline void reject_adamw(Role role, std::size_t i, const std::string& is, const std::string& expected) {
+  throw py::value_error("adamw_: " + std::string(kLists[role]) + "[" + std::to_string(i) + "] is " + is +
+                        "; expected " + expected);
 }
 
 namespace detail {
@@ -51,26 +51,18 @@ inline bool kernel_takes(DType param, DType state) {
   return state == param || (state == DType::f32 && (param == DType::bf16 || param == DType::f16));
 }
 
-using Ranges = std::vector<std::pair<const char*, const char*>>;
-
-// The ranges that passed last time, as a hash: sorting them costs more than half of a step over small
-// tensors, and from step to step they stay the same.
-inline std::uint64_t hash(const Ranges& ranges) {
-  std::uint64_t h = ranges.size();
-  for (const auto& [begin, end] : ranges) {
-    h = (h ^ reinterpret_cast<std::uintptr_t>(begin)) * 0x9e3779b97f4a7c15u;
-    h = (h ^ (h >> 32) ^ reinterpret_cast<std::uintptr_t>(end)) * 0xd6e8feb86659fd93u;
-  }
-  return (h ^ (h >> 32)) | 1;  // never 0, which marks an empty slot
-}
-
 // Every byte may be written through one tensor only.
-inline void reject_overlap(Ranges& ranges) {
-  constexpr std::size_t kRemembered = 64;  // parameter groups that take turns
-  static std::array<std::uint64_t, kRemembered> passed = {};
-  const std::uint64_t key = hash(ranges);
-  std::uint64_t& slot = passed[(key >> 1) % kRemembered];
-  if (slot == key) return;
+inline void reject_overlap(const std::vector<AdamWTensor>& tensors) {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  ranges.reserve(4 * tensors.size());
+  for (const AdamWTensor& t : tensors) {
+    const auto writes = [&](const void* data, DType dtype) {
+      const char* begin = static_cast<const char*>(data);
+      if (data != nullptr && t.numel > 0) ranges.emplace_back(begin, begin + t.numel * element_size(dtype));
+    };
+    writes(t.param, t.param_dtype);
+    for (const void* state : {t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq}) writes(state, t.state_dtype);
+  }
   std::sort(ranges.begin(), ranges.end());
   for (std::size_t i = 1; i < ranges.size(); ++i) {
     if (ranges[i].first < ranges[i - 1].second) {
@@ -79,83 +71,140 @@ inline void reject_overlap(Ranges& ranges) {
           "(is a parameter, or a view of it, given twice?)");
     }
   }
+}
+
+// The memory that a tensor's step writes, as a number; those of several tensors may be added in any order.
+inline std::uint64_t hash(const AdamWTensor& t) {
+  std::uint64_t h = static_cast<std::uint64_t>(t.numel) << 8 | static_cast<std::uint64_t>(t.param_dtype) << 4 |
+                    static_cast<std::uint64_t>(t.state_dtype);
+  for (const void* data : {t.param, t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq}) {
+    h = (h ^ (h >> 32) ^ reinterpret_cast<std::uintptr_t>(data)) * 0x9e3779b97f4a7c15u;
+  }
+  return (h ^ (h >> 32)) * 0xd6e8feb86659fd93u;
+}
+
+// As reject_overlap, once: from step to step the memory stays the same, and to sort it costs more than
+// half of a step over small tensors.
+inline void reject_new_overlap(const std::vector<AdamWTensor>& tensors, std::uint64_t hashes) {
+  constexpr std::size_t kRemembered = 64;  // parameter groups that take turns
+  static std::array<std::uint64_t, kRemembered> passed = {};
+  const std::uint64_t key = hashes | 1;  // never 0, which marks an empty slot
+  std::uint64_t& slot = passed[(key >> 1) % kRemembered];
+  if (slot == key) return;
+  reject_overlap(tensors);
   slot = key;
 }
 
 }  // namespace detail
 
-// Collects checked arguments one parameter at a time. Shapes and devices must agree, and steps be
-// float32 scalars on the CPU, or it throws.
+// Reads and checks the arguments of every parameter, or throws.
 class AdamWReader {
  public:
-  AdamWReader(const TensorReader& reader, TensorView::Device device, std::size_t expected, bool may_span_devices)
-      : reader_(reader), device_(device), may_span_devices_(may_span_devices) {
-    result_.tensors.reserve(expected);
-    result_.steps.reserve(expected);
-    written_.reserve(4 * expected);
-  }
+  AdamWReader(const TensorReader& reader, TensorView::Device device, const std::vector<AdamWObjects>& objects)
+      : reader_(reader), device_(device), objects_(objects) {}
 
-  // False for a parameter on another device, where that is not an error.
-  bool add(const AdamWObjects& objects) {
-    const std::size_t i = position_++;
-    const TensorView param = read(objects.param, "params", i);
-    if (param.device != device_) {
-      if (may_span_devices_) return false;
-      reject_adamw("params", i, describe(objects.param),
-                   device_ == TensorView::Device::cpu ? "a tensor on cpu" : "a tensor on cuda");
+  // Nothing for parameters on another device, where those are allowed.
+  std::optional<AdamWArguments> read(bool may_span_devices, int threads) {
+    AdamWArguments result;
+    std::uint64_t hashes = 0;
+    if (!read_usual(result, hashes, threads)) {
+      result = {};
+      hashes = 0;
+      for (std::size_t i = 0; i < objects_.size(); ++i) {
+        const Views views = careful_views(i);
+        if (views[kParam].device != device_ && may_span_devices) return std::nullopt;
+        AdamWTensor tensor;
+        if (takes(views, tensor)) {
+          hashes += detail::hash(tensor);
+          result.tensors.push_back(tensor);
+          result.steps.push_back(static_cast<float*>(views[kStep].data));
+        } else {
+          reject_wrong(i, views);
+          result.rest.push_back(i);
+        }
+      }
     }
-    if (!param.dtype && !py::handle(objects.param).attr("is_complex")().cast<bool>()) {
-      reject_adamw("params", i, describe(objects.param), "a float32, bfloat16, float16, float64 or complex tensor");
-    }
-    const TensorView grad = read_like(objects.grad, "grads", i, param, objects.param);
-    const TensorView exp_avg = read_like(objects.exp_avg, "exp_avgs", i, param, objects.param, false);
-    if (param.dtype.has_value() != exp_avg.dtype.has_value() ||
-        (param.dtype && !detail::kernel_takes(*param.dtype, *exp_avg.dtype))) {
-      reject_adamw("exp_avgs", i, describe(objects.exp_avg), describe(objects.param));
-    }
-    const TensorView exp_avg_sq = read_like(objects.exp_avg_sq, "exp_avg_sqs", i, exp_avg, objects.exp_avg);
-    const bool amsgrad = objects.max_exp_avg_sq != nullptr;
-    TensorView max_exp_avg_sq;
-    if (amsgrad) max_exp_avg_sq = read_like(objects.max_exp_avg_sq, "max_exp_avg_sqs", i, exp_avg, objects.exp_avg);
-    const TensorView step = read(objects.step, "steps", i);
-    if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) {
-      reject_adamw("steps", i, describe(objects.step), "float32 () on cpu");
-    }
-    const bool takes = param.dtype && is_dense(param) && same_order(grad, param) && same_order(exp_avg, param) &&
-                       same_order(exp_avg_sq, param) && (!amsgrad || same_order(max_exp_avg_sq, param));
-    if (!takes) {
-      result_.rest.push_back(i);
-      return true;
-    }
-    const std::int64_t state_bytes = param.numel * element_size(*exp_avg.dtype);
-    writes(param.data, param.numel * element_size(*param.dtype));
-    writes(exp_avg.data, state_bytes);
-    writes(exp_avg_sq.data, state_bytes);
-    if (amsgrad) writes(max_exp_avg_sq.data, state_bytes);
-    result_.tensors.push_back({param.data,
-                               grad.data,
-                               exp_avg.data,
-                               exp_avg_sq.data,
-                               max_exp_avg_sq.data,
-                               param.numel,
-                               *param.dtype,
-                               *exp_avg.dtype,
-                               {}});
-    result_.steps.push_back(static_cast<float*>(step.data));
-    return true;
-  }
-
-  AdamWArguments finish() {
-    detail::reject_overlap(written_);
-    return std::move(result_);
+    detail::reject_new_overlap(result.tensors, hashes);
+    return result;
   }
 
  private:
-  TensorView read(PyObject* object, const char* list, std::size_t i) const {
+  using Views = std::array<TensorView, kRoles>;
+
+  // The usual case, in which a kernel takes every parameter; by several threads, as torch's records of
+  // tensors are mostly cold in the caches, and to wait for them takes longer than to step small tensors.
+  bool read_usual(AdamWArguments& result, std::uint64_t& hashes, int threads) const {
+    constexpr std::int64_t kGrain = 16, kAhead = 4;
+    const std::int64_t n = static_cast<std::int64_t>(objects_.size());
+    result.tensors.resize(n);
+    result.steps.resize(n);
+    std::atomic<bool> usual{true};
+    std::atomic<std::uint64_t> sum{0};
+    parallel_for(n, kGrain, threads, [&](Ranges& ranges) {
+      std::int64_t begin, end;
+      std::uint64_t local = 0;
+      while (ranges.next(begin, end)) {
+        for (std::int64_t i = begin; i < end; ++i) {
+          if (i + kAhead < n) prefetch_records(reader_, objects_[i + kAhead]);
+          Views views;
+          for (std::size_t role = 0; role < kRoles; ++role) {
+            PyObject* object = objects_[i][role];
+            if (object != nullptr && !reader_.read_fast(object, views[role])) usual = false;
+          }
+          if (!takes(views, result.tensors[i])) usual = false;
+          result.steps[i] = static_cast<float*>(views[kStep].data);
+          local += detail::hash(result.tensors[i]);
+        }
+      }
+      sum += local;
+    });
+    hashes = sum;
+    return usual;
+  }
+
+  // Whether a kernel takes this parameter; then `tensor` is what it takes.
+  bool takes(const Views& views, AdamWTensor& tensor) const {
+    const TensorView &param = views[kParam], &exp_avg = views[kExpAvg], &step = views[kStep];
+    const bool amsgrad = views[kMaxExpAvgSq].device != TensorView::Device::other;
+    if (param.device != device_ || !param.dtype || !exp_avg.dtype || !is_dense(param)) return false;
+    if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) return false;
+    if (!detail::kernel_takes(*param.dtype, *exp_avg.dtype)) return false;
+    for (const Role role : {kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq}) {
+      if (role == kMaxExpAvgSq && !amsgrad) continue;
+      const TensorView& view = views[role];
+      if (!fits(view, param) || !same_order(view, param)) return false;
+      if (view.dtype != (role == kGrad ? param.dtype : exp_avg.dtype)) return false;
+    }
+    tensor = {param.data,
+              views[kGrad].data,
+              exp_avg.data,
+              views[kExpAvgSq].data,
+              views[kMaxExpAvgSq].data,
+              param.numel,
+              *param.dtype,
+              *exp_avg.dtype,
+              {}};
+    return true;
+  }
+
+  static bool fits(const TensorView& view, const TensorView& like) {
+    return view.device == like.device && view.device_index == like.device_index && same_shape(view, like);
+  }
+
+  Views careful_views(std::size_t i) const {
+    Views views;
+    for (std::size_t role = 0; role < kRoles; ++role) {
+      if (objects_[i][role] != nullptr) views[role] = careful_view(static_cast<Role>(role), i);
+    }
+    return views;
+  }
+
+  TensorView careful_view(Role role, std::size_t i) const {
+    PyObject* object = objects_[i][role];
     std::optional<TensorView> view;
     try {
       view = reader_.read(object);
-    } catch (const py::error_already_set&) {  // sparse layouts, and devices that DLPack does not know
+    } catch (const py::error_already_set&) {  // sparse layouts, and devices without memory of their own
       const std::string device = py::str(py::handle(object).attr("device").attr("type"));
       if (device != "cpu" && device != "cuda") view.emplace();
     }
@@ -163,77 +212,61 @@ class AdamWReader {
       return std::move(*view);
     }
     const std::string layout = py::str(py::handle(object).attr("layout"));
-    reject_adamw(list, i,
+    reject_adamw(role, i,
                  "a " + std::string(Py_TYPE(object)->tp_name) + " of layout " + layout + ", " + describe(object),
                  "a tensor with memory of its own (strided)");
   }
 
-  // A tensor of the shape, device and (unless told otherwise) dtype of `like`.
-  TensorView read_like(PyObject* object, const char* list, std::size_t i, const TensorView& like, PyObject* like_object,
-                       bool same_dtype = true) {
-    TensorView view = read(object, list, i);
-    if (view.device != like.device || view.device_index != like.device_index || !same_shape(view, like) ||
-        (same_dtype && view.dtype != like.dtype)) {
-      reject_adamw(list, i, describe(object), describe(like_object));
+  // Throws unless it is only its dtype or strides for which no kernel takes this parameter.
+  void reject_wrong(std::size_t i, const Views& views) const {
+    const auto reject = [&](Role role, const std::string& expected) {
+      reject_adamw(role, i, describe(objects_[i][role]), expected);
+    };
+    const TensorView &param = views[kParam], &exp_avg = views[kExpAvg], &step = views[kStep];
+    if (param.device != device_) {
+      reject(kParam, device_ == TensorView::Device::cpu ? "a tensor on cpu" : "a tensor on cuda");
     }
-    return view;
-  }
-
-  void writes(const void* data, std::int64_t bytes) {
-    if (bytes > 0) written_.emplace_back(static_cast<const char*>(data), static_cast<const char*>(data) + bytes);
+    if (!param.dtype && !py::handle(objects_[i][kParam]).attr("is_complex")().cast<bool>()) {
+      reject(kParam, "a float32, bfloat16, float16, float64 or complex tensor");
+    }
+    const bool state_dtype_fits = param.dtype.has_value() == exp_avg.dtype.has_value() &&
+                                  (!param.dtype || detail::kernel_takes(*param.dtype, *exp_avg.dtype));
+    if (!fits(exp_avg, param) || !state_dtype_fits) reject(kExpAvg, describe(objects_[i][kParam]));
+    for (const Role role : {kGrad, kExpAvgSq, kMaxExpAvgSq}) {
+      const Role like = role == kGrad ? kParam : kExpAvg;
+      if (objects_[i][role] == nullptr) continue;
+      if (!fits(views[role], views[like]) || views[role].dtype != views[like].dtype) {
+        reject(role, describe(objects_[i][like]));
+      }
+    }
+    if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) {
+      reject(kStep, "float32 () on cpu");
+    }
   }
 
   const TensorReader& reader_;
   TensorView::Device device_;
-  bool may_span_devices_;
-  std::size_t position_ = 0;
-  AdamWArguments result_;
-  detail::Ranges written_;
+  const std::vector<AdamWObjects>& objects_;
 };
-
-// Nothing is returned where parameters may span devices, and do.
-inline std::optional<AdamWArguments> read_adamw_objects(const TensorReader& reader, TensorView::Device device,
-                                                        const std::vector<AdamWObjects>& objects,
-                                                        bool may_span_devices) {
-  AdamWReader arguments(reader, device, objects.size(), may_span_devices);
-  for (std::size_t i = 0; i < objects.size(); ++i) {
-    constexpr std::size_t kAhead = 6;
-    if (i + kAhead < objects.size()) {
-      const AdamWObjects& next = objects[i + kAhead];
-      for (PyObject* object : {next.param, next.grad, next.exp_avg, next.exp_avg_sq, next.step}) {
-        TensorReader::prefetch_record(object);
-      }
-    }
-    if (!arguments.add(objects[i])) return std::nullopt;
-  }
-  return arguments.finish();
-}
 
 // Arguments from parallel lists; `max_exp_avg_sqs` is empty without amsgrad.
 inline AdamWArguments read_adamw_lists(const TensorReader& reader, TensorView::Device device, const py::list& params,
                                        const py::list& grads, const py::list& exp_avgs, const py::list& exp_avg_sqs,
-                                       const py::list& max_exp_avg_sqs, const py::list& steps) {
+                                       const py::list& max_exp_avg_sqs, const py::list& steps, int threads) {
   const std::size_t n = params.size();
-  const bool amsgrad = !max_exp_avg_sqs.empty();
-  const std::pair<const char*, const py::list*> lists[] = {{"grads", &grads},
-                                                           {"exp_avgs", &exp_avgs},
-                                                           {"exp_avg_sqs", &exp_avg_sqs},
-                                                           {"max_exp_avg_sqs", amsgrad ? &max_exp_avg_sqs : &params},
-                                                           {"steps", &steps}};
-  for (const auto& [name, list] : lists) {
-    if (list->size() != n) {
-      throw py::value_error("adamw_: " + std::string(name) + " has " + std::to_string(list->size()) +
+  const py::list* lists[kRoles] = {&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &steps};
+  std::vector<AdamWObjects> objects(n);
+  for (std::size_t role = 0; role < kRoles; ++role) {
+    if (role == kMaxExpAvgSq && lists[role]->empty()) continue;
+    if (lists[role]->size() != n) {
+      throw py::value_error("adamw_: " + std::string(kLists[role]) + " has " + std::to_string(lists[role]->size()) +
                             " tensors; expected " + std::to_string(n) + ", one for each of params");
     }
+    for (std::size_t i = 0; i < n; ++i) {
+      objects[i][role] = PyList_GET_ITEM(lists[role]->ptr(), static_cast<Py_ssize_t>(i));
+    }
   }
-  std::vector<AdamWObjects> objects;
-  objects.reserve(n);
-  for (std::size_t i = 0; i < n; ++i) {
-    const auto at = [i](const py::list& list) { return PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i)); };
-    objects.push_back(
-        {at(params), at(grads), at(exp_avgs), at(exp_avg_sqs), amsgrad ? at(max_exp_avg_sqs) : nullptr, at(steps)});
-  }
-  return *read_adamw_objects(reader, device, objects, false);
+  return *AdamWReader(reader, device, objects).read(false, threads);
 }
 
 // A walk through an optimizer's state in the order of its parameters, which is the order in which the
@@ -265,16 +298,38 @@ class StateWalk {
   Py_ssize_t position_ = 0;
 };
 
+// Sets `values[role]` to the entry called `names[role]`, where there is one. The few entries are walked
+// through: their names are the very objects in `names`, unless a checkpoint brought names of its own.
+inline void look_up(PyObject* entries, PyObject* const names[kRoles], AdamWObjects& values) {
+  PyObject *key = nullptr, *value = nullptr;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(entries, &position, &key, &value) != 0) {
+    for (std::size_t role = kExpAvg; role < kRoles; ++role) {
+      if (key == names[role]) {
+        values[role] = value;
+        TensorReader::prefetch_object(value);
+      }
+    }
+  }
+  for (std::size_t role = kExpAvg; role < kRoles; ++role) {
+    if (values[role] == nullptr) values[role] = PyDict_GetItemWithError(entries, names[role]);
+    if (values[role] == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  }
+}
+
 // Arguments from an optimizer's parameter group and state. For some hundred small tensors, collecting
 // lists in Python would cost more than the step. `used` receives the parameters that have a gradient.
 // Nothing is returned for tensor subclasses, whose ops have to go through torch's dispatcher, and for
 // groups that span devices.
 inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader, TensorView::Device device,
                                                       const py::list& params, const py::dict& state, bool amsgrad,
-                                                      py::list& used) {
-  static PyObject* const grad_name = PyUnicode_InternFromString("grad");
-  static PyObject* const names[] = {PyUnicode_InternFromString("exp_avg"), PyUnicode_InternFromString("exp_avg_sq"),
-                                    PyUnicode_InternFromString("step"), PyUnicode_InternFromString("max_exp_avg_sq")};
+                                                      py::list& used, int threads) {
+  static PyObject* const names[kRoles] = {nullptr,
+                                          nullptr,
+                                          PyUnicode_InternFromString("exp_avg"),
+                                          PyUnicode_InternFromString("exp_avg_sq"),
+                                          PyUnicode_InternFromString("max_exp_avg_sq"),
+                                          PyUnicode_InternFromString("step")};
   const std::size_t n = params.size();
   std::vector<AdamWObjects> objects;
   std::vector<py::object> grads;  // a gradient's Python object may exist only as long as it is held
@@ -283,32 +338,35 @@ inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader
   StateWalk walk(state.ptr());
   for (std::size_t i = 0; i < n; ++i) {
     constexpr std::size_t kAhead = 6;
-    if (i + kAhead < n)
-      TensorReader::prefetch_record(PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i + kAhead)));
+    if (i + kAhead < n) {
+      reader.prefetch_record(PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i + kAhead)));
+    }
     PyObject* param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
     if (!reader.is_plain(param)) return std::nullopt;
-    auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, grad_name));
-    if (!grad) throw py::error_already_set();
+    py::object grad = reader.grad(param);
     if (grad.is_none()) continue;
     PyObject* entries = walk.find(param);
     if (entries == nullptr) {
       PyErr_SetObject(PyExc_KeyError, param);
       throw py::error_already_set();
     }
-    PyObject* values[4] = {};
-    for (int k = 0; k < (amsgrad ? 4 : 3); ++k) {
-      values[k] = PyDict_GetItemWithError(entries, names[k]);
-      if (values[k] == nullptr) {
-        if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, names[k]);
+    AdamWObjects values = {param, grad.ptr()};
+    look_up(entries, names, values);
+    for (const Role role : {kExpAvg, kExpAvgSq, kMaxExpAvgSq, kStep}) {
+      if (role == kMaxExpAvgSq && !amsgrad) {
+        values[role] = nullptr;
+      } else if (values[role] == nullptr) {
+        PyErr_SetObject(PyExc_KeyError, names[role]);
         throw py::error_already_set();
       }
-      TensorReader::prefetch_object(values[k]);
     }
-    objects.push_back({param, grad.ptr(), values[0], values[1], values[3], values[2]});
+    objects.push_back(values);
+    constexpr std::size_t kBehind = 3;  // by now the Python objects have arrived
+    if (objects.size() >= kBehind) prefetch_records(reader, objects[objects.size() - kBehind]);
     grads.push_back(std::move(grad));
     used.append(params[i]);
   }
-  auto arguments = read_adamw_objects(reader, device, objects, true);
+  auto arguments = AdamWReader(reader, device, objects).read(true, threads);
   if (arguments) arguments->grads = std::move(grads);
   return arguments;
 }

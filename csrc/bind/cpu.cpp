@@ -49,8 +49,8 @@ std::vector<std::size_t> adamw(const TensorReader& reader, const py::list& param
                                const py::list& steps, double lr, double beta1, double beta2, double eps,
                                double weight_decay, bool maximize, int threads, const std::string& isa) {
   const cpu::Kernels& kernels = kernels_for(isa);
-  AdamWArguments arguments =
-      read_adamw_lists(reader, TensorView::Device::cpu, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps);
+  AdamWArguments arguments = read_adamw_lists(reader, TensorView::Device::cpu, params, grads, exp_avgs, exp_avg_sqs,
+                                              max_exp_avg_sqs, steps, threads);
   advance(arguments, lr, beta1, beta2, eps, weight_decay, maximize);
   reader.increment_version(params);
   const py::gil_scoped_release release;
@@ -63,7 +63,7 @@ std::optional<std::pair<py::list, std::vector<std::size_t>>> adamw_group(
     double beta2, double eps, double weight_decay, bool maximize, int threads, const std::string& isa) {
   const cpu::Kernels& kernels = kernels_for(isa);
   py::list used;
-  auto arguments = read_adamw_group(reader, TensorView::Device::cpu, params, state, amsgrad, used);
+  auto arguments = read_adamw_group(reader, TensorView::Device::cpu, params, state, amsgrad, used, threads);
   if (!arguments) return std::nullopt;
   advance(*arguments, lr, beta1, beta2, eps, weight_decay, maximize);
   reader.increment_version(used);
@@ -134,8 +134,8 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<TensorReader>(m, "TensorReader", "Reads torch tensors natively; made once from the torch module.")
       .def(py::init<const py::module_&>(), py::arg("torch"))
-      .def("use_attributes", &TensorReader::use_attributes, "Read through Python attributes, as for torch < 2.10.")
-      .def_property_readonly("uses_dlpack", &TensorReader::uses_dlpack);
+      .def("use_attributes", &TensorReader::use_attributes, "Read through Python attributes from now on.")
+      .def_property_readonly("uses_shim", &TensorReader::uses_shim);
 
   m.def("adamw", &adamw, "One AdamW step over lists of tensors. Returns the positions that it left alone.",
         py::arg("reader"), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),

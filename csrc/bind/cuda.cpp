@@ -98,8 +98,8 @@ std::vector<std::size_t> adamw(const TensorReader& reader, const py::list& param
                                const py::list& exp_avgs, const py::list& exp_avg_sqs, const py::list& max_exp_avg_sqs,
                                const py::list& steps, double lr, double beta1, double beta2, double eps,
                                double weight_decay, bool maximize, std::uintptr_t stream) {
-  AdamWArguments arguments =
-      read_adamw_lists(reader, TensorView::Device::cuda, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps);
+  AdamWArguments arguments = read_adamw_lists(reader, TensorView::Device::cuda, params, grads, exp_avgs, exp_avg_sqs,
+                                              max_exp_avg_sqs, steps, 1);
   if (params.empty()) return {};
   const DeviceGuard guard(common_device(reader, params), "adamw_");
   advance(arguments, lr, beta1, beta2, eps, weight_decay, maximize);

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from superfine_kernels import adamw_group_
+from superfine.optim._profile import profiled_on_demand
 from superfine_kernels._library import warn_once
 
 
@@ -69,6 +70,7 @@ class AdamW(torch.optim.AdamW):
                 if "step" in (saved := self.state.get(param, {})):
                     saved["step"] = saved["step"].to(device="cpu", dtype=torch.float32)
 
+    @profiled_on_demand
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step; returns what `closure`, if given, returned."""
         # torch's own check that nobody captures a step whose scalars would be frozen into the graph.

@@ -1,0 +1,124 @@
+// Reads what torch knows of a tensor through the C functions that libtorch exports for compiled models
+// ("AOTInductor C shim", torch/csrc/inductor/aoti_torch/c/shim.h, whose ABI torch keeps stable).
+//
+// The shim takes a pointer to an at::Tensor, and torch's Python object holds one. Where in the object is
+// no part of any interface, so it is looked up once: `Tensor._cdata` is the word that an at::Tensor
+// consists of. If the word is not found, or a function is missing, the shim is not used.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <optional>
+
+#ifdef __unix__
+#include <dlfcn.h>
+#endif
+
+namespace superfine {
+
+class TorchShim {
+ public:
+  static std::optional<TorchShim> find(pybind11::handle tensor, pybind11::handle parameter) {
+    TorchShim shim;
+    const auto word = word_of(tensor);
+    if (!word || word_of(parameter) != word || !shim.load()) return std::nullopt;
+    shim.word_ = *word;
+    return shim;
+  }
+
+  struct Dtypes {
+    std::int32_t f32, bf16, f16, f64;
+  };
+
+  struct Tensor {
+    void* data;
+    std::int64_t *shape, *strides;
+    std::int64_t ndim;
+    std::int32_t dtype;  // one of `dtypes`, or another
+    bool on_cuda;        // else on the CPU
+    std::int32_t device_index;
+  };
+
+  // False for what is neither strided nor on the CPU or a GPU, and where torch reports an error.
+  bool read(PyObject* object, Tensor& t) const {
+    void* const handle = reinterpret_cast<void**>(object) + word_;
+    std::int32_t layout, device;
+    if (layout_(handle, &layout) != 0 || layout != strided_ || device_type_(handle, &device) != 0) return false;
+    t.on_cuda = device == cuda_;
+    if (device != cpu_ && !t.on_cuda) return false;
+    t.device_index = 0;
+    if (t.on_cuda && device_index_(handle, &t.device_index) != 0) return false;
+    return dtype_(handle, &t.dtype) == 0 && dim_(handle, &t.ndim) == 0 && sizes_(handle, &t.shape) == 0 &&
+           strides_(handle, &t.strides) == 0 && data_(handle, &t.data) == 0;
+  }
+
+  // Asks for the cache lines behind an object that will be read soon. A step streams so much through the
+  // caches that torch's own records of its tensors are cold when the next step begins; asking ahead lets
+  // the misses overlap.
+  void prefetch(PyObject* object) const {
+    constexpr int kLine = 64, kLines = 4;
+    const char* record = reinterpret_cast<const char* const*>(object)[word_];
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(record + line * kLine);
+  }
+
+  Dtypes dtypes{};
+
+ private:
+  template <class T>
+  using Get = std::int32_t (*)(void* handle, T* value);
+
+  static std::optional<int> word_of(pybind11::handle tensor) {
+    const auto impl = tensor.attr("_cdata").cast<std::uintptr_t>();
+    const auto* words = reinterpret_cast<const std::uintptr_t*>(tensor.ptr());
+    const int count = static_cast<int>(Py_TYPE(tensor.ptr())->tp_basicsize / sizeof(void*));
+    for (int i = sizeof(PyObject) / sizeof(void*); i < count; ++i) {
+      if (words[i] == impl) return i;
+    }
+    return std::nullopt;
+  }
+
+  bool load() {
+#ifdef __unix__
+    void* const torch = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
+    if (torch == nullptr) return false;
+    bool found = true;
+    const auto get = [&](const char* name, auto& function) {
+      function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(torch, name));
+      found = found && function != nullptr;
+    };
+    const auto code = [&](const char* name, std::int32_t& value) {
+      std::int32_t (*function)() = nullptr;
+      get(name, function);
+      if (function != nullptr) value = function();
+    };
+    get("aoti_torch_get_data_ptr", data_);
+    get("aoti_torch_get_sizes", sizes_);
+    get("aoti_torch_get_strides", strides_);
+    get("aoti_torch_get_dim", dim_);
+    get("aoti_torch_get_dtype", dtype_);
+    get("aoti_torch_get_layout", layout_);
+    get("aoti_torch_get_device_type", device_type_);
+    get("aoti_torch_get_device_index", device_index_);
+    code("aoti_torch_layout_strided", strided_);
+    code("aoti_torch_device_type_cpu", cpu_);
+    code("aoti_torch_device_type_cuda", cuda_);
+    code("aoti_torch_dtype_float32", dtypes.f32);
+    code("aoti_torch_dtype_bfloat16", dtypes.bf16);
+    code("aoti_torch_dtype_float16", dtypes.f16);
+    code("aoti_torch_dtype_float64", dtypes.f64);
+    return found;
+#else
+    return false;
+#endif
+  }
+
+  int word_ = 0;
+  Get<void*> data_ = nullptr;
+  Get<std::int64_t*> sizes_ = nullptr, strides_ = nullptr;
+  Get<std::int64_t> dim_ = nullptr;
+  Get<std::int32_t> dtype_ = nullptr, layout_ = nullptr, device_type_ = nullptr, device_index_ = nullptr;
+  std::int32_t strided_ = 0, cpu_ = 0, cuda_ = 0;
+};
+
+}  // namespace superfine
