@@ -65,7 +65,7 @@ sanitize: .venv/.installed
 	  $(BIN)/python -S $(BIN)/pytest tests/test_adamw.py tests/test_adamw_input.py tests/test_cross_entropy.py -m "not slow" -q -p no:cacheprovider
 
 bench: .venv/.installed
-	$(BIN)/python -m superfine_bench --out results
+	$(BIN)/python -m superfine_bench
 
 # For machines where torch is installed and nothing can be: uses that Python, needs no network.
 gpu:

@@ -1,6 +1,6 @@
 """Benchmarks of Superfine's ops: each ``<op>.py`` declares cases, ``harness.py`` does all the timing.
 
-Two front ends read the same cases: ``python -m superfine_bench`` and ``pytest bench/``.
+Two front ends read the same cases: ``superfine bench`` and ``pytest bench/``.
 """
 
 from __future__ import annotations
@@ -8,22 +8,26 @@ from __future__ import annotations
 import difflib
 import importlib
 
-from .harness import Case, Ceilings, Provider, Row, Settings, UnavailableError, measure, measure_ceilings
+from .harness import FULL, QUICK, Case, Provider, Settings, UnavailableError, measure
+from .records import Ceilings, Row, Run, read
 
 __all__ = [
+    "FULL",
     "OPS",
+    "QUICK",
     "Case",
     "Ceilings",
     "Provider",
     "Row",
+    "Run",
     "Settings",
     "UnavailableError",
     "all_cases",
     "measure",
-    "measure_ceilings",
+    "read",
 ]
 
-OPS = ("adamw", "cross_entropy")
+OPS = ("adamw", "lamb", "cross_entropy", "train_step")
 
 
 def all_cases(only: str | None = None) -> list[Case]:
@@ -35,6 +39,6 @@ def all_cases(only: str | None = None) -> list[Case]:
     if only is not None and only not in OPS:
         near = difflib.get_close_matches(only, OPS, n=1, cutoff=0.4)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"all_cases: only is {only!r}; expected one of {', '.join(OPS)}{hint}")
+        raise ValueError(f"bench: op is {only!r}; expected one of {', '.join(OPS)}{hint}")
     names = OPS if only is None else (only,)
     return [case for name in names for case in importlib.import_module(f"{__name__}.{name}").cases()]

@@ -2,28 +2,26 @@
 
 An op's file declares :class:`Case` objects. A case has inputs, the bytes that the op must move, a check
 against the reference, and providers that do *equal work* on the same inputs. :func:`measure` runs the
-providers of one case in turns, so that a machine that slows down slows all of them, and reports the
-median, the 20th and the 80th percentile of single calls.
+providers of one case in turns, so that a machine that slows down slows all of them.
 
-A provider's turn is: ``before`` (untimed: puts back what the last call overwrote, equally for everyone),
-then one timed call. Correctness is checked before and after timing; a provider that fails gets no speed.
+A provider's call is: ``before`` (untimed: puts back what the last call overwrote, equally for everyone), the
+caches emptied unless the case is about the cost of a call, then the timed call. Correctness is checked before
+and after timing; a provider that fails gets no speed.
 """
 
 from __future__ import annotations
 
 import gc
-import math
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
-# Below this many bytes the cost of a call hides the memory system: a share of the bandwidth says nothing.
-SMALLEST_BANDWIDTH_CASE = 16 * 2**20
+from .records import SMALLEST_BANDWIDTH_CASE, Ceilings, Row
+from .timing import Clock, PeakMemory, eviction, ratios, summarise
+
 # Faster than the measured ceiling by more than timing noise: caches, or less work than claimed.
 SUSPECT_PERCENT = 102.0
 
@@ -50,11 +48,13 @@ class Provider:
         name: as shown in tables.
         build: takes the case's inputs and returns the call to be timed; may raise :class:`UnavailableError`.
         in_quick: False leaves it out of quick runs (it compiles for a long time, for instance).
+        package: the distribution that it comes from, whose version is recorded.
     """
 
     name: str
     build: Callable[[Any], Callable[[], Any]]
     in_quick: bool = True
+    package: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Case:
         dtype: of the op's main tensors, as shown in tables.
         work: what every provider does, in words.
         cost: returns the bytes and FLOPs that the work must move, computed by the op's ``cost``.
-        traffic: which measured ceiling it is compared with: ``"copy"`` or ``"4r3w"``.
+        traffic: the measured stream that it is compared with: ``"copy"``, ``"read"``, ``"write"`` or ``"4r3w"``;
+            empty where memory is not what bounds it.
         memory: bytes that inputs, outputs and temporaries need at most, to skip what does not fit.
         inputs: builds the inputs on a device, from a fixed seed.
         before: untimed; restores in the inputs what a call overwrites.
@@ -75,6 +76,11 @@ class Case:
             to the tolerance (at most 1 passes).
         providers: the first one is the baseline of the ratios.
         in_quick: False leaves the case out of quick runs.
+        gemm: the measured matrix product (a key of ``Ceilings.gemm``) whose rate bounds it; empty for none.
+        resident: the cost of a call is what is measured: caches stay as the last call left them.
+        redraw: given inputs and a seed, draws other values into the same buffers, so that a provider that
+            remembers its last result is found out. Not needed where every call changes its own input.
+        parts: a call returns the seconds of its parts by name, which the row keeps apart.
     """
 
     op: str
@@ -89,6 +95,10 @@ class Case:
     check: Callable[[Any, Callable[[], Any]], float]
     providers: tuple[Provider, ...]
     in_quick: bool = True
+    gemm: str = ""
+    resident: bool = False
+    redraw: Callable[[Any, int], None] | None = None
+    parts: bool = False
 
     @property
     def key(self) -> str:
@@ -101,157 +111,167 @@ class Settings:
     """How long to measure.
 
     Attributes:
-        seconds: for each provider of a case, about.
-        min_calls: timed calls at least, however long they take.
-        max_calls: timed calls at most, however short they are.
-        turn_seconds: a provider's calls are grouped into turns of about this length.
+        seconds: for each provider of a case, about, with what is not timed.
+        turns: how often every provider gets its turn; intervals come from the scatter over turns.
+        max_calls: timed calls in a turn at most, however short they are.
+        timeout: seconds that one step (a build, a check, a turn) of a provider may take.
         quick: leave out cases and providers that are not marked for quick runs.
     """
 
     seconds: float = 3.0
-    min_calls: int = 9
-    max_calls: int = 2000
-    turn_seconds: float = 0.02
+    turns: int = 15
+    max_calls: int = 200
+    timeout: float = 300.0
     quick: bool = False
 
 
-QUICK = Settings(seconds=0.7, min_calls=5, max_calls=500, quick=True)
+QUICK = Settings(seconds=0.8, turns=9, max_calls=60, timeout=90.0, quick=True)
+FULL = Settings(seconds=8.0, turns=31)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the result: one provider on one case. Times are in ms, rates in GB/s (10^9)."""
-
-    op: str
-    case: str
-    dtype: str
-    work: str
-    provider: str
-    device: str
-    status: str  # ok | suspect | wrong | unavailable | error | out of memory | skipped
-    note: str = ""
-    calls: int = 0
-    median_ms: float | None = None
-    p20_ms: float | None = None
-    p80_ms: float | None = None
-    ratio: float | None = None  # the baseline's median divided by this median: above 1 is faster
-    bytes: int | None = None
-    flops: int | None = None
-    gb_per_s: float | None = None
-    ceiling_gb_per_s: float | None = None
-    percent_of_ceiling: float | None = None
-    error: float | None = None  # largest error relative to the tolerance
+def providers_of(case: Case, settings: Settings) -> list[Provider]:
+    """The case's providers that run with these settings, the baseline first."""
+    return [provider for provider in case.providers if provider.in_quick or not settings.quick]
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What this machine's memory reaches, in GB/s: ``rates[traffic]`` is a list of ``(bytes, rate)``."""
+@dataclass
+class _Runner:
+    """One provider that runs: its call, and the seconds of its calls by turn."""
 
-    device: str
-    rates: dict[str, list[tuple[int, float]]]
-
-    def for_bytes(self, traffic: str, size: int) -> float | None:
-        """Return the rate measured at the size nearest to ``size``, or None for what was not measured."""
-        measured = self.rates.get(traffic)
-        if not measured or size < SMALLEST_BANDWIDTH_CASE:
-            return None
-        return min(measured, key=lambda entry: abs(math.log(entry[0] / size)))[1]
+    call: Callable[[], Any]
+    calls_per_turn: int = 1
+    turns: list[list[float]] = field(default_factory=list)
+    walls: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
 
 
 def measure(
-    case: Case, device: torch.device, settings: Settings, ceilings: Ceilings | None = None
+    case: Case,
+    device: torch.device,
+    settings: Settings,
+    ceilings: Ceilings | None = None,
+    *,
+    leave_out: Collection[str] = (),
+    tell: Callable[[str], None] = lambda provider: None,
 ) -> list[Row]:
-    """Check and time every provider of ``case`` on ``device``; one row for each, whatever happens to it."""
-    blank = Row(case.op, case.name, case.dtype, case.work, "", str(device), "skipped")
-    providers = [provider for provider in case.providers if provider.in_quick or not settings.quick]
+    """Check and time every provider of ``case`` on ``device``; one row for each, whatever happens to it.
+
+    ``tell`` is called with a provider's name whenever something of that provider begins.
+    """
+    from superfine.env import clock_mhz, last_level_cache
+
+    providers = [provider for provider in providers_of(case, settings) if provider.name not in leave_out]
+    baseline = case.providers[0].name
+    evict = 0 if case.resident else eviction(device, case.memory, last_level_cache(device))
+    blank = Row(
+        case.op, case.name, case.dtype, case.work, "", str(device), "skipped",
+        baseline=baseline, traffic=case.traffic, cache="resident" if case.resident else "cold",
+    )  # fmt: skip
     available = _available_memory(device)
-    if available is not None and case.memory > available:
-        note = f"needs {case.memory / 2**30:.1f} GiB; {available / 2**30:.1f} GiB are free"
+    if available is not None and case.memory + evict > available:
+        note = f"needs {(case.memory + evict) / 2**30:.1f} GiB; {available / 2**30:.1f} GiB are free"
         return [replace(blank, provider=provider.name, note=note) for provider in providers]
 
+    clock = Clock(device, evict)
     inputs = case.inputs(device)
     rows: dict[str, Row] = {}
-    running: dict[str, Callable[[], Any]] = {}
+    running: dict[str, _Runner] = {}
     for provider in providers:
+        tell(provider.name)
         row = replace(blank, provider=provider.name)
         try:
-            call = provider.build(inputs)
+            with PeakMemory(device) as peak:
+                call = provider.build(inputs)
+                case.before(inputs)
+                call()  # compiles, allocates its state, warms up
         except UnavailableError as reason:
             rows[provider.name] = replace(row, status="unavailable", note=str(reason))
             continue
         except Exception as error:
             rows[provider.name] = _failed(row, error)
             continue
+        row = replace(row, peak_memory=peak.bytes)
         rows[provider.name] = row = _checked(case, inputs, call, row)
         if row.status == "ok":
-            running[provider.name] = call
+            running[provider.name] = _Runner(call)
 
-    times: dict[str, list[float]] = {name: [] for name in running}
+    clocks: list[float] = []
     collecting = gc.isenabled()
     gc.disable()  # a collection inside a timed call would be charged to whoever is running
     try:
-        for name, seconds in _interleaved(case, inputs, running, device, settings):
-            times[name].append(seconds)
+        for name, runner in list(running.items()):
+            tell(name)
+            try:
+                _plan(case, inputs, runner, clock, settings)
+            except Exception as error:
+                rows[name] = _failed(rows[name], error)
+                del running[name]
+        for turn in range(settings.turns if running else 0):
+            order = list(running.items())
+            for name, runner in order if turn % 2 == 0 else reversed(order):
+                tell(name)
+                _take_turn(case, inputs, runner, clock)
+            mhz = clock_mhz(device)
+            clocks += [] if mhz is None else [mhz]
     finally:
         if collecting:
             gc.enable()
 
-    for name, call in running.items():
-        row = _checked(case, inputs, call, rows[name])
-        rows[name] = _timed(row, times[name]) if row.status == "ok" else row
-    finished = [rows[provider.name] for provider in providers]
-    baseline = finished[0].median_ms if finished else None
-    return [_with_rates(row, baseline, case, ceilings) for row in finished]
+    if case.redraw is not None:
+        case.redraw(inputs, 1)
+    for name, runner in running.items():
+        tell(name)
+        rows[name] = row = _checked(case, inputs, runner.call, rows[name])
+        if row.status != "ok":
+            continue
+        row = replace(row, **summarise(runner.turns))  # type: ignore[arg-type]
+        if baseline in running:
+            row = replace(row, **ratios(running[baseline].turns, runner.turns))  # type: ignore[arg-type]
+        rows[name] = replace(
+            with_rates(row, case, ceilings),
+            wall_ms=1000 * statistics.median(runner.walls),
+            clock_mhz=statistics.mean(clocks) if clocks else None,
+            split=_medians(runner.parts),
+        )
+    return [rows[provider.name] for provider in providers]
 
 
-def _interleaved(
-    case: Case,
-    inputs: Any,
-    running: dict[str, Callable[[], Any]],
-    device: torch.device,
-    settings: Settings,
-) -> Iterator[tuple[str, float]]:
-    """Yield (provider, seconds of one call), in turns that move from provider to provider."""
-    timer = _cuda_seconds if device.type == "cuda" else _wall_seconds
+def _plan(case: Case, inputs: Any, runner: _Runner, clock: Clock, settings: Settings) -> None:
+    """Set how many calls make a turn, from how long one takes with everything around it."""
 
-    def one_call(call: Callable[[], Any]) -> float:
+    def everything() -> None:
         case.before(inputs)
-        return timer(call)
+        clock.evict()
+        clock.device_seconds(runner.call)
 
-    shares: dict[str, tuple[int, int]] = {}  # calls in a turn, calls in all
-    for name, call in running.items():
-        one_call(call)  # warm-up: caches, thread pool, first launch
-        seconds = max(one_call(call), 1e-7)
-        total = min(settings.max_calls, max(settings.min_calls, int(settings.seconds / seconds)))
-        shares[name] = (max(1, min(total, int(settings.turn_seconds / seconds))), total)
-    left = {name: total for name, (_, total) in shares.items()}
-    while any(left.values()):
-        for name, call in running.items():
-            for _ in range(min(shares[name][0], left[name])):
-                yield name, one_call(call)
-                left[name] -= 1
+    everything()
+    seconds = max(clock.wall_seconds(everything)[0], 1e-6)
+    runner.calls_per_turn = max(1, min(settings.max_calls, int(settings.seconds / settings.turns / seconds)))
 
 
-def _wall_seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    result = call()
-    seconds = time.perf_counter() - start
-    del result  # freed here: an outcome that lives on is no part of the work
-    return seconds
+def _take_turn(case: Case, inputs: Any, runner: _Runner, clock: Clock) -> None:
+    turn = []
+    for _ in range(runner.calls_per_turn):
+        case.before(inputs)
+        clock.evict()
+        seconds, result = clock.device_seconds(runner.call)
+        turn.append(seconds)
+        if case.parts:
+            runner.parts.append(result)
+        del result  # freed before the next call: an outcome that lives on is no part of the work
+    runner.turns.append(turn)
+    if clock.on_cuda:
+        case.before(inputs)
+        clock.evict()
+        runner.walls.append(clock.wall_seconds(runner.call)[0])
+    else:
+        runner.walls += turn
 
 
-def _cuda_seconds(call: Callable[[], Any]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    # Keeps the GPU busy for about half a millisecond while the host queues the call: without it the time
-    # between the events of a short call is the host's.
-    torch.cuda._sleep(1_000_000)
-    start.record()
-    result = call()
-    end.record()
-    end.synchronize()
-    del result
-    return start.elapsed_time(end) / 1000
+def _medians(parts: list[dict[str, float]]) -> dict[str, float]:
+    return (
+        {name: 1000 * statistics.median(part[name] for part in parts) for name in parts[0]} if parts else {}
+    )
 
 
 def _checked(case: Case, inputs: Any, call: Callable[[], Any], row: Row) -> Row:
@@ -274,68 +294,36 @@ def _failed(row: Row, error: Exception) -> Row:
     return replace(row, status="error", note=f"{type(error).__name__}: {text.splitlines()[0][:200]}")
 
 
-def _timed(row: Row, seconds: list[float]) -> Row:
-    milliseconds = sorted(1000 * value for value in seconds)
-    p20, _, _, p80 = statistics.quantiles(milliseconds, n=5, method="inclusive")
-    return replace(row, calls=len(seconds), median_ms=statistics.median(milliseconds), p20_ms=p20, p80_ms=p80)
-
-
-def _with_rates(row: Row, baseline: float | None, case: Case, ceilings: Ceilings | None) -> Row:
-    if row.median_ms is None:
-        return row
+def with_rates(row: Row, case: Case, ceilings: Ceilings | None) -> Row:
+    """The row with its rates, and how near it comes to the slower of both ceilings."""
+    assert row.median_ms is not None
     cost = case.cost()
-    rate = cost.bytes / row.median_ms / 1e6
-    ceiling = None if ceilings is None else ceilings.for_bytes(case.traffic, cost.bytes)
-    percent = None if ceiling is None else 100 * rate / ceiling
+    seconds = row.median_ms / 1000
+    bandwidth = rate = None
+    if ceilings is not None:
+        bandwidth = ceilings.for_bytes(case.traffic, _working_set(case, cost)) if case.traffic else None
+        rate = ceilings.gemm.get(case.gemm)
+    floors = [cost.bytes / bandwidth / 1e9] if bandwidth else []
+    floors += [cost.flops / rate / 1e12] if rate else []
+    percent = 100 * max(floors) / seconds if floors else None
     suspect = percent is not None and percent > SUSPECT_PERCENT
     return replace(
         row,
         status="suspect" if suspect else row.status,
         note=f"above {SUSPECT_PERCENT:.0f}% of the measured ceiling" if suspect else row.note,
-        ratio=None if baseline is None else baseline / row.median_ms,
         bytes=cost.bytes,
         flops=cost.flops,
-        gb_per_s=rate,
-        ceiling_gb_per_s=ceiling,
+        gb_per_s=cost.bytes / seconds / 1e9,
+        tflop_per_s=cost.flops / seconds / 1e12,
+        ceiling_gb_per_s=bandwidth,
+        ceiling_tflop_per_s=rate,
         percent_of_ceiling=percent,
     )
 
 
-def measure_ceilings(device: torch.device, sizes: Iterable[int] = (2**25, 2**28, 2**30)) -> Ceilings:
-    """Measure what streaming through memory reaches on this machine, with torch's own element-wise ops.
-
-    ``copy`` is one read and one write, into another buffer or in place, whichever is faster. ``4r3w`` is
-    the mix of AdamW: four reads and three writes, in place, so that no write needs an extra read first.
-    The rate at a size is the best of several repetitions, for a working set of that many bytes.
-    """
-    rates: dict[str, list[tuple[int, float]]] = {"copy": [], "4r3w": []}
-    timer = _cuda_seconds if device.type == "cuda" else _wall_seconds
-    available = _available_memory(device)
-    for size in sizes:
-        if available is not None and size > available // 2:
-            continue
-        count = size // 8  # two fp32 buffers
-        a = torch.ones(count, device=device)
-        b = torch.ones(count, device=device)
-        best = [min(timer(partial(stream, a, b)) for _ in range(6)) for stream in (_copy, _scale, _mix)]
-        rates["copy"].append((size, max(8 * count / best[0], 16 * count / best[1]) / 1e9))
-        rates["4r3w"].append((size, 28 * count / best[2] / 1e9))
-        del a, b
-    return Ceilings(str(device), rates)
-
-
-def _copy(a: torch.Tensor, b: torch.Tensor) -> None:
-    b.copy_(a)  # one read, one write
-
-
-def _scale(a: torch.Tensor, b: torch.Tensor) -> None:
-    a.mul_(1.0)  # one read, one write; and the same again
-    b.mul_(1.0)
-
-
-def _mix(a: torch.Tensor, b: torch.Tensor) -> None:
-    a.add_(b, alpha=0.0)  # two reads, one write
-    _scale(a, b)  # two reads, two writes
+def _working_set(case: Case, cost: MovesMemory) -> int:
+    """The size at which the streams are compared: cold caches are those of a set that fits into none."""
+    return cost.bytes if case.resident or cost.bytes < SMALLEST_BANDWIDTH_CASE else max(cost.bytes, 2**40)
 
 
 def _available_memory(device: torch.device) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from superfine_bench import (  # type: ignore[import-untyped]
+from superfine_bench import (
     Case,
     Provider,
     UnavailableError,

@@ -1,6 +1,7 @@
 """Superfine's ops on tensors: functions without modules or state, one file per op.
 
     adamw_(params, grads, ...)      one multi-tensor AdamW step            superfine_kernels/adamw.py
+    lamb_(params, grads, ...)       one multi-tensor LAMB step             superfine_kernels/lamb.py
     cross_entropy(input, target)    loss and gradient of the logits        superfine_kernels/cross_entropy.py
 
 `backends()` shows which implementation serves which device here.
@@ -14,5 +15,6 @@ from superfine_kernels._backends import backends, isa
 from superfine_kernels._library import Cost, __version__
 from superfine_kernels.adamw import adamw_, adamw_group_
 from superfine_kernels.cross_entropy import cross_entropy
+from superfine_kernels.lamb import lamb_
 
-__all__ = ["Cost", "__version__", "adamw_", "adamw_group_", "backends", "cross_entropy", "isa"]
+__all__ = ["Cost", "__version__", "adamw_", "adamw_group_", "backends", "cross_entropy", "isa", "lamb_"]

@@ -4,7 +4,7 @@ CPU kernels. Addresses are integers from Tensor.data_ptr(); an empty `isa` means
 from __future__ import annotations
 import types
 import typing
-__all__: list[str] = ['TensorReader', 'adamw', 'adamw_group', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'isas']
+__all__: list[str] = ['TensorReader', 'adamw', 'adamw_group', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'isas', 'lamb']
 class TensorReader:
     """
     Reads torch tensors natively; made once from the torch module.
@@ -45,5 +45,9 @@ def cross_entropy_forward(input: typing.SupportsInt | typing.SupportsIndex, rows
 def isas() -> list[str]:
     """
     The instruction sets that this build holds and this processor runs, best last.
+    """
+def lamb(reader: TensorReader, params: list, grads: list, exp_avgs: list, exp_avg_sqs: list, steps: list, *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, bias_correction: bool, grad_averaging: bool, adapt: bool, trust_clip: bool, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
+    """
+    One LAMB step over lists of tensors. Returns the positions that it left alone.
     """
 __version__: str = '0.1.0'

@@ -2,9 +2,10 @@
 CUDA kernels. Addresses are integers from Tensor.data_ptr(), `stream` is a cudaStream_t as integer.
 """
 from __future__ import annotations
+import collections.abc
 import superfine_kernels._cpu
 import typing
-__all__: list[str] = ['adamw', 'cross_entropy_backward', 'cross_entropy_denominator', 'cross_entropy_forward', 'cross_entropy_reduce', 'device_count', 'runtime_version', 'why_unavailable']
+__all__: list[str] = ['adamw', 'cross_entropy_backward', 'cross_entropy_denominator', 'cross_entropy_forward', 'cross_entropy_reduce', 'device_count', 'lamb', 'runtime_version', 'why_unavailable']
 def adamw(reader: superfine_kernels._cpu.TensorReader, params: list, grads: list, exp_avgs: list, exp_avg_sqs: list, max_exp_avg_sqs: list, steps: list, *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, maximize: bool, stream: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
     """
     One AdamW step over lists of tensors. Returns the positions that it left alone.
@@ -28,6 +29,10 @@ def cross_entropy_reduce(losses: typing.SupportsInt | typing.SupportsIndex, rows
 def device_count() -> int:
     """
     The number of GPUs; 0 without a driver.
+    """
+def lamb(reader: superfine_kernels._cpu.TensorReader, params: list, grads: list, exp_avgs: list, exp_avg_sqs: list, steps: list, *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, bias_correction: bool, grad_averaging: bool, adapt: bool, trust_clip: bool, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, allocate: collections.abc.Callable, stream: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
+    """
+    One LAMB step over lists of tensors. Returns the positions that it left alone. `allocate` takes bytes and returns the address of that much memory on the device, which stays until the stream is done with it.
     """
 def why_unavailable() -> str | None:
     """

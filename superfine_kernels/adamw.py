@@ -20,15 +20,12 @@ import torch
 from torch import Tensor
 
 from superfine_kernels import _backends, _cpu
-from superfine_kernels._library import (
-    LIBRARY,
-    READER,
-    Cost,
-    is_plain,
-    opmath_dtype,
-    reject,
-    threads,
-    warn_once,
+from superfine_kernels._library import LIBRARY, READER, Cost, is_plain, opmath_dtype, threads
+from superfine_kernels._moments import (
+    checked_hyperparameters,
+    state_lists,
+    state_lists_by_device,
+    step_rest,
 )
 
 
@@ -83,8 +80,10 @@ def reference(
 # --- backends ---------------------------------------------------------------------------------------
 
 
-def _run(backend: str, lists: tuple[list[Tensor], ...], hyper: dict[str, Any]) -> None:
-    name, _, isa = backend.partition(":")
+def _run(backend: str | None, lists: tuple[list[Tensor], ...], hyper: dict[str, Any]) -> None:
+    # Without parameters there is no device to choose by; the CPU's reader still compares the lengths.
+    chosen = _backends.choose("adamw_", lists[0][0].device, backend) if lists[0] else "cpu"
+    name, _, isa = chosen.partition(":")
     if name == "cpu":
         rest = _cpu.adamw(READER, *lists, **hyper, threads=threads(), isa=isa)
     elif name == "cuda":
@@ -99,19 +98,7 @@ def _run(backend: str, lists: tuple[list[Tensor], ...], hyper: dict[str, Any]) -
         rest = kernels.adamw_(*lists, **hyper)
     else:
         return reference(*lists, **hyper)
-    if rest:
-        _leave_to_reference(tuple([tensors[i] for i in rest] if tensors else [] for tensors in lists), hyper)
-    return None
-
-
-def _leave_to_reference(lists: tuple[list[Tensor], ...], hyper: dict[str, Any]) -> None:
-    first = lists[0][0]
-    warn_once(
-        f"adamw_: some parameters (the first is {first.dtype} with strides {first.stride()}) have a dtype or layout "
-        "that no kernel takes; eager torch steps them"
-    )
-    with torch.no_grad():
-        reference(*lists, **hyper)
+    return step_rest("adamw_", reference, rest, lists, hyper)
 
 
 # --- registration -----------------------------------------------------------------------------------
@@ -134,9 +121,7 @@ def _dispatched(
     backend: str = "",
     **hyper: float | bool,
 ) -> None:
-    if params:
-        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-        _run(_backends.choose("adamw_", params[0].device, backend), tuple(map(list, lists)), hyper)
+    _run(backend, tuple(map(list, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps))), hyper)
 
 
 torch.library.impl(LIBRARY, "adamw_", "CompositeExplicitAutograd")(_dispatched)
@@ -178,16 +163,14 @@ def adamw_(
         ValueError: lists of unequal length, tensors of the wrong shape, dtype or device, tensors that overlap in
             memory, hyperparameters out of range. Nothing has been written then.
     """
-    _check(lr, beta1, beta2, eps, weight_decay)
-    if not params:
-        return
-    hyper: dict[str, Any] = {
-        "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-    }  # fmt: skip
+    hyper = {
+        **checked_hyperparameters("adamw_", lr, beta1, beta2, eps, weight_decay),
+        "maximize": maximize,
+    }
     lists = tuple(list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps))
     with torch.no_grad():
         if is_plain(lists[0]):  # past the dispatcher, which costs about 0.2 us per tensor
-            _run(_backends.choose("adamw_", lists[0][0].device, backend), lists, hyper)
+            _run(backend, lists, hyper)
         else:
             torch.ops.superfine.adamw_(*lists, **hyper, backend=backend or "")
 
@@ -214,41 +197,19 @@ def adamw_group_(
     Raises:
         KeyError: a parameter with a gradient has no state. Otherwise as `adamw_`.
     """
-    _check(lr, beta1, beta2, eps, weight_decay)
-    hyper: dict[str, Any] = {
-        "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-    }  # fmt: skip
+    hyper = {
+        **checked_hyperparameters("adamw_", lr, beta1, beta2, eps, weight_decay),
+        "maximize": maximize,
+    }
     if not params:
         return
-    names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()), "step")
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq" if amsgrad else None, "step")
     if params[0].device.type == "cpu" and is_plain(()):
         done = _cpu.adamw_group(READER, params, state, amsgrad, **hyper, threads=threads(), isa="")
         if done is not None:
             used, rest = done
             if rest:
-                _leave_to_reference(_lists([used[i] for i in rest], state, names), hyper)
+                step_rest("adamw_", reference, rest, state_lists(used, state, names), hyper)
             return
-    used = [param for param in params if param.grad is not None]
-    for device in dict.fromkeys(param.device for param in used):
-        adamw_(*_lists([param for param in used if param.device == device], state, names), **hyper)
-
-
-def _lists(
-    params: list[Tensor], state: dict[Tensor, dict[str, Tensor]], names: tuple[str, ...]
-) -> tuple[list[Tensor], ...]:
-    columns = {name: [state[param][name] for param in params] for name in names}
-    return (
-        params, [param.grad for param in params if param.grad is not None], columns["exp_avg"], columns["exp_avg_sq"],
-        columns.get("max_exp_avg_sq", []), columns["step"],
-    )  # fmt: skip
-
-
-def _check(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
-    if not (lr >= 0 and math.isfinite(lr)):
-        reject("adamw_", "lr", lr, "a finite number >= 0")
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= beta < 1:
-            reject("adamw_", name, beta, "a number in [0, 1)")
-    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
-        if not value >= 0:
-            reject("adamw_", name, value, "a number >= 0")
+    for lists in state_lists_by_device(params, state, names):
+        adamw_(*lists, **hyper)

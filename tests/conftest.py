@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
+import support
 import torch
 import triton_interpreter
 
@@ -62,3 +64,35 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+# --- runs of superfine tune; what they need is imported late: transformers takes seconds --------------------
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny BERT without a head. Tests share it and change nothing in it."""
+    from tiny_models import tiny_bert
+
+    return tiny_bert(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 labelled texts: 80 to train on, which is ten steps of 8 an epoch, and 10 each to validate and test."""
+    from tiny_models import sentiment_rows, write_csv
+
+    return write_csv(tmp_path_factory.mktemp("data") / "data.csv", sentiment_rows(100))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors of this size are not worth a second thread, which on a busy machine costs more than it does."""
+    with support.threads(1):
+        yield
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the report takes longer than the run."""
+    monkeypatch.setattr("superfine.tune._write_report", lambda directory, listener: None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 #: (parameter and gradient, moments): every combination that the kernels take.
 ADAMW_DTYPES = [
@@ -44,7 +45,7 @@ class AdamWCase:
         state: torch.dtype = torch.float32,
         amsgrad: bool = False,
         device: str = "cpu",
-    ) -> AdamWCase:
+    ) -> Self:
         generator = torch.Generator().manual_seed(len(sizes) + sum(sizes))
 
         def values(dtype: torch.dtype) -> list[Tensor]:
@@ -65,16 +66,23 @@ class AdamWCase:
             self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.steps
         )  # fmt: skip
 
-    def to(self, device: str) -> AdamWCase:
+    def to(self, device: str) -> Self:
         """A copy on `device`; steps stay on the CPU."""
-        copies = [[t.detach().clone().to(device) for t in tensors] for tensors in self.lists()[:5]]
-        return AdamWCase(*copies, [s.clone() for s in self.steps])
+        copies = {name: [t.detach().clone() for t in tensors] for name, tensors in vars(self).items()}
+        moved = {name: [t.to(device) for t in copies[name]] for name in copies.keys() - {"steps"}}
+        return type(self)(**{**copies, **moved})
+
+
+class LambCase(AdamWCase):
+    """The lists that `lamb_` takes: those of `adamw_` without `max_exp_avg_sqs`."""
+
+    def lists(self) -> tuple[list[Tensor], ...]:
+        return self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps
 
 
 def assert_same_bits(actual: AdamWCase, expected: AdamWCase) -> None:
-    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps")
-    for name, ours, theirs in zip(names, actual.lists(), expected.lists(), strict=True):
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+    for name, ours in vars(actual).items():
+        for i, (a, b) in enumerate(zip(ours, vars(expected)[name], strict=True)):
             assert torch.equal(a.cpu(), b.cpu()), f"{name}[{i}] of {a.numel()} elements differs"
 
 

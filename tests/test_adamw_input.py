@@ -160,6 +160,16 @@ def test_an_unknown_or_unusable_backend_is_named():
 
 def test_no_parameters_is_a_step_of_nothing():
     adamw_([], [], [], [], [], [], **HYPER)
+    with FakeTensorMode():  # through the dispatcher
+        adamw_([], [], [], [], [], [], **HYPER)
+
+
+@pytest.mark.parametrize("name", ["grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"])
+def test_a_tensor_beside_no_parameters_is_refused(name):
+    case = AdamWCase.random([])
+    getattr(case, name).append(torch.ones(1))
+    with pytest.raises(ValueError, match=f"adamw_: {name} has 1 tensors; expected 0, one for each of params"):
+        adamw_(*case.lists(), **HYPER)
 
 
 # --- torch around the op --------------------

@@ -20,28 +20,14 @@ from superfine.task import Task
 from superfine.trainer import Listener
 from tiny_models import sentiment_rows, tiny_bert, write_csv
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from tune_runs import one_thread
+from tune_runs import settings
 from typer.testing import CliRunner
 
 # The embeddings stay frozen, so that a delta fits one base only.
 OPTIONS = ["--select", "last:2", "--select", "head", "--lr", "5e-3", "--batch-size", "8", "--device", "cpu"]
 OPTIONS += ["--set", "data.max_length=32"]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return tiny_bert(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_csv(tmp_path_factory.mktemp("data") / "data.csv", sentiment_rows(100))
+pytestmark = pytest.mark.usefixtures("one_thread", "no_report")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +77,6 @@ def test_tune_announces_six_steps_and_ends_with_base_against_tuned(run):
 
 def test_tune_reads_a_file_and_flags_go_over_it(base, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tuning, "_write_report", lambda directory, listener: None)
     Path("config.toml").write_text(
         f'[data]\npath = "{data}"\nmax_length = 32\n[model]\nname = "{base}"\n[train]\nepochs = 9\n'
         '[optimizer]\nlr = 1.0\n[output]\ndirectory = "run"\n'
@@ -165,7 +150,6 @@ def test_ctrl_c_says_how_to_go_on_and_resume_does(base, data, tmp_path, monkeypa
     from superfine.display import Display
 
     out = tmp_path / "run"
-    monkeypatch.setattr(tuning, "_write_report", lambda directory, listener: None)
     with monkeypatch.context() as patch:
         patch.setattr(
             Display, "on_step", lambda self, step, total: step == 4 and signal.raise_signal(signal.SIGINT)
@@ -292,8 +276,7 @@ def test_a_merged_folder_evaluates_like_its_run(run, data, tmp_path):
     assert (tmp_path / "run.json").read_text() == (tmp_path / "merged.json").read_text()
 
 
-def test_a_merged_binary_classifier_keeps_its_task(base, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "_write_report", lambda directory, listener: None)
+def test_a_merged_binary_classifier_keeps_its_task(base, data, tmp_path):
     arguments = ["--data", data, "--model", base, "--output", tmp_path / "run", "--epochs", 1, *OPTIONS]
     assert superfine("tune", *arguments, "--loss", "binary_cross_entropy").exit_code == 0
     assert superfine("merge", tmp_path / "run", tmp_path / "merged").exit_code == 0
@@ -358,21 +341,11 @@ def test_importing_superfine_or_asking_for_help_loads_no_heavy_package():
     assert done.stdout.splitlines() == ["[]", "[]"]
 
 
-def test_a_terminal_gets_a_bar_that_is_gone_in_the_end(base, data, tmp_path, monkeypatch):
+def test_a_terminal_gets_a_bar_that_is_gone_in_the_end(base, data, tmp_path):
     from rich.console import Console
-    from superfine.config import load_config
     from superfine.display import Display
 
-    monkeypatch.setattr(tuning, "_write_report", lambda directory, listener: None)
-    config = load_config(
-        overrides={
-            "data.path": str(data),
-            "data.max_length": 32,
-            "model.name": str(base),
-            "train.epochs": 1,
-            "output.directory": str(tmp_path / "run"),
-        }
-    )
+    config = settings(base, data, tmp_path / "run", train__epochs=1, train__batch_size=32)
     with (tmp_path / "tty").open("w") as terminal:
         console = Console(force_terminal=True, width=100, file=terminal)
         with Display(console) as display:

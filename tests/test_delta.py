@@ -458,6 +458,18 @@ def test_frozen_random_head_is_named(tmp_path, encoder):
     assert contents(tmp_path) == ["base", "d.safetensors"]
 
 
+def test_a_delta_without_its_model_class_is_refused_where_the_bases_does_not_fit(tmp_path, encoder):
+    tuned = tune(encoder, tmp_path / "d.safetensors", ("head",))
+    save_delta(tuned, select(tuned, "head"), tmp_path / "d.safetensors")  # again, with no extra
+    with pytest.raises(
+        ValueError,
+        match=r"model class is BertModel, from .* has no 'bert.pooler.dense.bias' \(and 3 others\) of the delta; "
+        r"expected the class that was trained. Save the delta with extra=\{'model_class'",
+    ):
+        merge(encoder, tmp_path / "d.safetensors", tmp_path / "out")
+    assert contents(tmp_path) == ["base", "d.safetensors"]
+
+
 def test_merge_refuses_another_base_and_leaves_nothing(tmp_path, encoder):
     tune(encoder, tmp_path / "d.safetensors", ("last:1", "head"))
     torch.manual_seed(1)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
-from superfine import env
+from superfine import _gpu, env
 
 
 def test_describes_python_packages_cpu_memory_and_native_modules():
@@ -59,6 +61,12 @@ def test_what_cannot_be_read_is_none_and_does_not_raise(monkeypatch):
     assert description["cuda"]["devices"] is None
     assert description["git"] is None
     assert description["memory"]["available"] is None
+    assert description["cpu"]["mhz"] is None
+    assert description["cpu"]["governor"] is None
+    assert description["cpu"]["numa_nodes"] is None
+    assert description["peers"] == {}
+    assert env.last_level_cache("cpu") is None
+    assert env.clock_mhz("cpu") is None
     json.dumps(description)
 
 
@@ -105,3 +113,212 @@ def test_prints_every_section_and_readable_sizes():
 def test_flat_environment_shows_lists_of_devices_item_by_item():
     flat = env.flat_environment({"cuda": {"driver": None, "devices": [{"name": "A", "memory": 2**33}]}})
     assert flat == {"cuda": [("driver", "unknown"), ("devices[0].name", "A"), ("devices[0].memory", "8 GiB")]}
+
+
+# --- clocks and caches of the CPU ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def proc(monkeypatch):
+    """Files below /proc and /sys as the test says; all others do not exist."""
+    files = {}
+
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2})
+    return files
+
+
+def test_the_cpus_clock_is_that_of_the_fastest_core_in_use(proc):
+    for core, kilohertz in enumerate((1_200_000, 4_000_000, 3_600_500)):
+        proc[f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq"] = f"{kilohertz}\n"
+        proc[f"/sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq"] = "4200000\n"
+        proc[f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_governor"] = "powersave\n"
+    assert env.clock_mhz(torch.device("cpu")) == 3600.5  # core 1 is not ours
+    cpu = env.environment()["cpu"]
+    assert (cpu["mhz"], cpu["max_mhz"], cpu["governor"]) == (3600.5, 4200.0, "powersave")
+
+
+def test_without_a_frequency_driver_the_clock_comes_from_cpuinfo(proc):
+    proc["/proc/cpuinfo"] = "model name : A\ncpu MHz\t\t: 2700.000\n\ncpu MHz\t\t: 2899.5\n"
+    assert env.clock_mhz("cpu") == 2899.5
+
+
+def test_the_last_level_cache_is_l3_or_else_l2(monkeypatch):
+    monkeypatch.setattr(env, "_caches", lambda: {"L1d": 2**15, "L2": 2**21, "L3": 2**25})
+    assert env.last_level_cache("cpu") == 2**25
+    monkeypatch.setattr(env, "_caches", lambda: {"L1d": 2**15, "L2": 2**21})
+    assert env.last_level_cache(torch.device("cpu")) == 2**21
+
+
+def test_peers_are_those_installed_and_are_not_imported(monkeypatch):
+    versions = {"liger-kernel": "0.6.0"}
+    monkeypatch.setattr(env.importlib.metadata, "version", versions.__getitem__)
+    assert env.environment()["peers"] == versions
+    assert "liger_kernel" not in sys.modules
+
+
+# --- GPUs ---------------------------------------------------------------------------------------------
+
+GPU = SimpleNamespace(
+    name="Some GPU",
+    uuid="11111111-2222-3333-4444-555555555555",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=80 * 2**30,
+    L2_cache_size=50 * 2**20,
+    pci_domain_id=0,
+    pci_bus_id=0x3B,
+    pci_device_id=0,
+)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A torch that sees one GPU; returns what puts a pynvml with the given functions beside it."""
+
+    def forget():
+        _gpu._nvml.cache_clear()
+        _gpu._handle.cache_clear()
+
+    def install(**functions):
+        nvml = ModuleType("pynvml")
+        nvml.nvmlInit = lambda: None
+        nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM, nvml.NVML_TEMPERATURE_GPU = 1, 2, 0
+        vars(nvml).update(functions)
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        forget()
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: GPU)
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
+    forget()
+    yield install
+    forget()
+
+
+def managed(**changes):
+    """NVML's functions as a recent driver answers them."""
+    process = SimpleNamespace(pid=77, usedGpuMemory=2**30)
+    own = SimpleNamespace(pid=os.getpid(), usedGpuMemory=2**20)
+    functions = {
+        "nvmlSystemGetDriverVersion": lambda: "570.86.15",
+        "nvmlSystemGetCudaDriverVersion": lambda: 12080,
+        "nvmlDeviceGetHandleByPciBusId": {b"00000000:3B:00.0": "handle"}.__getitem__,
+        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(free=70 * 2**30),
+        "nvmlDeviceGetClockInfo": lambda handle, domain: {1: 1755, 2: 2619}[domain],
+        "nvmlDeviceGetMaxClockInfo": lambda handle, domain: {1: 1980, 2: 2619}[domain],
+        "nvmlDeviceGetPowerUsage": lambda handle: 123_456,
+        "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 700_000,
+        "nvmlDeviceGetTemperature": lambda handle, sensor: 41,
+        "nvmlDeviceGetEccMode": lambda handle: [1, 1],
+        "nvmlDeviceGetMigMode": lambda handle: [0, 1],
+        "nvmlDeviceGetPersistenceMode": lambda handle: 1,
+        "nvmlDeviceGetCurrPcieLinkGeneration": lambda handle: 5,
+        "nvmlDeviceGetCurrPcieLinkWidth": lambda handle: 16,
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: 0x24,
+        "nvmlDeviceGetComputeRunningProcesses": lambda handle: [process, own],
+        "nvmlDeviceGetGraphicsRunningProcesses": lambda handle: [process],
+    }
+    return functions | changes
+
+
+def test_describes_a_gpu_as_the_management_library_does(fake_gpu):
+    fake_gpu(**managed())
+    cuda = env.environment()["cuda"]
+    assert (cuda["driver"], cuda["driver_cuda"]) == ("570.86.15", "12.8")
+    assert cuda["devices"] == [
+        {
+            "name": "Some GPU",
+            "uuid": GPU.uuid,
+            "compute_capability": "9.0",
+            "multiprocessors": 132,
+            "memory": 80 * 2**30,
+            "memory_free": 70 * 2**30,
+            "l2_cache": 50 * 2**20,
+            "clock_sm_mhz": 1755,
+            "clock_sm_max_mhz": 1980,
+            "clock_memory_mhz": 2619,
+            "clock_memory_max_mhz": 2619,
+            "power_w": 123.5,
+            "power_cap_w": 700.0,
+            "temperature_c": 41,
+            "ecc": True,
+            "mig": False,
+            "persistence": True,
+            "pcie_generation": 5,
+            "pcie_width": 16,
+            "throttled_by": ["power cap", "software thermal"],
+            "other_processes": [{"pid": 77, "memory": 2**30}],
+        }
+    ]
+    assert env.clock_mhz("cuda") == env.clock_mhz(torch.device("cuda", 0)) == 1755.0
+    assert env.last_level_cache("cuda:0") == 50 * 2**20
+    assert "70 GiB" in dict(env.flat_environment({"cuda": cuda})["cuda"])["devices[0].memory_free"]
+
+
+@pytest.mark.parametrize("installed", [False, True], ids=["no pynvml", "every reader raises"])
+def test_without_the_management_library_torchs_knowledge_remains(fake_gpu, installed):
+    def refuse(*arguments):
+        raise PermissionError("NVMLError_NoPermission")
+
+    if installed:
+        readers = dict.fromkeys(managed(), refuse)
+        fake_gpu(**readers | {"nvmlDeviceGetHandleByPciBusId": lambda address: "handle"})
+    device = env.environment()["cuda"]["devices"][0]
+    known = {name for name, value in device.items() if value is not None}
+    assert known == {"name", "uuid", "compute_capability", "multiprocessors", "memory", "l2_cache"}
+    assert env.clock_mhz("cuda") is None
+
+
+def test_a_driver_that_does_not_answer_is_no_error(fake_gpu):
+    def no_driver():
+        raise RuntimeError("NVMLError_LibraryNotFound")
+
+    fake_gpu(**managed(nvmlInit=no_driver))
+    assert env.environment()["cuda"]["devices"][0]["clock_sm_mhz"] is None
+
+
+def test_an_old_management_library_answers_in_bytes_and_under_old_names(fake_gpu):
+    functions = managed(nvmlSystemGetDriverVersion=lambda: b"470.57.02")
+    del functions["nvmlDeviceGetCurrentClocksEventReasons"]
+    fake_gpu(**functions, nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 1)
+    cuda = env.environment()["cuda"]
+    assert cuda["driver"] == "470.57.02"
+    assert cuda["devices"][0]["throttled_by"] == ["idle"]
+    json.dumps(cuda)
+
+
+def test_a_gpu_that_is_not_at_its_bus_address_is_found_by_uuid(fake_gpu):
+    def not_there(address):
+        raise LookupError("NVMLError_NotFound")
+
+    by_uuid = {f"GPU-{GPU.uuid}".encode(): "handle"}.__getitem__
+    fake_gpu(**managed(nvmlDeviceGetHandleByPciBusId=not_there, nvmlDeviceGetHandleByUUID=by_uuid))
+    assert env.clock_mhz("cuda") == 1755.0
+
+
+def test_free_memory_of_a_whole_gpu_is_not_passed_off_as_a_mig_slices(fake_gpu):
+    fake_gpu(**managed(nvmlDeviceGetMigMode=lambda handle: [1, 1]))
+    device = env.environment()["cuda"]["devices"][0]
+    assert device["mig"] is True
+    assert device["memory_free"] is None
+
+
+def test_a_gpu_that_torch_does_not_see_has_no_clock_and_no_cache(fake_gpu):
+    fake_gpu(**managed())
+    assert env.clock_mhz("cuda:1") is None
+    assert env.last_level_cache("cuda:1") is None
+
+
+def test_describing_a_machine_without_a_gpu_leaves_cuda_uninitialised():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    env.environment()
+    assert (env.clock_mhz("cuda"), env.last_level_cache("cuda")) == (None, None)
+    assert not torch.cuda.is_initialized()

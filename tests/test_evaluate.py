@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from superfine import hf
 from superfine.data import Rows, read_rows
 from superfine.evaluate import evaluate
 from superfine.task import Task
-from tiny_models import sentiment_rows, tiny_bert, write_csv
-from tune_runs import one_thread
+from tiny_models import sentiment_rows, write_csv
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return tiny_bert(tmp_path_factory.mktemp("base"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_macro_f1_and_accuracy_by_hand():

@@ -6,6 +6,7 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.figure import Figure
 from superfine import report
 
 TRAIN = [
@@ -145,6 +146,17 @@ def test_values_that_are_not_finite_are_not_drawn(tmp_path):
     bad = [event | {"loss": float("nan"), "grad_norm": float("inf")} for event in TRAIN[3:6]]
     events = [*TRAIN[:3], *bad, *TRAIN[6:], VALIDATION[0] | {"loss": float("nan")}]
     assert "nan" in write(make_run(tmp_path / "run", events)).cells
+
+
+@pytest.mark.parametrize(("steps", "marker"), [(1, "o"), (30, "o"), (31, "")])
+def test_few_steps_are_drawn_with_markers(tmp_path, steps, marker):
+    # Between them there are lines; a single one would not be seen.
+    events = [TRAIN[0] | {"step": step} for step in range(1, steps + 1)]
+    run = report.read_run(make_run(tmp_path / "run", events))
+    loss, rate = Figure().subplots(2)
+    report._draw_loss(loss, run)
+    report._draw_line(rate, "Learning rate", *report._series(run.train, "lr"))
+    assert [line.get_marker() for line in (*loss.lines, *rate.lines)] == [marker] * 3
 
 
 def test_a_step_repeated_by_a_resumed_run_counts_once(tmp_path):

@@ -18,24 +18,9 @@ from superfine import tune as tuning
 from superfine.task import Task
 from superfine.tune import Interrupted, tune
 from tiny_models import sentiment_rows, tiny_bert, write_csv
-from tune_runs import At, CrashError, Recorder, assert_same_run, crash, one_thread, settings
+from tune_runs import At, CrashError, Recorder, assert_same_run, crash, settings
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return tiny_bert(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    # 100 rows: 80 to train on, which is ten steps of 8 an epoch, and 10 each to validate and test.
-    return write_csv(tmp_path_factory.mktemp("data") / "data.csv", sentiment_rows(100))
+pytestmark = pytest.mark.usefixtures("one_thread", "no_report")
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +28,6 @@ def unbroken(base, data, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("unbroken") / "run"
     tune(settings(base, data, run))
     return run
-
-
-@pytest.fixture(autouse=True)
-def _no_report(monkeypatch):
-    """Drawing the report takes longer than the run."""
-    monkeypatch.setattr(tuning, "_write_report", lambda directory, listener: None)
 
 
 # Ten steps an epoch, a checkpoint every three steps and at validations. Stopped: before any checkpoint, right

@@ -5,40 +5,42 @@ No GPU is needed. What these tests cannot show is that the machine code computes
 
 from __future__ import annotations
 
+import ast
 import re
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
-import triton.language as tl
 import triton_interpreter
-from triton_aot import SHARED_MEMORY_LIMIT, Usage, compile_for
+from superfine_bench.aot import CALLS, compile_triton
+from superfine_bench.binaries import LIMITS, REGISTERS, capability_of
 
-from superfine_kernels.triton import adamw, cross_entropy
+import superfine_kernels.triton
 
-pytestmark = pytest.mark.skipif(triton_interpreter.ACTIVE, reason="the interpreter replaces the compiler")
-
-CAPABILITIES = [80, 90, 100, 120]
-NAMES = {tl.float32: "fp32", tl.bfloat16: "bf16", tl.float16: "fp16", tl.float64: "fp64"}
-ADAMW_DTYPES = [
-    (tl.float32, tl.float32),
-    (tl.bfloat16, tl.bfloat16),
-    (tl.bfloat16, tl.float32),
-    (tl.float16, tl.float16),
-    (tl.float16, tl.float32),
-    (tl.float64, tl.float64),
+pytestmark = [
+    pytest.mark.skipif(
+        triton_interpreter.ACTIVE, reason="compiles in another process, the same with it or without"
+    ),
+    pytest.mark.slow,  # half a minute for each generation, until Triton's cache has it
 ]
-BIG_VOCAB = 30522  # makes the largest block
+
+SOURCES = Path(superfine_kernels.triton.__file__).parent
 
 
-def opmath(dtype: tl.dtype) -> tl.dtype:
-    return tl.float64 if dtype == tl.float64 else tl.float32
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "sm_120"])
+def kernels(request):
+    return compile_triton(request.param)
 
 
-def check(usage: Usage, capability: int, warps: int) -> None:
-    assert usage.stack == 0, "registers spilled"
-    assert usage.shared <= SHARED_MEMORY_LIMIT[capability]
-    assert usage.registers * 32 * warps <= 65536, "does not fit into a multiprocessor's registers"
+def of_op(kernels, op, **constants):
+    found = [
+        kernel
+        for kernel in kernels
+        if kernel.op == op and all(kernel.constants[name] == value for name, value in constants.items())
+    ]
+    assert found, f"no kernel of {op} has {constants}"
+    return found
 
 
 def assert_16_bytes_wide(ptx: str) -> None:
@@ -46,85 +48,86 @@ def assert_16_bytes_wide(ptx: str) -> None:
     assert re.search(r"st\.global\S*\.(v4\.b32|v2\.b64)", ptx), "no 16-byte store"
 
 
-def compile_adamw(capability: int, param: tl.dtype, state: tl.dtype, amsgrad: bool, aligned: bool) -> Usage:
-    constants = {
-        "PARAM": param, "STATE": state, "OPMATH": opmath(param), "AMSGRAD": amsgrad, "ALIGNED": aligned,
-        "TABLE_COLUMNS": adamw.TABLE_COLUMNS, "SCALAR_COLUMNS": adamw.SCALAR_COLUMNS,
-        "CHUNK": adamw.CHUNK, "BLOCK": adamw.BLOCK,
-    }  # fmt: skip
-    signature = {"table": "*i64", "scalars": f"*{NAMES[opmath(param)]}", "count": "i32"}
-    return compile_for(
-        capability, adamw._adamw, signature, constants, ["table", "scalars"],
-        num_warps=adamw.WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+def is_weighted_loss_alone(kernel):
+    """Cross-entropy's evaluation with class weights: a value or two of the row wait on the stack for the end of
+    the loop, one store and one load a thread."""
+    return (kernel.kernel, kernel.constants.get("WRITE")) == (
+        "_forward",
+        "False",
+    ) and "weight" in kernel.pointers
 
 
-@pytest.mark.parametrize(("param", "state"), ADAMW_DTYPES, ids=lambda dtype: NAMES[dtype])
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_adamw(capability, param, state):
-    for amsgrad in (False, True):
-        for aligned in (False, True):
-            usage = compile_adamw(capability, param, state, amsgrad, aligned)
-            check(usage, capability, adamw.WARPS)
-    wide = re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64|v2\.b32)", usage.ptx)
-    assert wide, "the aligned kernel loads element by element"
-    if param == state == tl.float32:
-        assert_16_bytes_wide(usage.ptx)
-    if opmath(param) == tl.float32:
-        assert not re.search(r"\.f64|\.approx|div\.full", usage.ptx), (
-            "rounds otherwise than csrc/math/adamw.h"
-        )
+def test_no_kernel_spills_registers(kernels):
+    spilling = [kernel for kernel in kernels if kernel.stack > (16 if is_weighted_loss_alone(kernel) else 0)]
+    assert spilling == []
 
 
-def compile_cross_entropy(
-    capability: int, kernel: str, dtype: tl.dtype, vocab: int, *, full: bool, aligned: bool
-) -> tuple[Usage, int]:
-    """`full`: with class weights, label smoothing and the gradient; otherwise plain losses, or backward."""
-    real = NAMES[opmath(dtype)]
-    block, warps = cross_entropy._block(vocab)
-    signature = {
-        "input": f"*{NAMES[dtype]}", "target": "*i64", "weight": f"*{real}", "losses": f"*{real}",
-        "lses": f"*{real}", "dlogits": f"*{NAMES[dtype]}", "scale": f"*{real}", "vocab": "i32",
-        "row_stride": "i32", "target_stride": "i32", "scale_stride": "i32", "dlogits_stride": "i32",
-        "ignore_index": "i32",
-    }  # fmt: skip
-    constants = {
-        "LABEL_SMOOTHING": 0.1 if full else 0.0, "HAS_WEIGHT": full, "OPMATH": opmath(dtype),
-        "BLOCK": block, "target_stride": 1,
-    }  # fmt: skip
-    if vocab == 1:  # Triton makes a constant of an argument that is 1
-        constants["vocab"] = 1
-    if not full:
-        constants["weight"] = None
-    if kernel == "_forward":
-        constants["WRITE"] = full
-        if not full:
-            constants.update(dlogits=None, scale=None)
-    names = ["input", "dlogits", "vocab", "row_stride", "dlogits_stride"] if aligned else []
-    jitted = getattr(cross_entropy, kernel)
-    signature = {name: kind for name, kind in signature.items() if name in jitted.arg_names}
-    divisible = [name for name in names if name not in constants]
-    return compile_for(capability, jitted, signature, constants, divisible, num_warps=warps), warps
+def test_blocks_fit_into_a_multiprocessor(kernels):
+    for kernel in kernels:
+        assert kernel.shared <= LIMITS[capability_of(kernel.arch)].shared_per_block, kernel
+        assert kernel.registers * 32 * kernel.warps <= REGISTERS, kernel
 
 
-@pytest.mark.parametrize("kernel", ["_forward", "_backward"])
-@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_cross_entropy(capability, dtype, kernel):
-    for full in (False, True):
-        for aligned in (False, True):
-            usage, warps = compile_cross_entropy(
-                capability, kernel, dtype, BIG_VOCAB, full=full, aligned=aligned
-            )
-            check(usage, capability, warps)
-            if opmath(dtype) == tl.float32:
-                assert ".f64" not in usage.ptx, "computes in float64"
-    assert_16_bytes_wide(usage.ptx)
+def test_adamw_loads_packs_where_tensors_are_aligned(kernels):
+    for kernel in of_op(kernels, "adamw", ALIGNED="True"):
+        assert re.search(r"ld\.global\S*\.(?:v4\.b32|v2\.b64|v2\.b32)", kernel.ptx), kernel
+    for kernel in of_op(kernels, "adamw", ALIGNED="True", PARAM="fp32", STATE="fp32"):
+        assert_16_bytes_wide(kernel.ptx)
 
 
-@pytest.mark.parametrize("kernel", ["_forward", "_backward"])
-@pytest.mark.parametrize("vocab", [1, 2, 3, 1000])
-def test_cross_entropy_over_few_classes(vocab, kernel):
-    for full in (False, True):
-        usage, warps = compile_cross_entropy(90, kernel, tl.float32, vocab, full=full, aligned=False)
-        check(usage, 90, warps)
+def test_adamw_rounds_as_the_cpu_kernel_does(kernels):
+    for kernel in of_op(kernels, "adamw", OPMATH="fp32"):
+        assert not re.search(r"\.f64|\.approx|div\.full", kernel.ptx), kernel
+
+
+def test_cross_entropy_computes_in_float64_for_float64_only(kernels):
+    for kernel in of_op(kernels, "cross_entropy", OPMATH="fp32"):
+        assert ".f64" not in kernel.ptx, kernel
+
+
+def test_cross_entropy_reads_and_writes_16_bytes_where_rows_are_aligned(kernels):
+    whole_rows = {"input", "dlogits", "vocab", "row_stride", "dlogits_stride"}
+    aligned = [kernel for kernel in of_op(kernels, "cross_entropy") if whole_rows <= set(kernel.aligned)]
+    assert {kernel.kernel for kernel in aligned} == {"_forward", "_backward"}
+    for kernel in aligned:
+        assert_16_bytes_wide(kernel.ptx)
+
+
+def jit_functions():
+    """(file, function) -> the names that its code mentions, for everything that Triton compiles."""
+    found = {}
+    for path in SOURCES.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list
+            ):
+                names = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+                found[path.stem, node.name] = names
+    return found
+
+
+def test_every_triton_function_is_compiled(kernels):
+    functions = jit_functions()
+    assert len(functions) >= 6
+    reached: set[tuple[str, str]] = set()
+    ahead = [(kernel.op, kernel.kernel) for kernel in kernels]
+    while ahead:
+        if (function := ahead.pop()) in reached:
+            continue
+        reached.add(function)
+        own = {other for file, other in functions if file == function[0]}
+        for name in functions[function]:
+            ahead += [
+                other
+                for other in functions
+                if other[1] == name and (other[0] == function[0] or name not in own)
+            ]
+    missing = functions.keys() - reached
+    assert missing == set(), f"superfine_bench.aot.CALLS ({', '.join(CALLS)}) launches none of these"
+
+
+def test_an_unknown_architecture_or_op_is_an_error():
+    with pytest.raises(ValueError, match=r"arch is 'h100'; expected one of sm_80, .*sm_90"):
+        compile_triton("h100")
+    with pytest.raises(ValueError, match=r"ops has 'adam'; expected some of adamw"):
+        compile_triton("sm_90", ["adam"])

@@ -8,29 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from superfine import hf, trainer
-from superfine import tune as tuning
 from superfine.evaluate import evaluate, load_run
 from superfine.task import Task
 from superfine.tune import tune
 from tiny_models import sentiment_rows, tiny_bert, write_csv
-from tune_runs import Recorder, assert_same_run, events, of_kind, one_thread, settings
+from tune_runs import Recorder, assert_same_run, events, of_kind, settings
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return tiny_bert(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    # 100 rows: 80 to train on, which is ten steps of 8 an epoch, and 10 each to validate and test.
-    return write_csv(tmp_path_factory.mktemp("data") / "data.csv", sentiment_rows(100))
+pytestmark = pytest.mark.usefixtures("one_thread", "no_report")
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +23,8 @@ def still_base(tmp_path_factory) -> Path:
     return tiny_bert(tmp_path_factory.mktemp("still"), dropout=0.0)
 
 
-@pytest.fixture
-def with_report() -> None:
-    """Asked for by the test that wants the report."""
-
-
-@pytest.fixture(autouse=True)
-def _no_report(monkeypatch, request):
-    """Drawing the report takes longer than the run."""
-    if "with_report" not in request.fixturenames:
-        monkeypatch.setattr(tuning, "_write_report", lambda directory, listener: None)
-
-
-@pytest.mark.usefixtures("with_report")
-def test_a_run_learns_and_leaves_everything_in_its_directory(base, data, tmp_path):
+def test_a_run_learns_and_leaves_everything_in_its_directory(base, data, tmp_path, monkeypatch):
+    monkeypatch.undo()  # with its report
     told = Recorder()
     run = tmp_path / "run"
     result = tune(

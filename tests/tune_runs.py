@@ -6,8 +6,7 @@ The model has 20,000 parameters and texts have about 8 tokens, so that a run tak
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,6 @@ from superfine.config import Config, load_config
 from superfine.tune import Listener
 
 TIMINGS = ("ms_forward", "ms_backward", "ms_optimizer", "seconds", "environment")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Tensors of this size are not worth a second thread, which on a busy machine costs more than it does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def settings(base: Path, data: Path, out: Path, **values: Any) -> Config:

@@ -5,8 +5,8 @@
 Uses this Python's torch, triton, pybind11, scikit-build-core, cmake, ninja and pytest. The package is
 installed into a throw-away folder, so nothing on the machine changes. Every stage has a time limit, and
 all of them end within eight minutes; a stage that fails does not stop the next. The results folder is flat
-and holds eight files at most: environment.json, build.log, tests.log, junit.xml, sanitizer.log, bench.log,
-bench.jsonl and summary.json.
+and holds eleven files at most: environment.json, build.log, tests.log, junit.xml, sanitizer.log, bench.log,
+bench.jsonl, bench.csv, bench.png, report.html and summary.json.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def run_all(runner: Runner) -> None:
     stage.detail = _counts(out / "junit.xml") or stage.detail
     _sanitize(runner)
     bench = [python, "-m", "superfine_bench", "--quick", "--device", "cuda", "--out", str(out)]
-    runner.run("benchmark", bench, log="bench.log", limit=90, detail="bench.jsonl")
+    runner.run("benchmark", bench, log="bench.log", limit=170, detail="bench.jsonl")
 
 
 def _sanitize(runner: Runner) -> None:
@@ -207,6 +207,9 @@ def main(arguments: list[str] | None = None) -> int:
         "sanitizer.log",
         "bench.log",
         "bench.jsonl",
+        "bench.csv",
+        "bench.png",
+        "report.html",
     )
     for name in (*names, "summary.json"):
         (out / name).unlink(missing_ok=True)  # results of an earlier run

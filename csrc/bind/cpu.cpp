@@ -1,5 +1,5 @@
 // Module superfine_kernels._cpu: pointers, sizes and scalars in, nothing of torch. The Python op files
-// check shapes and dtypes; what needs a loop over many tensors is checked in adamw_lists.h.
+// check shapes and dtypes; what needs a loop over many tensors is checked in moment_lists.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,7 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "bind/adamw_lists.h"
+#include "bind/cross_entropy_args.h"
+#include "bind/moment_lists.h"
 #include "bind/tensor_list.h"
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
@@ -19,11 +20,6 @@ namespace py = pybind11;
 using namespace superfine;
 
 namespace {
-
-template <class T = void>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 const cpu::Kernels& kernels_for(const std::string& isa) {
   if (isa.empty()) {
@@ -49,12 +45,12 @@ std::vector<std::size_t> adamw(const TensorReader& reader, const py::list& param
                                const py::list& steps, double lr, double beta1, double beta2, double eps,
                                double weight_decay, bool maximize, int threads, const std::string& isa) {
   const cpu::Kernels& kernels = kernels_for(isa);
-  AdamWArguments arguments = read_adamw_lists(reader, TensorView::Device::cpu, params, grads, exp_avgs, exp_avg_sqs,
-                                              max_exp_avg_sqs, steps, threads);
-  advance(arguments, lr, beta1, beta2, eps, weight_decay, maximize);
+  MomentArguments arguments = read_moment_lists("adamw_", reader, TensorView::Device::cpu, params, grads, exp_avgs,
+                                                exp_avg_sqs, max_exp_avg_sqs, steps, threads);
+  const auto tensors = advance<AdamWTensor>(arguments, adamw_scalars_of(lr, beta1, beta2, eps, weight_decay, maximize));
   reader.increment_version(params);
   const py::gil_scoped_release release;
-  kernels.adamw(arguments.tensors.data(), static_cast<std::int64_t>(arguments.tensors.size()), threads);
+  kernels.adamw(tensors.data(), static_cast<std::int64_t>(tensors.size()), threads);
   return arguments.rest;
 }
 
@@ -63,15 +59,33 @@ std::optional<std::pair<py::list, std::vector<std::size_t>>> adamw_group(
     double beta2, double eps, double weight_decay, bool maximize, int threads, const std::string& isa) {
   const cpu::Kernels& kernels = kernels_for(isa);
   py::list used;
-  auto arguments = read_adamw_group(reader, TensorView::Device::cpu, params, state, amsgrad, used, threads);
+  auto arguments = read_moment_group("adamw_", reader, TensorView::Device::cpu, params, state, amsgrad, used, threads);
   if (!arguments) return std::nullopt;
-  advance(*arguments, lr, beta1, beta2, eps, weight_decay, maximize);
+  const auto tensors =
+      advance<AdamWTensor>(*arguments, adamw_scalars_of(lr, beta1, beta2, eps, weight_decay, maximize));
   reader.increment_version(used);
   {
     const py::gil_scoped_release release;
-    kernels.adamw(arguments->tensors.data(), static_cast<std::int64_t>(arguments->tensors.size()), threads);
+    kernels.adamw(tensors.data(), static_cast<std::int64_t>(tensors.size()), threads);
   }
   return std::make_pair(std::move(used), std::move(arguments->rest));
+}
+
+std::vector<std::size_t> lamb(const TensorReader& reader, const py::list& params, const py::list& grads,
+                              const py::list& exp_avgs, const py::list& exp_avg_sqs, const py::list& steps, double lr,
+                              double beta1, double beta2, double eps, double weight_decay, bool bias_correction,
+                              bool grad_averaging, bool adapt, bool trust_clip, double gradient_scale, int threads,
+                              const std::string& isa) {
+  const cpu::Kernels& kernels = kernels_for(isa);
+  MomentArguments arguments = read_moment_lists("lamb_", reader, TensorView::Device::cpu, params, grads, exp_avgs,
+                                                exp_avg_sqs, py::list(), steps, threads);
+  const auto tensors =
+      advance<LambTensor>(arguments, lamb_scalars_of({lr, beta1, beta2, eps, weight_decay, bias_correction,
+                                                      grad_averaging, adapt, trust_clip, gradient_scale}));
+  reader.increment_version(params);
+  const py::gil_scoped_release release;
+  kernels.lamb(tensors.data(), static_cast<std::int64_t>(tensors.size()), threads);
+  return arguments.rest;
 }
 
 template <class Label>
@@ -99,23 +113,6 @@ std::pair<std::int64_t, double> check_labels(std::uintptr_t target, bool target_
     return scan_labels(pointer<const std::int64_t>(target), target_stride, rows, vocab, w, weight_is_f64, ignore_index);
   }
   return scan_labels(pointer<const std::int32_t>(target), target_stride, rows, vocab, w, weight_is_f64, ignore_index);
-}
-
-cpu::CrossEntropy cross_entropy_args(std::uintptr_t input, std::int64_t rows, std::int64_t vocab,
-                                     std::int64_t row_stride, int dtype, std::uintptr_t target, bool target_is_int64,
-                                     std::int64_t target_stride, std::uintptr_t weight, std::int64_t ignore_index,
-                                     double label_smoothing) {
-  return {pointer<const void>(input),
-          rows,
-          vocab,
-          row_stride,
-          static_cast<DType>(dtype),
-          pointer<const void>(target),
-          target_is_int64,
-          target_stride,
-          pointer<const void>(weight),
-          ignore_index,
-          label_smoothing};
 }
 
 template <class T>
@@ -148,6 +145,12 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("reader"), py::arg("params"), py::arg("state"), py::arg("amsgrad"), py::kw_only(), py::arg("lr"),
         py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"),
         py::arg("threads"), py::arg("isa"));
+
+  m.def("lamb", &lamb, "One LAMB step over lists of tensors. Returns the positions that it left alone.",
+        py::arg("reader"), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
+        py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+        py::arg("weight_decay"), py::arg("bias_correction"), py::arg("grad_averaging"), py::arg("adapt"),
+        py::arg("trust_clip"), py::arg("gradient_scale"), py::arg("threads"), py::arg("isa"));
 
   m.def("check_labels", &check_labels,
         "(first position with a label outside [0, vocab) or -1, sum of the weights of the labels not ignored).",

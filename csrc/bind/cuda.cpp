@@ -12,11 +12,13 @@
 #include <utility>
 #include <vector>
 
-#include "bind/adamw_lists.h"
+#include "bind/cross_entropy_args.h"
+#include "bind/moment_lists.h"
 #include "bind/tensor_list.h"
 #include "core/cuda_check.h"
 #include "cuda/adamw.h"
 #include "cuda/cross_entropy.h"
+#include "cuda/lamb.h"
 
 namespace py = pybind11;
 using namespace superfine;
@@ -24,11 +26,6 @@ using namespace superfine;
 namespace {
 
 constexpr int kOldestCapability = 80;  // the oldest architecture in CMakeLists.txt, times ten
-
-template <class T = void>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 cudaStream_t as_stream(std::uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
@@ -84,11 +81,12 @@ class DeviceGuard {
 };
 
 // All parameters lie on one device, or it throws.
-int common_device(const TensorReader& reader, const py::list& params) {
+int common_device(const std::string& op, const TensorReader& reader, const py::list& params) {
   const int device = reader.read(params[0]).device_index;
   for (std::size_t i = 1; i < params.size(); ++i) {
     if (reader.read(params[i]).device_index != device) {
-      reject_adamw("params", i, describe(params[i]), "a tensor on cuda:" + std::to_string(device) + ", as params[0]");
+      reject_tensor(op, kParam, i, describe(params[i]),
+                    "a tensor on cuda:" + std::to_string(device) + ", as params[0]");
     }
   }
   return device;
@@ -98,32 +96,36 @@ std::vector<std::size_t> adamw(const TensorReader& reader, const py::list& param
                                const py::list& exp_avgs, const py::list& exp_avg_sqs, const py::list& max_exp_avg_sqs,
                                const py::list& steps, double lr, double beta1, double beta2, double eps,
                                double weight_decay, bool maximize, std::uintptr_t stream) {
-  AdamWArguments arguments = read_adamw_lists(reader, TensorView::Device::cuda, params, grads, exp_avgs, exp_avg_sqs,
-                                              max_exp_avg_sqs, steps, 1);
+  MomentArguments arguments = read_moment_lists("adamw_", reader, TensorView::Device::cuda, params, grads, exp_avgs,
+                                                exp_avg_sqs, max_exp_avg_sqs, steps, 1);
   if (params.empty()) return {};
-  const DeviceGuard guard(common_device(reader, params), "adamw_");
-  advance(arguments, lr, beta1, beta2, eps, weight_decay, maximize);
+  const DeviceGuard guard(common_device("adamw_", reader, params), "adamw_");
+  const auto tensors = advance<AdamWTensor>(arguments, adamw_scalars_of(lr, beta1, beta2, eps, weight_decay, maximize));
   reader.increment_version(params);
   const py::gil_scoped_release release;
-  cuda::adamw(arguments.tensors.data(), static_cast<std::int64_t>(arguments.tensors.size()), as_stream(stream));
+  cuda::adamw(tensors.data(), static_cast<std::int64_t>(tensors.size()), as_stream(stream));
   return arguments.rest;
 }
 
-cuda::CrossEntropy cross_entropy_args(std::uintptr_t input, std::int64_t rows, std::int64_t vocab,
-                                      std::int64_t row_stride, int dtype, std::uintptr_t target, bool target_is_int64,
-                                      std::int64_t target_stride, std::uintptr_t weight, std::int64_t ignore_index,
-                                      double label_smoothing) {
-  return {pointer<const void>(input),
-          rows,
-          vocab,
-          row_stride,
-          static_cast<DType>(dtype),
-          pointer<const void>(target),
-          target_is_int64,
-          target_stride,
-          pointer<const void>(weight),
-          ignore_index,
-          label_smoothing};
+std::vector<std::size_t> lamb(const TensorReader& reader, const py::list& params, const py::list& grads,
+                              const py::list& exp_avgs, const py::list& exp_avg_sqs, const py::list& steps, double lr,
+                              double beta1, double beta2, double eps, double weight_decay, bool bias_correction,
+                              bool grad_averaging, bool adapt, bool trust_clip, double gradient_scale,
+                              const py::function& allocate, std::uintptr_t stream) {
+  MomentArguments arguments = read_moment_lists("lamb_", reader, TensorView::Device::cuda, params, grads, exp_avgs,
+                                                exp_avg_sqs, py::list(), steps, 1);
+  if (params.empty()) return {};
+  const DeviceGuard guard(common_device("lamb_", reader, params), "lamb_");
+  const std::int64_t count = static_cast<std::int64_t>(arguments.tensors.size());
+  const std::size_t bytes = cuda::lamb_workspace_bytes(arguments.tensors.data(), count);
+  void* workspace = pointer(allocate(bytes).cast<std::uintptr_t>());
+  const auto tensors =
+      advance<LambTensor>(arguments, lamb_scalars_of({lr, beta1, beta2, eps, weight_decay, bias_correction,
+                                                      grad_averaging, adapt, trust_clip, gradient_scale}));
+  reader.increment_version(params);
+  const py::gil_scoped_release release;
+  cuda::lamb(tensors.data(), count, workspace, as_stream(stream));
+  return arguments.rest;
 }
 
 }  // namespace
@@ -139,6 +141,14 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("reader"), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
         py::arg("max_exp_avg_sqs"), py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
         py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"), py::arg("stream"));
+
+  m.def("lamb", &lamb,
+        "One LAMB step over lists of tensors. Returns the positions that it left alone. `allocate` takes bytes and "
+        "returns the address of that much memory on the device, which stays until the stream is done with it.",
+        py::arg("reader"), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
+        py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+        py::arg("weight_decay"), py::arg("bias_correction"), py::arg("grad_averaging"), py::arg("adapt"),
+        py::arg("trust_clip"), py::arg("gradient_scale"), py::arg("allocate"), py::arg("stream"));
 
   m.def(
       "cross_entropy_forward",

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <utility>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -41,6 +42,47 @@ inline void parallel_for(std::int64_t count, std::int64_t grain, int threads, co
   }
 #endif
   if (count > 0) worker(ranges);
+}
+
+// One of the threads that work through several steps together.
+class Team {
+ public:
+  Team(int rank, int size) : rank_(rank), size_(size) {}
+
+  // This thread's part of [first, last); the same one for the same range, so that its cache serves again.
+  std::pair<std::int64_t, std::int64_t> share(std::int64_t first, std::int64_t last) const {
+    const std::int64_t count = last - first;
+    return {first + count * rank_ / size_, first + count * (rank_ + 1) / size_};
+  }
+
+  // Returns when all threads have called it.
+  void wait() const {
+#ifdef _OPENMP
+    if (size_ > 1) {
+#pragma omp barrier
+    }
+#endif
+  }
+
+ private:
+  int rank_, size_;
+};
+
+// Every thread calls worker(team) once.
+template <class Worker>
+inline void parallel_team(int threads, const Worker& worker) {
+#ifdef _OPENMP
+  if (threads > 1 && !omp_in_parallel()) {
+#pragma omp parallel num_threads(threads)
+    {
+      Team team(omp_get_thread_num(), omp_get_num_threads());
+      worker(team);
+    }
+    return;
+  }
+#endif
+  Team team(0, 1);
+  worker(team);
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ void update(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {
   }
 }
 
-// The combinations that `adamw_lists.h` lets through.
+// The combinations that `moment_lists.h` lets through.
 void update(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {
   const bool wide_state = t.state_dtype == DType::f32;
   switch (t.param_dtype) {

@@ -1,8 +1,4 @@
-// Cross-entropy of logits x against class t, row by row, with class weights w and smoothing s:
-//
-//   lse    = log sum_c exp(x_c)
-//   loss   = (1 - s) w_t (lse - x_t) + s/C sum_c w_c (lse - x_c)
-//   dx_c   = [(1 - s) w_t + s/C sum_c w_c] exp(x_c - lse) - (1 - s) w_t [c = t] - s/C w_c
+// Cross-entropy row by row; the formula is in math/cross_entropy.h.
 //
 // A row is read from memory once, block by block: maximum, then sum of exponentials. The exponentials
 // stay in a buffer of the thread's own, in the L2 cache, and scaling them gives the gradient: C *

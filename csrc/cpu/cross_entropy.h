@@ -2,23 +2,10 @@
 
 #include <cstdint>
 
-#include "core/dtype.h"
 #include "cpu/isa.h"
+#include "math/cross_entropy.h"
 
 namespace superfine::cpu {
-
-// Row-wise cross-entropy over `rows` x `vocab` logits; see math in cross_entropy.cpp.
-struct CrossEntropy {
-  const void* input;  // rows x vocab, unit stride within a row
-  std::int64_t rows, vocab, row_stride;
-  DType dtype;         // of input and dlogits; losses and lse are float, or double for f64
-  const void* target;  // class indices, checked by the caller
-  bool target_is_int64;
-  std::int64_t target_stride;
-  const void* weight;  // null, or one value a class, of the type of losses
-  std::int64_t ignore_index;
-  double label_smoothing;
-};
 
 #define SF_DECLARE(isa)                                                                                                \
   namespace isa {                                                                                                      \

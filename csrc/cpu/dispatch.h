@@ -4,6 +4,7 @@
 #include "cpu/adamw.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/isa.h"
+#include "cpu/lamb.h"
 
 namespace superfine::cpu {
 
@@ -12,6 +13,7 @@ struct Kernels {
   decltype(&baseline::adamw) adamw;
   decltype(&baseline::cross_entropy_forward) cross_entropy_forward;
   decltype(&baseline::cross_entropy_backward) cross_entropy_backward;
+  decltype(&baseline::lamb) lamb;
 };
 
 // The best instruction set that this build holds and this processor runs.

@@ -9,11 +9,10 @@
 // those of the CPU kernel.
 #include "cuda/adamw.h"
 
-#include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "core/cuda_check.h"
+#include "cuda/moment_table.h"
 #include "cuda/pack.h"
 
 namespace superfine::cuda {
@@ -24,35 +23,29 @@ constexpr int kThreads = 256;
 // binary search in constant memory) stays small against moving 115 KB.
 constexpr int kChunk = 4096;
 
-// A launch's tensors, passed by value. Kernel arguments end at 4 KiB, or at 32,764 bytes from CUDA
-// 12.1 on (nvcc and driver); a table is as large as fits and still holds any mix of scalars.
-template <class P_, class S_, bool kAmsgrad_, int kTensors_, int kScalars_>
-struct Table {
+template <class P_, class S_, bool kAmsgrad_>
+struct Tensor {
   using P = P_;
   using S = S_;
   static constexpr bool kAmsgrad = kAmsgrad_;
-  static constexpr int kTensors = kTensors_, kScalars = kScalars_;
 
-  struct Tensor {
-    P* param;
-    const P* grad;
-    S* exp_avg;
-    S* exp_avg_sq;
-    S* max_exp_avg_sq;
-    std::int64_t numel;
-  };
+  P* param;
+  const P* grad;
+  S* exp_avg;
+  S* exp_avg_sq;
+  S* max_exp_avg_sq;
+  std::int64_t numel;
 
-  Tensor tensors[kTensors];
-  AdamWScalars<Opmath<P>> scalars[kScalars];  // distinct ones: usually one per parameter group
-  std::int32_t first_chunk[kTensors];
-  std::uint16_t scalars_of[kTensors];
-  std::int32_t count;
+  static Tensor of(const MomentTensor& t) {
+    return {static_cast<P*>(t.param),      static_cast<const P*>(t.grad),     static_cast<S*>(t.exp_avg),
+            static_cast<S*>(t.exp_avg_sq), static_cast<S*>(t.max_exp_avg_sq), t.numel};
+  }
 };
 
 template <class P, class S, bool kAmsgrad>
-using SmallTable = Table<P, S, kAmsgrad, 48, 16>;
+using SmallTable = MomentTable<Tensor<P, S, kAmsgrad>, AdamWScalars<Opmath<P>>, 48, 16>;
 template <class P, class S, bool kAmsgrad>
-using LargeTable = Table<P, S, kAmsgrad, 512, 64>;
+using LargeTable = MomentTable<Tensor<P, S, kAmsgrad>, AdamWScalars<Opmath<P>>, 512, 64>;
 static_assert(sizeof(SmallTable<double, double, true>) <= 4096);
 static_assert(sizeof(LargeTable<double, double, true>) <= 32764);
 
@@ -90,17 +83,13 @@ __device__ __forceinline__ void update(const AdamWScalars<Opmath<P>>& s, P* para
 // One block updates one chunk of one tensor.
 template <class Table>
 __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Table table) {
-  using P = typename Table::P;
-  using S = typename Table::S;
-  constexpr bool kAmsgrad = Table::kAmsgrad;
+  using P = typename Table::Tensor::P;
+  using S = typename Table::Tensor::S;
+  constexpr bool kAmsgrad = Table::Tensor::kAmsgrad;
   constexpr int kPack = 16 / (sizeof(P) > sizeof(S) ? sizeof(P) : sizeof(S));
 
   const int chunk = blockIdx.x;
-  int index = 0;  // the last tensor whose first chunk is not after ours
-  for (int end = table.count; end - index > 1;) {
-    const int middle = (index + end) / 2;
-    (table.first_chunk[middle] <= chunk ? index : end) = middle;
-  }
+  const int index = table.find(chunk);
   const auto& tensor = table.tensors[index];
   const auto s = table.scalars[table.scalars_of[index]];
   const std::int64_t begin = static_cast<std::int64_t>(chunk - table.first_chunk[index]) * kChunk;
@@ -123,107 +112,26 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
   }
 }
 
-template <class Table>
-class Launcher {
- public:
-  explicit Launcher(cudaStream_t stream) : stream_(stream) { table_.count = 0; }
-
-  void add(const AdamWTensor& t) {
-    const std::int64_t chunks = (t.numel + kChunk - 1) / kChunk;
-    if (table_.count == Table::kTensors || chunks_ + chunks > std::numeric_limits<std::int32_t>::max()) flush();
-    int scalars = find(t.scalars);
-    if (scalars == Table::kScalars) {
-      flush();
-      scalars = 0;
-    }
-    if (scalars == scalars_) {
-      distinct_[scalars_] = t.scalars;
-      table_.scalars[scalars_++] = round_scalars<Opmath<P>>(t.scalars);
-    }
-    const int i = table_.count++;
-    table_.tensors[i] = {static_cast<P*>(t.param),      static_cast<const P*>(t.grad),     static_cast<S*>(t.exp_avg),
-                         static_cast<S*>(t.exp_avg_sq), static_cast<S*>(t.max_exp_avg_sq), t.numel};
-    table_.first_chunk[i] = static_cast<std::int32_t>(chunks_);
-    table_.scalars_of[i] = static_cast<std::uint16_t>(scalars);
-    chunks_ += chunks;
-  }
-
-  void flush() {
-    if (table_.count == 0) return;
-    adamw_kernel<Table><<<static_cast<unsigned>(chunks_), kThreads, 0, stream_>>>(table_);
-    cuda_check(cudaGetLastError(), "adamw");
-    table_.count = 0;
-    chunks_ = 0;
-    scalars_ = 0;
-  }
-
- private:
-  using P = typename Table::P;
-  using S = typename Table::S;
-
-  // The newest first: parameters of one group follow each other.
-  int find(const AdamWScalars<double>& scalars) const {
-    for (int i = scalars_ - 1; i >= 0; --i) {
-      if (std::memcmp(&distinct_[i], &scalars, sizeof scalars) == 0) return i;
-    }
-    return scalars_;
-  }
-
-  cudaStream_t stream_;
-  Table table_;
-  AdamWScalars<double> distinct_[Table::kScalars];
-  std::int64_t chunks_ = 0;
-  int scalars_ = 0;
-};
-
-bool large_arguments() {
-#if CUDART_VERSION >= 12010
-  static const bool supported = [] {
-    int driver = 0;
-    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010;
-  }();
-  return supported;
-#else
-  return false;
-#endif
-}
-
-template <class Table, class Select>
-void launch(const AdamWTensor* tensors, std::int64_t count, const Select& select, cudaStream_t stream) {
-  Launcher<Table> launcher(stream);
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (select(tensors[i])) launcher.add(tensors[i]);
-  }
-  launcher.flush();
-}
-
-template <class P, class S, bool kAmsgrad>
-void step(const AdamWTensor* tensors, std::int64_t count, DType param, DType state, cudaStream_t stream) {
+template <class P, class S, bool kAmsgrad, class Select>
+void step(const AdamWTensor* tensors, std::int64_t count, const Select& has_dtypes, cudaStream_t stream) {
   const auto select = [=](const AdamWTensor& t) {
-    return t.numel > 0 && t.param_dtype == param && t.state_dtype == state && (t.max_exp_avg_sq != nullptr) == kAmsgrad;
+    return has_dtypes(t) && t.numel > 0 && (t.max_exp_avg_sq != nullptr) == kAmsgrad;
   };
-  const std::int64_t selected = std::count_if(tensors, tensors + count, select);
-  if (selected == 0) return;
-  if (selected > SmallTable<P, S, kAmsgrad>::kTensors && large_arguments()) {
-    launch<LargeTable<P, S, kAmsgrad>>(tensors, count, select, stream);
-  } else {
-    launch<SmallTable<P, S, kAmsgrad>>(tensors, count, select, stream);
-  }
+  fill_small_or_large_tables<SmallTable<P, S, kAmsgrad>, LargeTable<P, S, kAmsgrad>>(
+      tensors, count, select, kChunk, std::numeric_limits<std::int64_t>::max(),
+      [=](const auto& table, unsigned chunks) {
+        adamw_kernel<<<chunks, kThreads, 0, stream>>>(table);
+        cuda_check(cudaGetLastError(), "adamw");
+      });
 }
 
 }  // namespace
 
 void adamw(const AdamWTensor* tensors, std::int64_t count, cudaStream_t stream) {
-  const auto both = [=](auto p, auto s, DType param, DType state) {
-    step<decltype(p), decltype(s), false>(tensors, count, param, state, stream);
-    step<decltype(p), decltype(s), true>(tensors, count, param, state, stream);
-  };
-  both(float{}, float{}, DType::f32, DType::f32);
-  both(bf16{}, bf16{}, DType::bf16, DType::bf16);
-  both(bf16{}, float{}, DType::bf16, DType::f32);
-  both(f16{}, f16{}, DType::f16, DType::f16);
-  both(f16{}, float{}, DType::f16, DType::f32);
-  both(double{}, double{}, DType::f64, DType::f64);
+  for_each_dtypes([=](auto p, auto s, const auto& has_dtypes) {
+    step<decltype(p), decltype(s), false>(tensors, count, has_dtypes, stream);
+    step<decltype(p), decltype(s), true>(tensors, count, has_dtypes, stream);
+  });
 }
 
 }  // namespace superfine::cuda

@@ -1,8 +1,4 @@
-// Cross-entropy of logits x against class t, one block per row, with class weights w and smoothing s:
-//
-//   lse    = log sum_c exp(x_c)
-//   loss   = (1 - s) w_t (lse - x_t) + s/C sum_c w_c (lse - x_c)
-//   dx_c   = [(1 - s) w_t + s/C sum_c w_c] exp(x_c - lse) - (1 - s) w_t [c = t] - s/C w_c
+// Cross-entropy, one block per row; the formula is in math/cross_entropy.h.
 //
 // Traffic per logit: the forward pass reads it once, and writes the gradient once where that is
 // wanted: 8 bytes in fp32, 4 in bf16. The row waits in shared memory between the two; one that does

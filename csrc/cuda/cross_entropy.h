@@ -5,22 +5,9 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "math/cross_entropy.h"
 
 namespace superfine::cuda {
-
-// Row-wise cross-entropy over `rows` x `vocab` logits; see the formula in cross_entropy.cu. All
-// addresses are device memory. "Real" below is double for f64 logits and float for all others.
-struct CrossEntropy {
-  const void* input;  // rows x vocab, unit stride within a row; vocab at most 2^30
-  std::int64_t rows, vocab, row_stride;
-  DType dtype;         // of input and dlogits
-  const void* target;  // class indices; one outside [0, vocab) gives NaN and no stray access
-  bool target_is_int64;
-  std::int64_t target_stride;
-  const void* weight;  // null, or one Real a class
-  std::int64_t ignore_index;
-  double label_smoothing;
-};
 
 // All functions launch on the current device and return at once; std::runtime_error when a launch
 // fails, std::invalid_argument for a vocab out of range. dlogits is dense, or the input itself.

@@ -13,8 +13,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "core/dtype.h"
 #include "core/macros.h"
+#include "math/moments.h"
 
 namespace superfine {
 
@@ -45,6 +45,11 @@ inline AdamWScalars<double> adamw_scalars(double lr, double beta1, double beta2,
   return s;
 }
 
+// The scalars as a function of the step.
+inline auto adamw_scalars_of(double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize) {
+  return [=](double step) { return adamw_scalars(lr, beta1, beta2, eps, weight_decay, maximize, step); };
+}
+
 template <class T>
 inline AdamWScalars<T> round_scalars(const AdamWScalars<double>& s) {
   return {static_cast<T>(s.decay),
@@ -73,17 +78,8 @@ SF_HD void adamw_update(const AdamWScalars<T>& s, T& p, T g, T& m, T& v, T& v_ma
   p += (s.negative_step_size * m) / denominator;
 }
 
-// One tensor of a step: all pointers address `numel` dense elements, param and grad of one type,
-// the moments of another (or the same).
-struct AdamWTensor {
-  void* param;
-  const void* grad;
-  void* exp_avg;
-  void* exp_avg_sq;
-  void* max_exp_avg_sq;  // null without amsgrad
-  std::int64_t numel;
-  DType param_dtype;
-  DType state_dtype;
+// One tensor of a step.
+struct AdamWTensor : MomentTensor {
   AdamWScalars<double> scalars;
 };
 

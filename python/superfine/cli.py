@@ -1,4 +1,4 @@
-"""The ``superfine`` command: tune, eval, merge, env.
+"""The ``superfine`` command: tune, eval, merge, env; cli_bench.py has bench, compare, report, profile.
 
 Each command imports what it needs when it runs, so that ``superfine --help`` is quick.
 Exit codes: 0 done; 2 the input is wrong (one line on stderr says what); 1 anything else that failed;
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from superfine.cli_bench import add_commands
 
 if TYPE_CHECKING:
     from superfine.config import Config
@@ -223,3 +225,6 @@ def _errors(debug: bool) -> Iterator[None]:
         hint = "" if wrong_input else " (--debug shows where)"
         typer.echo(f"superfine: {kind}{lines[0]}{hint}", err=True)
         raise typer.Exit(2 if wrong_input else 1) from None
+
+
+add_commands(app, _errors)

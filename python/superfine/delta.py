@@ -303,6 +303,13 @@ def _load_base(folder: Path, info: DeltaInfo, tensors: Mapping[str, Tensor]) -> 
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a head for another number of labels: the delta holds the new one
         )
+    unknown = sorted(tensors.keys() - model.state_dict().keys())
+    if unknown and "model_class" not in info.extra:
+        raise ValueError(
+            f"merge: model class is {named[0]}, from the base's config.json, which has no {_listed(unknown)} of the "
+            "delta; expected the class that was trained. Save the delta with extra={'model_class': "
+            "type(model).__name__}, and 'config' for a new head; or load_delta into that model and save_pretrained it"
+        )
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in loading["mismatched_keys"]]
     parameters = dict(model.named_parameters())
     random = sorted({*loading["missing_keys"], *mismatched} & parameters.keys())

@@ -12,29 +12,36 @@ import importlib.util
 import os
 import platform
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+
+from . import _gpu
+from ._probe import attempt, output_of
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
 PACKAGES = ("superfine", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
-
-T = TypeVar("T")
+# What benchmarks compare with where it is installed; never imported here.
+PEERS = (
+    "liger-kernel", "torch-optimi", "bitsandbytes", "torchao", "cut-cross-entropy", "quack-kernels", "deepspeed",
+    "peft", "apex",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:
     """Describe this machine and installation as a nested dictionary that JSON can hold.
 
     Returns:
-        Sections ``python``, ``packages``, ``platform``, ``cpu``, ``memory``, ``cuda``, ``native`` and
-        ``git``. Sizes are in bytes. A value that cannot be read is None.
+        Sections ``python``, ``packages``, ``peers`` (those installed), ``platform``, ``cpu``, ``memory``, ``cuda``,
+        ``native`` and ``git``. Sizes are in bytes. A value that cannot be read is None.
     """
     return {
         "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
         "packages": {name: _version(name) for name in PACKAGES},
+        "peers": {name: version for name in PEERS if (version := _version(name)) is not None},
         "platform": {
             "system": platform.system(),
             "release": platform.release(),
@@ -43,7 +50,7 @@ def environment() -> dict[str, Any]:
         },
         "cpu": _cpu(),
         "memory": _memory(),
-        "cuda": _cuda(),
+        "cuda": _gpu.describe(),
         "native": _native(),
         "git": _git(),
     }
@@ -68,6 +75,26 @@ def print_environment(console: Console) -> None:
 def available_memory() -> int | None:
     """Return the bytes of main memory that can be taken without swapping, or None where it cannot be read."""
     return _memory()["available"]
+
+
+def clock_mhz(device: torch.device | str) -> float | None:
+    """Return the clock that ``device`` runs at now: of a GPU's multiprocessors, or of the CPU's fastest core in use.
+
+    Takes well under a millisecond for a few cores, so that it can be read between the turns of a benchmark.
+    """
+    return _gpu.sm_clock_mhz(device) if _is_cuda(device) else attempt(_cpu_mhz)
+
+
+def last_level_cache(device: torch.device | str) -> int | None:
+    """Return the bytes of a GPU's L2, or of a CPU's L3, of its L2 where it has none."""
+    if _is_cuda(device):
+        return _gpu.l2_cache(device)
+    caches = attempt(_caches) or {}
+    return caches.get("L3") or caches.get("L2")
+
+
+def _is_cuda(device: torch.device | str) -> bool:
+    return str(device).startswith("cuda")
 
 
 def flat_environment(description: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
@@ -99,6 +126,7 @@ def _readable(item: str, value: Any) -> str:
         "total",
         "available",
         "memory",
+        "memory_free",
         "l2_cache",
     )
     if is_size and isinstance(value, int):
@@ -110,26 +138,8 @@ def _readable(item: str, value: Any) -> str:
     return str(value)
 
 
-def _try(read: Callable[[], T]) -> T | None:
-    """Return what ``read`` returns, or None: a description must not fail on an unusual machine."""
-    try:
-        return read()
-    except Exception:
-        return None
-
-
 def _version(package: str) -> str | None:
-    return _try(lambda: importlib.metadata.version(package))
-
-
-def _run(*command: str, cwd: Path | None = None) -> str | None:
-    """Standard output of a short command; None when it is missing, fails or hangs."""
-
-    def call() -> str:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    return _try(call)
+    return attempt(lambda: importlib.metadata.version(package))
 
 
 def _cpu() -> dict[str, Any]:
@@ -141,11 +151,16 @@ def _cpu() -> dict[str, Any]:
     return {
         "model": _cpu_model(),
         "logical_cores": os.cpu_count(),
-        "physical_cores": _try(_physical_cores),
-        "usable_cores": _try(lambda: len(os.sched_getaffinity(0))),
-        "threads": _try(threads),
-        "isa": _try(_kernel_isa),
-        "caches": _try(_caches) or None,
+        "physical_cores": attempt(_physical_cores),
+        "usable_cores": attempt(lambda: len(os.sched_getaffinity(0))),
+        "threads": attempt(threads),
+        "isa": attempt(_kernel_isa),
+        "caches": attempt(_caches) or None,
+        "mhz": attempt(_cpu_mhz),
+        "max_mhz": attempt(_cpu_max_mhz),
+        "governor": attempt(_governor),
+        "numa_nodes": attempt(lambda: len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))) or None,
+        "load_average": attempt(lambda: [round(load, 2) for load in os.getloadavg()]),
     }
 
 
@@ -155,11 +170,11 @@ def _kernel_isa() -> str | None:
 
 
 def _cpu_model() -> str | None:
-    text = _try(Path("/proc/cpuinfo").read_text) or ""
+    text = attempt(Path("/proc/cpuinfo").read_text) or ""
     match = re.search(r"^(?:model name|Model|cpu model)\s*:\s*(.+)$", text, re.MULTILINE)
     if match:
         return match.group(1).strip()
-    return _run("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or None
+    return output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or None
 
 
 def _physical_cores() -> int | None:
@@ -180,50 +195,34 @@ def _caches() -> dict[str, int]:
     return sizes
 
 
+def _cpufreq(name: str) -> list[str]:
+    """What the frequency driver says for each core that this process may use; empty in most virtual machines."""
+    cores = (Path(f"/sys/devices/system/cpu/cpu{core}/cpufreq/{name}") for core in os.sched_getaffinity(0))
+    return [text.strip() for path in cores if (text := attempt(path.read_text)) is not None]
+
+
+def _cpu_mhz() -> float | None:
+    """Clock of the fastest core, which is the busiest one."""
+    clocks = [int(kilohertz) / 1000 for kilohertz in _cpufreq("scaling_cur_freq")]
+    if not clocks:
+        text = Path("/proc/cpuinfo").read_text()
+        clocks = [float(value) for value in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", text, re.MULTILINE)]
+    return max(clocks, default=None)
+
+
+def _cpu_max_mhz() -> float | None:
+    return max((int(kilohertz) / 1000 for kilohertz in _cpufreq("cpuinfo_max_freq")), default=None)
+
+
+def _governor() -> str | None:
+    return ", ".join(sorted(set(_cpufreq("scaling_governor")))) or None
+
+
 def _memory() -> dict[str, int | None]:
-    text = _try(Path("/proc/meminfo").read_text) or ""
+    text = attempt(Path("/proc/meminfo").read_text) or ""
     found = {key: int(value) * 1024 for key, value in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
-    total = found.get("MemTotal") or _try(lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    total = found.get("MemTotal") or attempt(lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return {"total": total, "available": found.get("MemAvailable")}
-
-
-def _cuda() -> dict[str, Any]:
-    def devices() -> list[dict[str, Any]]:
-        import torch
-
-        # device_count() is quiet without a driver, where other torch.cuda calls warn or raise.
-        return [_device(index) for index in range(torch.cuda.device_count())]
-
-    def toolkit() -> str | None:
-        import torch
-
-        return torch.version.cuda
-
-    return {"torch_toolkit": _try(toolkit), "driver": _driver(), "devices": _try(devices)}
-
-
-def _device(index: int) -> dict[str, Any]:
-    import torch
-
-    properties = torch.cuda.get_device_properties(index)
-    uuid = getattr(properties, "uuid", None)
-    return {
-        "name": properties.name,
-        "uuid": None if uuid is None else str(uuid),
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory": properties.total_memory,
-        "l2_cache": getattr(properties, "L2_cache_size", None),
-    }
-
-
-def _driver() -> str | None:
-    text = _try(Path("/proc/driver/nvidia/version").read_text) or ""
-    match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text)
-    if match:
-        return match.group(1)
-    listed = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return listed.splitlines()[0].strip() if listed else None
 
 
 def _native() -> dict[str, dict[str, Any]]:
@@ -252,10 +251,10 @@ def _git() -> dict[str, Any] | None:
     A virtual environment often lies inside another project's checkout, so the file must be tracked.
     """
     here = Path(__file__).resolve()
-    if _run("git", "ls-files", "--error-unmatch", here.name, cwd=here.parent) is None:
+    if output_of("git", "ls-files", "--error-unmatch", here.name, cwd=here.parent) is None:
         return None
-    changed = _run("git", "status", "--porcelain", "--untracked-files=no", cwd=here.parent)
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no", cwd=here.parent)
     return {
-        "commit": _run("git", "rev-parse", "HEAD", cwd=here.parent),
+        "commit": output_of("git", "rev-parse", "HEAD", cwd=here.parent),
         "modified": None if changed is None else bool(changed),
     }

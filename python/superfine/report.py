@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 TRAIN, VALIDATION, NEUTRAL = "#1f6feb", "#d1502f", "#6b7280"
+FEW_POINTS = 30  # more markers than this run into each other
 # Everything else that is a number in a validation event is a metric.
 NOT_METRICS = {"event", "step", "epoch", "loss", "seconds", "examples", "time"}
 METRIC_NAMES = {"f1_macro": "macro F1", "mse": "MSE", "mae": "MAE", "pearson": "Pearson r"}
@@ -217,14 +218,11 @@ def draw_curves(run: Run) -> bytes:
 def _draw_loss(panel: Axes, run: Run) -> None:
     panel.set_title("Loss")
     steps, losses = _series(run.train, "loss")
-    if steps:
-        # Raw values of single batches scatter: shown pale, under an average over 5% of the run.
-        panel.plot(steps, losses, color=TRAIN, alpha=0.22, linewidth=0.9, label="train, batches")
-        averages = smooth(losses, max(5, len(losses) // 20))
-        panel.plot(steps, averages, color=TRAIN, linewidth=1.8, label="train, smoothed")
-    steps, losses = _series(run.validation, "loss")
-    if steps:
-        panel.plot(steps, losses, color=VALIDATION, marker="o", markersize=4, label="validation")
+    # Raw values of single batches scatter: shown pale, under an average over 5% of the run.
+    _plot(panel, steps, losses, color=TRAIN, alpha=0.22, linewidth=0.9, label="train, batches")
+    averages = smooth(losses, max(5, len(losses) // 20))
+    _plot(panel, steps, averages, color=TRAIN, linewidth=1.8, label="train, smoothed")
+    _plot(panel, *_series(run.validation, "loss"), color=VALIDATION, label="validation")
     _legend_or_note(panel)
 
 
@@ -233,9 +231,7 @@ def _draw_metrics(panel: Axes, run: Run) -> None:
     panel.set_title("Validation " + (" and ".join(map(_metric_name, names[:2])) or "metric"))
     colors = (VALIDATION, TRAIN, NEUTRAL)
     for name, color in zip(names[:2], colors, strict=False):
-        steps, values = _series(run.validation, name)
-        if steps:
-            panel.plot(steps, values, color=color, marker="o", markersize=4, label=_metric_name(name))
+        _plot(panel, *_series(run.validation, name), color=color, label=_metric_name(name))
     for event, style, label in ((run.test, "-.", "test"), (run.baseline, ":", "test, untouched base")):
         if names and event is not None and _is_finite(event.get(names[0])):
             panel.axhline(
@@ -251,10 +247,16 @@ def _draw_metrics(panel: Axes, run: Run) -> None:
 def _draw_line(panel: Axes, title: str, steps: list[float], values: list[float]) -> None:
     panel.set_title(title)
     if steps:
-        panel.plot(steps, values, color=NEUTRAL, linewidth=1.3)
+        _plot(panel, steps, values, color=NEUTRAL, linewidth=1.3)
         panel.set_ylim(bottom=0)
     else:
         _legend_or_note(panel)
+
+
+def _plot(panel: Axes, steps: list[float], values: list[float], **style: Any) -> None:
+    """A line, with markers where its points are few: a line through a single point draws nothing."""
+    if steps:
+        panel.plot(steps, values, marker="o" if len(steps) <= FEW_POINTS else "", markersize=4, **style)
 
 
 def _legend_or_note(panel: Axes) -> None:

@@ -17,18 +17,17 @@ Traffic per parameter: 28 bytes in float32, 14 in bfloat16 or float16, 22 there 
 # ruff: noqa: N803 (constexpr parameters are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from superfine_kernels._library import describe, opmath_dtype, reject
+from superfine_kernels._library import opmath_dtype
+from superfine_kernels.triton._moments import TRITON_DTYPES, check, find_tensor, on, pointer
 
 #: Elements per program: enough to amortise the search for its tensor; 1M parameters still make 256 programs.
 CHUNK = 4096
@@ -37,24 +36,9 @@ CHUNK = 4096
 BLOCK = 512
 WARPS = 4
 
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float64: tl.float64,
-}
-
 # Columns of the table of addresses (int64) and of the table of scalars.
 TABLE_COLUMNS = 7  # param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, numel, first chunk
 SCALAR_COLUMNS = 8  # in the order of AdamWScalars in csrc/math/adamw.h
-
-
-@triton.jit
-def _pointer(table, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(table + column).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
 
 
 @triton.jit
@@ -105,20 +89,13 @@ def _adamw(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
-    index = tl.full((), 0, tl.int32)  # the last tensor whose first chunk is not after ours
-    end = tl.full((), 0, tl.int32) + count
-    while end - index > 1:
-        middle = (index + end) // 2
-        before = tl.load(table + middle * TABLE_COLUMNS + 6) <= chunk
-        index = tl.where(before, middle, index)
-        end = tl.where(before, end, middle)
-
+    index = find_tensor(table, count, chunk, TABLE_COLUMNS)
     row = table + index * TABLE_COLUMNS
-    param = _pointer(row, 0, PARAM, ALIGNED)
-    grad = _pointer(row, 1, PARAM, ALIGNED)
-    exp_avg = _pointer(row, 2, STATE, ALIGNED)
-    exp_avg_sq = _pointer(row, 3, STATE, ALIGNED)
-    max_exp_avg_sq = _pointer(row, 4, STATE, ALIGNED)
+    param = pointer(row, 0, PARAM, ALIGNED)
+    grad = pointer(row, 1, PARAM, ALIGNED)
+    exp_avg = pointer(row, 2, STATE, ALIGNED)
+    exp_avg_sq = pointer(row, 3, STATE, ALIGNED)
+    max_exp_avg_sq = pointer(row, 4, STATE, ALIGNED)
     numel = tl.load(row + 5)
     begin = (chunk - tl.load(row + 6)) * CHUNK
     scalars += index * SCALAR_COLUMNS
@@ -156,7 +133,10 @@ def adamw_(
     order than their parameter.
     """
     tensors = list(zip(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or exp_avg_sqs, strict=False))
-    rest = _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if max_exp_avg_sqs:
+        lists["max_exp_avg_sqs"] = max_exp_avg_sqs
+    rest = check("adamw_", params, lists, steps)
     launches: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = defaultdict(list)
     for i in sorted(set(range(len(params))) - set(rest)):
         aligned = all(t.data_ptr() % 16 == 0 for t in tensors[i])
@@ -175,7 +155,7 @@ def adamw_(
         if chunks == 0:
             continue
         device, opmath = params[0].device, opmath_dtype(param_dtype)
-        with _on(device):
+        with on(device):
             _adamw[(chunks,)](
                 torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True),
                 torch.tensor(scalars, dtype=opmath).to(device, non_blocking=True),
@@ -203,79 +183,3 @@ def _scalars(
         math.sqrt(1 - beta2**step),
         -1.0 if maximize else 1.0,
     ]
-
-
-@contextlib.contextmanager
-def _on(device: torch.device) -> Iterator[None]:
-    """Triton launches on the current device; the interpreter on none."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        yield
-
-
-def _check(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-) -> list[int]:
-    """The checks of csrc/bind/adamw_lists.h; returns the positions that the kernel does not take."""
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if max_exp_avg_sqs:
-        lists["max_exp_avg_sqs"] = max_exp_avg_sqs
-    for name, tensors in (*lists.items(), ("steps", steps)):
-        if len(tensors) != len(params):
-            raise ValueError(
-                f"adamw_: {name} has {len(tensors)} tensors; expected {len(params)}, one for each of params"
-            )
-    rest: list[int] = []
-    written: list[tuple[int, int]] = []
-    for i, (param, step) in enumerate(zip(params, steps, strict=True)):
-        if param.device != params[0].device:
-            reject("adamw_", f"params[{i}]", param, f"a tensor on {params[0].device}, as params[0]")
-        if step.numel() != 1 or step.dtype != torch.float32 or step.device.type != "cpu":
-            reject("adamw_", f"steps[{i}]", step, "float32 () on cpu")
-        for name, tensors in lists.items():
-            t = tensors[i]
-            like = param if name in ("grads", "exp_avgs") else exp_avgs[i]
-            dtype_agrees = t.dtype == like.dtype or name == "exp_avgs"
-            if t.shape != param.shape or t.device != param.device or not dtype_agrees:
-                reject("adamw_", f"{name}[{i}]", t, describe(like))
-        all_of_it = [param, *(tensors[i] for tensors in lists.values())]
-        if not (
-            _has_kernel(param.dtype, exp_avgs[i].dtype)
-            and _is_dense(param)
-            and all(_same_order(t, param) for t in all_of_it)
-        ):
-            rest.append(i)
-        elif param.numel() > 0:
-            stored = [param, *all_of_it[2:]]
-            written += [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in stored]
-    if any(after[0] < before[1] for before, after in itertools.pairwise(sorted(written))):
-        raise ValueError(
-            "adamw_: params and optimizer state overlap in memory; expected every tensor to have memory of "
-            "its own (is a parameter, or a view of it, given twice?)"
-        )
-    return rest
-
-
-def _has_kernel(param: torch.dtype, state: torch.dtype) -> bool:
-    wide_state = state == torch.float32 and param in (torch.bfloat16, torch.float16)
-    return param in TRITON_DTYPES and (state == param or wide_state)
-
-
-def _is_dense(t: Tensor) -> bool:
-    """The elements fill one stretch of memory without gaps or overlap, in any order of dimensions."""
-    if t.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _same_order(a: Tensor, b: Tensor) -> bool:
-    return all(s == r for s, r, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n != 1)

@@ -23,7 +23,7 @@ def profiled_on_demand(step: Step) -> Step:
     @functools.wraps(step)
     def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         if (
-            torch.autograd._profiler_enabled()
+            torch._C._autograd._profiler_enabled()
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or torch_optimizer._global_optimizer_pre_hooks

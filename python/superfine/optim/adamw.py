@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from superfine_kernels import adamw_group_
 from superfine.optim._profile import profiled_on_demand
+from superfine_kernels import adamw_group_
 from superfine_kernels._library import warn_once
 
 

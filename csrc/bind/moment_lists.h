@@ -1,5 +1,5 @@
-// The argument lists of `adamw_`, read and checked once for every backend. Nothing is written before
-// all checks have passed.
+// The argument lists of the optimizers' ops (parameters, gradients, moments), read and checked once for
+// every op and backend. Nothing is written before all checks have passed.
 #pragma once
 
 #include <algorithm>
@@ -13,12 +13,12 @@
 
 #include "bind/tensor_list.h"
 #include "core/parallel_for.h"
-#include "math/adamw.h"
+#include "math/moments.h"
 
 namespace superfine {
 
-struct AdamWArguments {
-  std::vector<AdamWTensor> tensors;
+struct MomentArguments {
+  std::vector<MomentTensor> tensors;
   std::vector<float*> steps;      // one per tensor: the count of steps taken, in host memory
   std::vector<std::size_t> rest;  // positions that no kernel takes: other dtypes, strides that differ
   std::vector<py::object> grads;  // held: another thread may set .grad to None while the kernel runs
@@ -27,9 +27,9 @@ struct AdamWArguments {
 // A parameter and what belongs to it.
 enum Role : std::size_t { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kStep, kRoles };
 constexpr const char* kLists[kRoles] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"};
-using AdamWObjects = std::array<PyObject*, kRoles>;  // borrowed; no kMaxExpAvgSq without amsgrad
+using MomentObjects = std::array<PyObject*, kRoles>;  // borrowed; no kMaxExpAvgSq without amsgrad
 
-inline void prefetch_records(const TensorReader& reader, const AdamWObjects& objects) {
+inline void prefetch_records(const TensorReader& reader, const MomentObjects& objects) {
   for (PyObject* object : objects) reader.prefetch_record(object);
 }
 
@@ -40,9 +40,10 @@ inline std::string describe(py::handle tensor) {
   return dtype.substr(dtype.find('.') + 1) + " " + shape + " on " + device;
 }
 
-[[noreturn]] inline void reject_adamw(Role role, std::size_t i, const std::string& is, const std::string& expected) {
-  throw py::value_error("adamw_: " + std::string(kLists[role]) + "[" + std::to_string(i) + "] is " + is +
-                        "; expected " + expected);
+[[noreturn]] inline void reject_tensor(const std::string& op, Role role, std::size_t i, const std::string& is,
+                                       const std::string& expected) {
+  throw py::value_error(op + ": " + std::string(kLists[role]) + "[" + std::to_string(i) + "] is " + is + "; expected " +
+                        expected);
 }
 
 namespace detail {
@@ -52,10 +53,10 @@ inline bool kernel_takes(DType param, DType state) {
 }
 
 // Every byte may be written through one tensor only.
-inline void reject_overlap(const std::vector<AdamWTensor>& tensors) {
+inline void reject_overlap(const std::string& op, const std::vector<MomentTensor>& tensors) {
   std::vector<std::pair<const char*, const char*>> ranges;
   ranges.reserve(4 * tensors.size());
-  for (const AdamWTensor& t : tensors) {
+  for (const MomentTensor& t : tensors) {
     const auto writes = [&](const void* data, DType dtype) {
       const char* begin = static_cast<const char*>(data);
       if (data != nullptr && t.numel > 0) ranges.emplace_back(begin, begin + t.numel * element_size(dtype));
@@ -67,14 +68,15 @@ inline void reject_overlap(const std::vector<AdamWTensor>& tensors) {
   for (std::size_t i = 1; i < ranges.size(); ++i) {
     if (ranges[i].first < ranges[i - 1].second) {
       throw py::value_error(
-          "adamw_: params and optimizer state overlap in memory; expected every tensor to have memory of its own "
+          op +
+          ": params and optimizer state overlap in memory; expected every tensor to have memory of its own "
           "(is a parameter, or a view of it, given twice?)");
     }
   }
 }
 
 // The memory that a tensor's step writes, as a number; those of several tensors may be added in any order.
-inline std::uint64_t hash(const AdamWTensor& t) {
+inline std::uint64_t hash(const MomentTensor& t) {
   std::uint64_t h = static_cast<std::uint64_t>(t.numel) << 8 | static_cast<std::uint64_t>(t.param_dtype) << 4 |
                     static_cast<std::uint64_t>(t.state_dtype);
   for (const void* data : {t.param, t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq}) {
@@ -85,27 +87,28 @@ inline std::uint64_t hash(const AdamWTensor& t) {
 
 // As reject_overlap, once: from step to step the memory stays the same, and to sort it costs more than
 // half of a step over small tensors.
-inline void reject_new_overlap(const std::vector<AdamWTensor>& tensors, std::uint64_t hashes) {
+inline void reject_new_overlap(const std::string& op, const std::vector<MomentTensor>& tensors, std::uint64_t hashes) {
   constexpr std::size_t kRemembered = 64;  // parameter groups that take turns
   static std::array<std::uint64_t, kRemembered> passed = {};
   const std::uint64_t key = hashes | 1;  // never 0, which marks an empty slot
   std::uint64_t& slot = passed[(key >> 1) % kRemembered];
   if (slot == key) return;
-  reject_overlap(tensors);
+  reject_overlap(op, tensors);
   slot = key;
 }
 
 }  // namespace detail
 
 // Reads and checks the arguments of every parameter, or throws.
-class AdamWReader {
+class MomentReader {
  public:
-  AdamWReader(const TensorReader& reader, TensorView::Device device, const std::vector<AdamWObjects>& objects)
-      : reader_(reader), device_(device), objects_(objects) {}
+  MomentReader(std::string op, const TensorReader& reader, TensorView::Device device,
+               const std::vector<MomentObjects>& objects)
+      : op_(std::move(op)), reader_(reader), device_(device), objects_(objects) {}
 
   // Nothing for parameters on another device, where those are allowed.
-  std::optional<AdamWArguments> read(bool may_span_devices, int threads) {
-    AdamWArguments result;
+  std::optional<MomentArguments> read(bool may_span_devices, int threads) {
+    MomentArguments result;
     std::uint64_t hashes = 0;
     if (!read_usual(result, hashes, threads)) {
       result = {};
@@ -113,7 +116,7 @@ class AdamWReader {
       for (std::size_t i = 0; i < objects_.size(); ++i) {
         const Views views = careful_views(i);
         if (views[kParam].device != device_ && may_span_devices) return std::nullopt;
-        AdamWTensor tensor;
+        MomentTensor tensor;
         if (takes(views, tensor)) {
           hashes += detail::hash(tensor);
           result.tensors.push_back(tensor);
@@ -124,7 +127,7 @@ class AdamWReader {
         }
       }
     }
-    detail::reject_new_overlap(result.tensors, hashes);
+    detail::reject_new_overlap(op_, result.tensors, hashes);
     return result;
   }
 
@@ -133,7 +136,7 @@ class AdamWReader {
 
   // The usual case, in which a kernel takes every parameter; by several threads, as torch's records of
   // tensors are mostly cold in the caches, and to wait for them takes longer than to step small tensors.
-  bool read_usual(AdamWArguments& result, std::uint64_t& hashes, int threads) const {
+  bool read_usual(MomentArguments& result, std::uint64_t& hashes, int threads) const {
     constexpr std::int64_t kGrain = 16, kAhead = 4;
     const std::int64_t n = static_cast<std::int64_t>(objects_.size());
     result.tensors.resize(n);
@@ -163,7 +166,7 @@ class AdamWReader {
   }
 
   // Whether a kernel takes this parameter; then `tensor` is what it takes.
-  bool takes(const Views& views, AdamWTensor& tensor) const {
+  bool takes(const Views& views, MomentTensor& tensor) const {
     const TensorView &param = views[kParam], &exp_avg = views[kExpAvg], &step = views[kStep];
     const bool amsgrad = views[kMaxExpAvgSq].device != TensorView::Device::other;
     if (param.device != device_ || !param.dtype || !exp_avg.dtype || !is_dense(param)) return false;
@@ -175,15 +178,8 @@ class AdamWReader {
       if (!fits(view, param) || !same_order(view, param)) return false;
       if (view.dtype != (role == kGrad ? param.dtype : exp_avg.dtype)) return false;
     }
-    tensor = {param.data,
-              views[kGrad].data,
-              exp_avg.data,
-              views[kExpAvgSq].data,
-              views[kMaxExpAvgSq].data,
-              param.numel,
-              *param.dtype,
-              *exp_avg.dtype,
-              {}};
+    tensor = {param.data,  views[kGrad].data, exp_avg.data,  views[kExpAvgSq].data, views[kMaxExpAvgSq].data,
+              param.numel, *param.dtype,      *exp_avg.dtype};
     return true;
   }
 
@@ -212,15 +208,15 @@ class AdamWReader {
       return std::move(*view);
     }
     const std::string layout = py::str(py::handle(object).attr("layout"));
-    reject_adamw(role, i,
-                 "a " + std::string(Py_TYPE(object)->tp_name) + " of layout " + layout + ", " + describe(object),
-                 "a tensor with memory of its own (strided)");
+    reject_tensor(op_, role, i,
+                  "a " + std::string(Py_TYPE(object)->tp_name) + " of layout " + layout + ", " + describe(object),
+                  "a tensor with memory of its own (strided)");
   }
 
   // Throws unless it is only its dtype or strides for which no kernel takes this parameter.
   void reject_wrong(std::size_t i, const Views& views) const {
     const auto reject = [&](Role role, const std::string& expected) {
-      reject_adamw(role, i, describe(objects_[i][role]), expected);
+      reject_tensor(op_, role, i, describe(objects_[i][role]), expected);
     };
     const TensorView &param = views[kParam], &exp_avg = views[kExpAvg], &step = views[kStep];
     if (param.device != device_) {
@@ -244,29 +240,31 @@ class AdamWReader {
     }
   }
 
+  std::string op_;
   const TensorReader& reader_;
   TensorView::Device device_;
-  const std::vector<AdamWObjects>& objects_;
+  const std::vector<MomentObjects>& objects_;
 };
 
 // Arguments from parallel lists; `max_exp_avg_sqs` is empty without amsgrad.
-inline AdamWArguments read_adamw_lists(const TensorReader& reader, TensorView::Device device, const py::list& params,
-                                       const py::list& grads, const py::list& exp_avgs, const py::list& exp_avg_sqs,
-                                       const py::list& max_exp_avg_sqs, const py::list& steps, int threads) {
+inline MomentArguments read_moment_lists(const std::string& op, const TensorReader& reader, TensorView::Device device,
+                                         const py::list& params, const py::list& grads, const py::list& exp_avgs,
+                                         const py::list& exp_avg_sqs, const py::list& max_exp_avg_sqs,
+                                         const py::list& steps, int threads) {
   const std::size_t n = params.size();
   const py::list* lists[kRoles] = {&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &steps};
-  std::vector<AdamWObjects> objects(n);
+  std::vector<MomentObjects> objects(n);
   for (std::size_t role = 0; role < kRoles; ++role) {
     if (role == kMaxExpAvgSq && lists[role]->empty()) continue;
     if (lists[role]->size() != n) {
-      throw py::value_error("adamw_: " + std::string(kLists[role]) + " has " + std::to_string(lists[role]->size()) +
+      throw py::value_error(op + ": " + std::string(kLists[role]) + " has " + std::to_string(lists[role]->size()) +
                             " tensors; expected " + std::to_string(n) + ", one for each of params");
     }
     for (std::size_t i = 0; i < n; ++i) {
       objects[i][role] = PyList_GET_ITEM(lists[role]->ptr(), static_cast<Py_ssize_t>(i));
     }
   }
-  return *AdamWReader(reader, device, objects).read(false, threads);
+  return *MomentReader(op, reader, device, objects).read(false, threads);
 }
 
 // A walk through an optimizer's state in the order of its parameters, which is the order in which the
@@ -300,7 +298,7 @@ class StateWalk {
 
 // Sets `values[role]` to the entry called `names[role]`, where there is one. The few entries are walked
 // through: their names are the very objects in `names`, unless a checkpoint brought names of its own.
-inline void look_up(PyObject* entries, PyObject* const names[kRoles], AdamWObjects& values) {
+inline void look_up(PyObject* entries, PyObject* const names[kRoles], MomentObjects& values) {
   PyObject *key = nullptr, *value = nullptr;
   Py_ssize_t position = 0;
   while (PyDict_Next(entries, &position, &key, &value) != 0) {
@@ -321,9 +319,10 @@ inline void look_up(PyObject* entries, PyObject* const names[kRoles], AdamWObjec
 // lists in Python would cost more than the step. `used` receives the parameters that have a gradient.
 // Nothing is returned for tensor subclasses, whose ops have to go through torch's dispatcher, and for
 // groups that span devices.
-inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader, TensorView::Device device,
-                                                      const py::list& params, const py::dict& state, bool amsgrad,
-                                                      py::list& used, int threads) {
+inline std::optional<MomentArguments> read_moment_group(const std::string& op, const TensorReader& reader,
+                                                        TensorView::Device device, const py::list& params,
+                                                        const py::dict& state, bool amsgrad, py::list& used,
+                                                        int threads) {
   static PyObject* const names[kRoles] = {nullptr,
                                           nullptr,
                                           PyUnicode_InternFromString("exp_avg"),
@@ -331,7 +330,7 @@ inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader
                                           PyUnicode_InternFromString("max_exp_avg_sq"),
                                           PyUnicode_InternFromString("step")};
   const std::size_t n = params.size();
-  std::vector<AdamWObjects> objects;
+  std::vector<MomentObjects> objects;
   std::vector<py::object> grads;  // a gradient's Python object may exist only as long as it is held
   objects.reserve(n);
   grads.reserve(n);
@@ -350,7 +349,7 @@ inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader
       PyErr_SetObject(PyExc_KeyError, param);
       throw py::error_already_set();
     }
-    AdamWObjects values = {param, grad.ptr()};
+    MomentObjects values = {param, grad.ptr()};
     look_up(entries, names, values);
     for (const Role role : {kExpAvg, kExpAvgSq, kMaxExpAvgSq, kStep}) {
       if (role == kMaxExpAvgSq && !amsgrad) {
@@ -366,24 +365,26 @@ inline std::optional<AdamWArguments> read_adamw_group(const TensorReader& reader
     grads.push_back(std::move(grad));
     used.append(params[i]);
   }
-  auto arguments = AdamWReader(reader, device, objects).read(true, threads);
+  auto arguments = MomentReader(op, reader, device, objects).read(true, threads);
   if (arguments) arguments->grads = std::move(grads);
   return arguments;
 }
 
-// Counts one step more for every tensor and sets the scalars that follow from it.
-inline void advance(AdamWArguments& arguments, double lr, double beta1, double beta2, double eps, double weight_decay,
-                    bool maximize) {
+// Counts one step more for every tensor; what a kernel takes is the tensor with the scalars of its step.
+template <class Tensor, class ScalarsOf>
+std::vector<Tensor> advance(MomentArguments& arguments, const ScalarsOf& scalars_of) {
+  std::vector<Tensor> tensors;
+  tensors.reserve(arguments.tensors.size());
   float last = -1;
   for (std::size_t i = 0; i < arguments.tensors.size(); ++i) {
     const float step = *arguments.steps[i] += 1;
-    if (i > 0 && step == last) {
-      arguments.tensors[i].scalars = arguments.tensors[i - 1].scalars;
-    } else {
-      arguments.tensors[i].scalars = adamw_scalars(lr, beta1, beta2, eps, weight_decay, maximize, step);
-    }
+    Tensor tensor{};
+    static_cast<MomentTensor&>(tensor) = arguments.tensors[i];
+    tensor.scalars = step == last ? tensors.back().scalars : scalars_of(step);
+    tensors.push_back(tensor);
     last = step;
   }
+  return tensors;
 }
 
 }  // namespace superfine

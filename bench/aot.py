@@ -1,0 +1,202 @@
+"""Every Triton kernel compiled for GPUs that are not here: what it uses, and its PTX.
+
+An op's launch code decides on block sizes, warps and specialisations. So that nothing repeats those decisions,
+:data:`CALLS` calls that code on CPU tensors while a recorder compiles whatever it launches; nothing runs. That
+needs a process of its own, with Triton's driver and launch replaced and its interpreter off.
+
+    python -m superfine_bench.aot sm_90 [OP ...]     one line of JSON for each kernel
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from .binaries import Usage, capability_of, resource_usage
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """One specialisation of one kernel.
+
+    Attributes:
+        pointers: element types of the pointer arguments, as Triton writes them.
+        constants: constexpr arguments, and run-time ones of which Triton made a constant (None, 1); as text.
+        aligned: run-time arguments known to be divisible by 16.
+        shared: bytes per block, dynamic ones included.
+    """
+
+    op: str
+    kernel: str
+    arch: str
+    pointers: dict[str, str]
+    constants: dict[str, str]
+    aligned: list[str]
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    ptx: str = field(repr=False)
+
+
+# --- what the ops can be asked for -------------------------------------------------------------------------
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _unaligned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A dense tensor that starts one element after a 16-byte boundary, in rows of odd length."""
+    return torch.empty(*shape[:-1], shape[-1] + 1, dtype=dtype)[..., 1:]
+
+
+def _adamw(kernels: Any) -> None:
+    wide_state = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
+    for param, state in [*((dtype, dtype) for dtype in DTYPES), *wide_state]:
+        for amsgrad in (False, True):
+            for empty in (torch.empty, _unaligned):
+                params, grads = ([empty(4096, dtype=param)] for _ in range(2))
+                moments = [[empty(4096, dtype=state)] for _ in range(3)]
+                kernels.adamw_(
+                    params, grads, moments[0], moments[1], moments[2] if amsgrad else [], [torch.zeros(())],
+                    lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, maximize=False,
+                )  # fmt: skip
+
+
+def _lamb(kernels: Any) -> None:
+    wide_state = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
+    for param, state in [*((dtype, dtype) for dtype in DTYPES), *wide_state]:
+        for empty in (torch.empty, _unaligned):
+            params, grads = ([empty(4096, dtype=param)] for _ in range(2))
+            moments = [[empty(4096, dtype=state)] for _ in range(2)]
+            kernels.lamb_(
+                params, grads, *moments, [torch.zeros(())], lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=0.01,
+                bias_correction=True, grad_averaging=True, adapt=True, trust_clip=False, gradient_scale=1.0,
+            )  # fmt: skip
+
+
+def _cross_entropy(kernels: Any) -> None:
+    # 32000 and 30522 (BERT) have the largest block; few classes have one warp, and 1 becomes a constant.
+    sizes = [(dtype, vocab) for dtype in DTYPES for vocab in (32000, 30522)]
+    for dtype, vocab in [*sizes, *((torch.float32, few) for few in (1, 3, 1000))]:
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        empty = torch.empty if vocab % 16 == 0 else _unaligned
+        logits, dlogits = (empty(2, vocab, dtype=dtype) for _ in range(2))
+        target, lse, scale = (
+            torch.zeros(2, dtype=torch.int64),
+            torch.empty(2, dtype=real),
+            torch.ones((), dtype=real),
+        )
+        for weight, smoothing in ((None, 0.0), (torch.ones(vocab, dtype=real), 0.1)):
+            plain = (logits, target, weight, -100, smoothing)
+            kernels.cross_entropy_forward(*plain)
+            kernels.cross_entropy_forward(*plain, dlogits, scale)
+            kernels.cross_entropy_backward(*plain, lse, scale, dlogits)
+
+
+#: For each file of superfine_kernels/triton: calls that launch every kernel in every specialisation that matters.
+CALLS: dict[str, Callable[[Any], None]] = {"adamw": _adamw, "cross_entropy": _cross_entropy, "lamb": _lamb}
+
+
+# --- compiling ---------------------------------------------------------------------------------------------
+
+
+def compile_triton(arch: str, ops: Sequence[str] | None = None) -> list[TritonKernel]:
+    """Compile the Triton kernels of `ops` (default: all) for `arch`, such as `"sm_90"`, in another process.
+
+    Raises:
+        ValueError: `arch` or an op is unknown.
+        RuntimeError: a kernel does not compile.
+    """
+    capability_of(arch)
+    for op in ops or ():
+        if op not in CALLS:
+            raise ValueError(f"compile_triton: ops has {op!r}; expected some of {', '.join(CALLS)}")
+    done = subprocess.run(
+        [sys.executable, "-m", "superfine_bench.aot", arch, *(CALLS if ops is None else ops)],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"compile_triton: {arch} failed; expected kernels that compile:\n{done.stderr}")
+    return [TritonKernel(**json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def _main(arch: str, *ops: str) -> None:
+    for op in ops:
+        kernels = importlib.import_module(f"superfine_kernels.triton.{op}")
+        with _recording(capability_of(arch)) as compiled:
+            CALLS[op](kernels)
+        for kernel in compiled.values():
+            print(json.dumps(dataclasses.asdict(_described(op, arch, kernel))))
+
+
+@contextmanager
+def _recording(capability: int) -> Iterator[dict[str, Any]]:
+    """Compile what is launched, for a GPU of `capability`, and launch nothing; yields what was compiled."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction, driver
+
+    compiled: dict[str, Any] = {}
+    launch = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        compiled[kernel.hash] = kernel
+
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", capability, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+        )
+    )
+    JITFunction.run = run
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = launch
+
+
+def _described(op: str, arch: str, kernel: Any) -> TritonKernel:
+    names = kernel.src.fn.arg_names
+    usage = _usage(kernel.asm["cubin"])
+    return TritonKernel(
+        op=op,
+        kernel=kernel.src.fn.__name__,
+        arch=arch,
+        pointers={name: kind[1:] for name, kind in kernel.src.signature.items() if kind.startswith("*")},
+        constants={names[path[0]]: str(value) for path, value in kernel.src.constants.items()},
+        aligned=[
+            names[path[0]] for path, what in kernel.src.attrs.items() if ["tt.divisibility", 16] in what
+        ],
+        warps=kernel.metadata.num_warps,
+        registers=usage.registers,
+        stack=usage.stack,
+        shared=kernel.metadata.shared,
+        ptx=kernel.asm["ptx"],
+    )
+
+
+def _usage(cubin: bytes) -> Usage:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        (usage,) = resource_usage(file.name).values()
+    return usage
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,158 @@
+"""The measured tables of README and docs, from ``bench/results/*/bench.jsonl``.
+
+    python -m superfine_bench.tables [--check]
+
+rewrites what lies between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``. NAME is a folder of
+``bench/results``, for the table of that machine, or ``ratios``, for one line per op and machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from superfine._files import atomic_write
+
+from .compare import device_of
+from .display import baseline_of, best_of_ours, by_case, by_op, case_name, interval, is_ours, number, times
+from .records import FILE, MEASURED, Row, Run, read
+
+ROOT = Path(__file__).resolve().parent.parent
+REGION = re.compile(r"<!-- bench:(?P<name>[\w.-]+) -->\n(?P<text>.*?)<!-- /bench:(?P=name) -->", re.DOTALL)
+
+OP_NAMES = {
+    "adamw": "AdamW step",
+    "cross_entropy": "cross-entropy, forward + backward",
+    "train_step": "whole training step",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite the tables; with ``--check`` only name the files that differ, and return 1 if one does."""
+    parser = argparse.ArgumentParser(prog="superfine_bench.tables", description="Tables of README and docs.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a file differs")
+    options = parser.parse_args(arguments)
+    try:
+        stale = outdated(ROOT)
+    except ValueError as error:
+        parser.error(str(error))
+    for path, text in stale.items():
+        print(f"{path.relative_to(ROOT)}: {'differs from bench/results' if options.check else 'written'}")
+        if not options.check:
+            with atomic_write(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    return 1 if options.check and stale else 0
+
+
+def outdated(root: Path) -> dict[Path, str]:
+    """README and docs whose tables differ from the results in ``root/bench/results``, with the text they need.
+
+    Raises:
+        ValueError: a region has a name that no results have, or is not closed.
+    """
+    runs = {path.parent.name: read(path) for path in sorted(root.glob(f"bench/results/*/{FILE}"))}
+    found = {}
+    for path in [root / "README.md", *sorted(root.glob("docs/*.md"))]:
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            up_to_date = _replace(path, text, runs, root)
+            if up_to_date != text:
+                found[path] = up_to_date
+    return found
+
+
+def _replace(path: Path, text: str, runs: dict[str, Run], root: Path) -> str:
+    opened = re.findall(r"<!-- bench:([^ ]*) -->", text)
+    closed = [region["name"] for region in REGION.finditer(text)]
+    if opened != closed or text.count("<!-- /bench:") != len(closed):
+        raise ValueError(f"tables: {path.name} opens {opened} and closes {closed}; expected the same regions")
+
+    def region(found: re.Match[str]) -> str:
+        name = found["name"]
+        if name == "ratios":
+            content = ratios_table(runs)
+        elif name in runs:
+            link = os.path.relpath(root / "bench" / "results" / name / FILE, path.parent)
+            content = f"{measured_table(runs[name])}\n\n{_origin(runs[name])}: [the file]({link})."
+        else:
+            expected = ", ".join(["ratios", *runs])
+            raise ValueError(f"tables: {path.name} has region {name!r}; expected one of {expected}")
+        return f"<!-- bench:{name} -->\n{content}\n<!-- /bench:{name} -->"
+
+    return REGION.sub(region, text)
+
+
+def measured_table(run: Run) -> str:
+    """Each of our providers beside the baseline of its case."""
+    lines = ["| op | case | baseline | Superfine | ratio |", "|---|---|---|---|---|"]
+    for case in by_case(run.rows):
+        baseline = baseline_of(case)
+        first = next((row for row in case if row.provider == baseline), None)
+        for row in case:
+            if not is_ours(row.provider):
+                continue
+            variant = row.provider.removeprefix("superfine")  # such as ", in place"
+            cells = [
+                OP_NAMES.get(row.op, row.op) + variant,
+                case_name(row),
+                f"{baseline}: {_time(first)}",
+                _time(row),
+                _ratio(row),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    if any(row.status == "suspect" and is_ours(row.provider) for row in run.rows):
+        lines += [
+            "",
+            "\\* suspect: faster than the ceiling measured on this machine, so not to be relied on.",
+        ]
+    return "\n".join(lines)
+
+
+def ratios_table(runs: dict[str, Run]) -> str:
+    """The best of ours against the baseline, over the cases of an op."""
+    lines = ["| op | measured on | cases | ratio | to |", "|---|---|---|---|---|"]
+    for name, run in runs.items():
+        for op, rows in by_op(run.rows).items():
+            cases = [(baseline_of(case), best_of_ours(case)) for case in by_case(rows)]
+            ratios = [row.ratio for _, row in cases if row is not None and row.ratio]
+            if ratios:
+                baselines = " / ".join(dict.fromkeys(name for name, row in cases if row is not None))
+                span = f"{times(min(ratios))} to {times(max(ratios))}"
+                lines.append(f"| `{op}` | {name} | {len(ratios)} | {span} | {baselines} |")
+    return "\n".join(lines)
+
+
+def _time(row: Row | None) -> str:
+    if row is None:
+        return "not measured"
+    return f"{number(row.median_ms)} ms" if row.status in MEASURED and row.median_ms else row.status
+
+
+def _ratio(row: Row) -> str:
+    if row.ratio is None or row.status not in MEASURED:
+        return ""
+    bounds = interval(row.ratio_low, row.ratio_high)
+    return times(row.ratio) + (f" ({bounds})" if bounds else "") + (" \\*" if row.status == "suspect" else "")
+
+
+def _origin(run: Run) -> str:
+    """Where and with what the run was measured."""
+    environment = run.environment
+    torch = (environment.get("packages") or {}).get("torch")
+    git = environment.get("git") or {}
+    commit = (
+        f"commit `{git['commit'][:7]}`" + (" with changes" if git.get("modified") else "")
+        if git.get("commit")
+        else ""
+    )
+    return ", ".join(
+        filter(None, [f"Medians of one run on {device_of(run)}", torch and f"torch {torch}", commit])
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

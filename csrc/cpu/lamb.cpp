@@ -1,0 +1,184 @@
+// Multi-tensor LAMB on the CPU: one parallel region, two passes over a batch of tensors at a time.
+//
+// Traffic per fp32 parameter: the first pass reads p, g, m, v and writes m, v (24 bytes), the second reads
+// p, m, v and writes p (16 bytes). A batch is as small as the tensors allow, each thread keeps to its own
+// part of it in both passes and walks the second one backwards, so that what the second pass reads is
+// mostly still in its cache: 28 bytes then come from memory, as in AdamW.
+//
+// Norms are summed in the order that math/lamb.h fixes: the bits do not depend on how blocks are shared out.
+#include "cpu/lamb.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "core/parallel_for.h"
+
+namespace superfine::cpu::SF_ISA {
+namespace {
+
+constexpr std::int64_t kBlock = kLambBlock;
+constexpr int kLanes = kLambLanes;
+// Elements of a batch of small tensors: enough to pay for a barrier, few enough for 12 bytes of each to
+// stay in a core's L2.
+constexpr std::int64_t kBatch = 64 * kBlock;
+
+// A block of one tensor.
+struct Block {
+  std::int32_t tensor, batch;
+  std::int64_t begin, end;
+};
+
+// Adds halves, as the shuffles of a warp do. `n` is a power of two.
+template <class T>
+T tree_sum(T* x, int n) {
+  for (int half = n / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  }
+  return x[0];
+}
+
+template <class T>
+double sum_lanes(const T* lanes) {
+  double wide[kLanes];
+  for (int i = 0; i < kLanes; ++i) wide[i] = lanes[i];
+  return tree_sum(wide, kLanes);
+}
+
+// Of a tensor whose `count` blocks have these norms.
+LambNorms sum_blocks(const LambNorms* blocks, std::int64_t count) {
+  const auto chunk = [&](std::int64_t first) {
+    LambNorms norms[kLambWarps];
+    std::copy(blocks + first, blocks + std::min(first + kLambWarps, count), norms);
+    return tree_sum(norms, kLambWarps);
+  };
+  constexpr std::int64_t kPass = kLambWarps * kLambLanes;  // chunks, one for each thread of a GPU's block
+  const std::int64_t chunks = (count + kLambWarps - 1) / kLambWarps;
+  LambNorms warps[kLambWarps];
+  for (std::int64_t w = 0; w < kLambWarps && w * kLanes < chunks; ++w) {
+    LambNorms lanes[kLanes];
+    for (std::int64_t pass = w * kLanes; pass < chunks; pass += kPass) {
+      for (std::int64_t c = pass; c < std::min(pass + kLanes, chunks); ++c) lanes[c - pass] += chunk(c * kLambWarps);
+    }
+    warps[w] = tree_sum(lanes, kLanes);
+  }
+  return tree_sum(warps, kLambWarps);
+}
+
+template <class P, class S>
+LambNorms update_moments(const LambTensor& t, std::int64_t begin, std::int64_t end) {
+  using T = Opmath<P>;
+  const LambScalars<T> s = round_scalars<T>(t.scalars);
+  const P* __restrict p = static_cast<const P*>(t.param);
+  const P* __restrict g = static_cast<const P*>(t.grad);
+  S* __restrict m = static_cast<S*>(t.exp_avg);
+  S* __restrict v = static_cast<S*>(t.exp_avg_sq);
+  T param[kLanes] = {}, direction[kLanes] = {};
+  const auto element = [&](std::int64_t i, int lane) {
+    T mi = load(m[i]), vi = load(v[i]);
+    const T pi = load(p[i]);
+    lamb_moments(s, T(load(g[i])), mi, vi);
+    store(&m[i], mi);
+    store(&v[i], vi);
+    const T u = lamb_direction(s, pi, T(load(m[i])), T(load(v[i])));  // of the moments as stored
+    param[lane] = std::fma(pi, pi, param[lane]);
+    direction[lane] = std::fma(u, u, direction[lane]);
+  };
+  std::int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) element(i + lane, lane);
+  }
+  for (int lane = 0; i < end; ++i, ++lane) element(i, lane);
+  return {sum_lanes(param), sum_lanes(direction)};
+}
+
+template <class P, class S>
+void update_param(const LambTensor& t, double negative_step_size, std::int64_t begin, std::int64_t end) {
+  using T = Opmath<P>;
+  const LambScalars<T> s = round_scalars<T>(t.scalars);
+  const T step_size = static_cast<T>(negative_step_size);
+  P* __restrict p = static_cast<P*>(t.param);
+  const S* __restrict m = static_cast<const S*>(t.exp_avg);
+  const S* __restrict v = static_cast<const S*>(t.exp_avg_sq);
+  for (std::int64_t i = begin; i < end; ++i) {
+    const T pi = load(p[i]);
+    store(&p[i], std::fma(step_size, lamb_direction(s, pi, T(load(m[i])), T(load(v[i]))), pi));
+  }
+}
+
+// Calls f<P, S>() for the combinations that the bindings let through.
+template <class F>
+auto with_types(const LambTensor& t, const F& f) {
+  const bool wide_state = t.state_dtype == DType::f32;
+  switch (t.param_dtype) {
+    case DType::bf16: return wide_state ? f(bf16{}, float{}) : f(bf16{}, bf16{});
+    case DType::f16: return wide_state ? f(f16{}, float{}) : f(f16{}, f16{});
+    case DType::f64: return f(double{}, double{});
+    case DType::f32: break;
+  }
+  return f(float{}, float{});
+}
+
+// (Vectors of types of this namespace only: their code must not be shared between instruction sets.)
+std::vector<Block> plan(const LambTensor* tensors, std::int64_t count) {
+  std::vector<Block> blocks;
+  std::int32_t batch = 0;
+  std::int64_t pending = 0;  // elements of the batch so far
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t numel = tensors[i].numel;
+    if (pending > 0 && pending + numel > kBatch) {
+      ++batch;
+      pending = 0;
+    }
+    for (std::int64_t begin = 0; begin < numel; begin += kBlock) {
+      blocks.push_back({static_cast<std::int32_t>(i), batch, begin, begin + kBlock < numel ? begin + kBlock : numel});
+    }
+    pending += numel;
+  }
+  return blocks;
+}
+
+}  // namespace
+
+void lamb(const LambTensor* tensors, std::int64_t count, int threads) {
+  const std::vector<Block> blocks = plan(tensors, count);
+  std::vector<LambNorms> norms(blocks.size());
+
+  // Of the tensor that block `b` belongs to.
+  const auto negative_step_size = [&](std::int64_t b) {
+    const LambTensor& t = tensors[blocks[b].tensor];
+    const LambNorms* first = norms.data() + b - blocks[b].begin / kBlock;
+    return lamb_negative_step_size(t.scalars, sum_blocks(first, (t.numel + kBlock - 1) / kBlock));
+  };
+
+  const std::int64_t total = static_cast<std::int64_t>(blocks.size());
+  parallel_team(threads, [&](Team& team) {
+    for (std::int64_t first = 0, last; first < total; first = last) {
+      last = first + 1;
+      while (last < total && blocks[last].batch == blocks[first].batch) ++last;
+      const auto [begin, end] = team.share(first, last);
+      for (std::int64_t b = begin; b < end; ++b) {
+        const LambTensor& t = tensors[blocks[b].tensor];
+        norms[b] = with_types(t, [&](auto p, auto s) {
+          return update_moments<decltype(p), decltype(s)>(t, blocks[b].begin, blocks[b].end);
+        });
+      }
+      team.wait();
+      std::int32_t tensor = -1;
+      double step_size = 0;
+      for (std::int64_t b = end; b-- > begin;) {
+        const LambTensor& t = tensors[blocks[b].tensor];
+        if (blocks[b].tensor != tensor) {
+          tensor = blocks[b].tensor;
+          step_size = negative_step_size(b);
+        }
+        with_types(t, [&](auto p, auto s) {
+          update_param<decltype(p), decltype(s)>(t, step_size, blocks[b].begin, blocks[b].end);
+        });
+      }
+    }
+  });
+}
+
+}  // namespace superfine::cpu::SF_ISA

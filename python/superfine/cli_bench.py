@@ -1,0 +1,161 @@
+"""The commands that measure: bench, compare, report, profile. What they call is the package superfine_bench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+ARCHITECTURES = "sm_80,sm_90,sm_100,sm_120"
+
+
+def add_commands(app: typer.Typer, errors: Callable[[bool], AbstractContextManager[None]]) -> None:
+    """Add the commands to `app`; `errors(debug)` turns exceptions into one line and an exit code."""
+
+    @app.command()
+    def bench(
+        only: Annotated[str | None, typer.Option(help="One op: adamw, cross_entropy, train_step.")] = None,
+        quick: Annotated[
+            bool, typer.Option("--quick", help="Under three minutes; no torch.compile.")
+        ] = False,
+        full: Annotated[bool, typer.Option("--full", help="More turns, narrower intervals.")] = False,
+        device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+        out: Annotated[
+            Path | None, typer.Option(help="Folder for the results; default: results/bench-TIME.")
+        ] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on with the results in --out.")] = False,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Only compile the GPU kernels; needs no GPU.")
+        ] = False,
+        arch: Annotated[str, typer.Option(help="With --dry-run: architectures.")] = ARCHITECTURES,
+        bandwidth: Annotated[
+            float | None, typer.Option(help="With --dry-run: GB/s, for predicted times.")
+        ] = None,
+        install_peers: Annotated[
+            bool,
+            typer.Option("--install-peers", help="Print the pip line for the libraries to compare with."),
+        ] = False,
+        debug: Debug = False,
+    ) -> None:
+        """Time every op beside eager torch and the libraries found here, against this machine's own limits."""
+        with errors(debug):
+            import superfine_bench
+
+            if install_peers:
+                from superfine_bench.peers import install_line
+
+                typer.echo(install_line())
+                return
+            if dry_run:
+                from superfine_bench.dry_run import dry_run as compile_all
+                from superfine_bench.dry_run import print_dry_run
+
+                print_dry_run(_console(), compile_all(arch.split(","), bandwidth))
+                return
+            if quick and full:
+                raise ValueError("bench: --quick and --full are both given; expected one of them")
+            if resume and out is None:
+                raise ValueError(
+                    "bench: --resume without a folder; expected --out DIR of the run to go on with"
+                )
+            from superfine_bench.run import failures, run
+
+            settings = superfine_bench.QUICK if quick else superfine_bench.FULL if full else None
+            result = run(
+                only=only,
+                device=device,
+                settings=settings,
+                out=out or _new_folder(),
+                resume=resume,
+                console=_console(),
+            )
+            for line in (wrong := failures(result.rows)):
+                typer.echo(line, err=True)
+            if wrong:
+                raise typer.Exit(1)
+
+    @app.command()
+    def compare(
+        before: Annotated[Path, typer.Argument(metavar="A", help="Results: a folder or bench.jsonl.")],
+        after: Annotated[Path, typer.Argument(metavar="B", help="Results to compare with A.")],
+        fail_on: Annotated[str, typer.Option(help="Change that counts, as 3% or 0.03.")] = "3%",
+        force: Annotated[bool, typer.Option("--force", help="Compare different devices, too.")] = False,
+        debug: Debug = False,
+    ) -> None:
+        """Say for every row of two runs: same, faster, slower or unclear. Exit code 1 if something is slower."""
+        with errors(debug):
+            from superfine_bench import read
+            from superfine_bench.compare import compare as compare_runs
+            from superfine_bench.compare import failed, print_comparison
+
+            comparisons = compare_runs(read(before), read(after), threshold=_share(fail_on), force=force)
+            print_comparison(_console(), comparisons)
+            if failed(comparisons):
+                raise typer.Exit(1)
+
+    @app.command()
+    def report(
+        results: Annotated[Path, typer.Argument(help="Results: a folder or bench.jsonl.")],
+        out: Annotated[Path | None, typer.Option(help="Folder for the report; default: beside them.")] = None,
+        debug: Debug = False,
+    ) -> None:
+        """Draw the report of a benchmark run again: report.html, bench.png, bench.csv."""
+        with errors(debug):
+            from superfine_bench import read
+            from superfine_bench.report import print_tables, write
+
+            run = read(results)
+            console = _console()
+            print_tables(console, run.rows)
+            if run.broken:
+                console.print(f"{run.broken} lines of {results} could not be read and were left out")
+            for path in write(run, out or (results if results.is_dir() else results.parent)):
+                console.print(f"    {path}", markup=False, highlight=False, soft_wrap=True)
+
+    @app.command()
+    def profile(
+        op: Annotated[str, typer.Argument(help="adamw, cross_entropy, ..., or train for a whole step.")],
+        case: Annotated[str | None, typer.Option(help="Part of the case's name; default: the first.")] = None,
+        provider: Annotated[str, typer.Option(help="Who does the work.")] = "superfine",
+        device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+        out: Annotated[Path, typer.Option(help="Folder for trace and numbers.")] = Path("results/profile"),
+        ncu: Annotated[bool, typer.Option("--ncu", help="Read the GPU's counters, too.")] = False,
+        debug: Debug = False,
+    ) -> None:
+        """Show where the time of one op, or of one training step, goes."""
+        with errors(debug):
+            from superfine_bench.profile import find_case, print_profile, profile_case
+            from superfine_bench.run import find_device
+
+            chosen, who = find_case("train_step" if op == "train" else op, case, provider)
+            print_profile(_console(), profile_case(chosen, who, find_device(device), out, ncu=ncu))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=110)  # a log has no width of its own
+
+
+def _new_folder() -> Path:
+    import datetime
+
+    return Path("results", f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+
+
+def _share(text: str) -> float:
+    """``3%`` or ``0.03`` as a number."""
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise ValueError(f"compare: --fail-on is {text}; expected a share such as 3% or 0.03")
+    return share

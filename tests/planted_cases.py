@@ -1,0 +1,59 @@
+"""Benchmark cases that go wrong on purpose. Processes that measure them import this module."""
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import torch
+from superfine_bench import Case, Provider
+
+
+def double(inputs):
+    return lambda: inputs.mul(2)
+
+
+def hangs(inputs):
+    return lambda: time.sleep(60)
+
+
+def crashes(inputs):
+    return lambda: os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def leaves(inputs):
+    os._exit(3)
+
+
+def case(*providers, inputs=lambda device: torch.arange(64.0, device=device)):
+    return Case(
+        op="double",
+        name="64",
+        dtype="float32",
+        work="x -> 2x",
+        cost=lambda: SimpleNamespace(bytes=512, flops=64),
+        traffic="copy",
+        memory=512,
+        inputs=inputs,
+        before=lambda inputs: None,
+        check=lambda inputs, call: (call() - 2 * inputs).abs().max().item() / 1e-6,
+        providers=(Provider("first", double), *providers),
+        resident=True,
+    )
+
+
+def good(key):
+    return case(Provider("other", double))
+
+
+def bad(key):
+    return case(
+        Provider("hangs", hangs),
+        Provider("crashes", crashes),
+        Provider("leaves", leaves),
+        Provider("last", double),
+    )
+
+
+def bad_inputs(key):
+    return case(inputs=lambda device: os._exit(4))
