@@ -116,11 +116,11 @@ PROVIDERS = (
     Provider("eager LAMB", _eager),
     Provider("foreach LAMB", _foreach),
     Provider("superfine", _superfine),
-    Provider("superfine AdamW", lambda inputs: _AdamW(adamw._superfine(inputs))),
+    Provider("AdamW of superfine", lambda inputs: _AdamW(adamw._superfine(inputs))),
 )
 
 
-def _case(name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Case:
+def _case(name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, in_quick: bool = True) -> Case:
     numel = sum(torch.Size(shape).numel() for shape in shapes)
 
     def cost() -> MovesMemory:
@@ -133,13 +133,14 @@ def _case(name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) ->
         cost=cost,
         check=_check,
         providers=PROVIDERS,
+        in_quick=in_quick,
     )
 
 
 def cases() -> list[Case]:
     """Return the cases: an encoder the size of BERT-base, in two precisions, and many small tensors."""
     return [
-        _case("bert-base encoder, 85M", BERT_ENCODER, torch.float32),
-        _case("bert-base encoder, 85M", BERT_ENCODER, torch.bfloat16),
+        _case("bert-base encoder, 85M", BERT_ENCODER, torch.float32, in_quick=False),
+        _case("bert-base encoder, 85M", BERT_ENCODER, torch.bfloat16, in_quick=False),
         _case("300 tensors of 768", SMALL_TENSORS, torch.float32),
     ]

@@ -26,6 +26,7 @@ REGION = re.compile(r"<!-- bench:(?P<name>[\w.-]+) -->\n(?P<text>.*?)<!-- /bench
 
 OP_NAMES = {
     "adamw": "AdamW step",
+    "lamb": "LAMB step",
     "cross_entropy": "cross-entropy, forward + backward",
     "train_step": "whole training step",
 }
