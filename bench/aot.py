@@ -82,7 +82,8 @@ def _lamb(kernels: Any) -> None:
             moments = [[empty(4096, dtype=state)] for _ in range(2)]
             kernels.lamb_(
                 params, grads, *moments, [torch.zeros(())], lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-6,
-                weight_decay=0.01, bias_correction=True, grad_averaging=True, adapt=True, trust_clip=False, gradient_scale=1.0,
+                weight_decay=0.01, bias_correction=True, grad_averaging=True, adapt=True, trust_clip=False,
+                gradient_scale=1.0,
             )  # fmt: skip
 
 
