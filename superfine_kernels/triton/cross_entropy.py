@@ -76,7 +76,6 @@ def _forward(
     valid = (t != ignore_index) & (t >= 0) & (t < vocab)
     x = input + row * row_stride
     x_t = tl.load(x + t, mask=valid, other=0.0).to(OPMATH)
-    w_t = _weight_of(weight, t, valid, OPMATH, HAS_WEIGHT)
     # Sums for smoothing start from the target's logit: small terms, whatever the offset of the row.
     reference = tl.where(tl.abs(x_t) < infinity, x_t, 0.0)
 
@@ -97,6 +96,7 @@ def _forward(
             weights += tl.sum(w, 0)
             weighted += tl.sum(tl.where(mask, w * (logits - reference), 0.0), 0)
 
+    w_t = _weight_of(weight, t, valid, OPMATH, HAS_WEIGHT)  # here, as the loop has no register to spare
     log_total = tl.log(total)
     smoothing = tl.full((), LABEL_SMOOTHING, OPMATH)
     hard = (1.0 - smoothing) * w_t
