@@ -38,8 +38,9 @@ def symbols(path: Path) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("path", OBJECTS, ids=lambda path: f"{path.parents[3].name}-{path.name}")
 def test_no_symbol_of_an_isa_object_can_be_merged_with_anothers(path):
     # The linker keeps one copy of a weak symbol. Were that the AVX-512 one, older processors would run it.
-    weak = [name for kind, name in symbols(path) if kind in "WwVvu"]
-    assert weak == []
+    # (The pointer to the runtime's exception handler is data, and one for all.)
+    weak = {name for kind, name in symbols(path) if kind in "WwVvu"} - {"DW.ref.__gxx_personality_v0"}
+    assert weak == set()
 
 
 @needs_objects
