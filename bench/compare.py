@@ -1,15 +1,18 @@
 """Compare two result files, row by row and by interval: noise is neither a gain nor a loss.
 
-Noise only adds time, so the 20th percentiles are compared, which it disturbs least. Where both files hold the same
-baseline, the time and its ratio to the baseline's are looked at: the one with the narrower interval decides, and the
-other's value must not contradict it. So a machine that is slower today, which slows the baseline as well, is no slow
-kernel, and a baseline that had a bad day does not make us faster. Without a baseline, times decide alone,
-which is fair only on one machine in one state.
+Noise only adds time, so the 20th percentiles are compared, which it disturbs least. But the turns of one run do not
+show how much the next run differs: pages lie elsewhere, the host has other guests. The rows that are not ours do, as
+the same torch ran twice. From them follows how far the machine alone moves a time (``sigma``), and from the case's
+baseline, how far it has moved this case: with a baseline that moved by ``x``, known within ``s``, it is
+``x * sigma^2 / (sigma^2 + s^2)``, the mean of the normal posterior. What remains of a row's change is the code's. So
+a machine that is slower today is no slow kernel, and a baseline that had a bad day does not make us faster.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,9 +22,6 @@ from .records import MEASURED, Row, Run
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-#: A value and its bounds.
-Measured = tuple[float | None, float | None, float | None]
 
 #: From the worst to the best.
 VERDICTS = ("broken", "slower", "missing", "unclear", "same", "faster", "new")
@@ -42,7 +42,7 @@ class Comparison:
             their statuses are.
         change: relative change of time, positive for slower; None where nothing could be compared.
         low, high: bounds of ``change``; None where a file has no intervals.
-        by: what was compared: ``time``, or ``ratio to`` a baseline.
+        by: what was compared: ``time``, or ``time beside`` a baseline's.
         note: what a reader should know.
         case: the case with its dtype.
         provider: whose row it is.
@@ -58,6 +58,41 @@ class Comparison:
     note: str = ""
     case: str = ""
     provider: str = ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """The logarithm of a factor, with 95% bounds."""
+
+    value: float
+    low: float
+    high: float
+
+    def over(self, other: Change) -> Change:
+        """The change of a quotient: independent errors add as squares."""
+        value = self.value - other.value
+        down = math.hypot(self.value - self.low, other.high - other.value)
+        up = math.hypot(self.high - self.value, other.value - other.low)
+        return Change(value, value - down, value + up)
+
+    def shrunk(self, sigma: float) -> Change:
+        """What is believed of a quantity that was measured so and is known to be around 0 within ``sigma``."""
+        if math.isinf(sigma):
+            return self
+        s = (self.high - self.low) / (2 * 1.96)
+        weight = sigma**2 / (sigma**2 + s**2) if sigma else 0.0
+        value = weight * self.value
+        down, up = self.value - self.low, self.high - self.value
+        return Change(value, value - math.sqrt(weight) * down, value + math.sqrt(weight) * up)
+
+    def verdict(self, threshold: float) -> str:
+        """``slower``, ``faster``, ``same`` or ``unclear``, with times that change by up to ``threshold`` the same."""
+        low, high = math.expm1(self.low), math.expm1(self.high)
+        if low > threshold:
+            return "slower"
+        if high < -threshold:
+            return "faster"
+        return "same" if -threshold <= low and high <= threshold else "unclear"
 
 
 def compare(a: Run, b: Run, threshold: float = 0.03, force: bool = False) -> list[Comparison]:
@@ -81,11 +116,26 @@ def compare(a: Run, b: Run, threshold: float = 0.03, force: bool = False) -> lis
         yardsticks = set()  # there is nothing else to judge
     earlier = {row.key: row for row in a.rows}
     bases = _baselines(a), _baselines(b)
+    sigma = between_runs(a, b)
     found = [
-        _compare_row(earlier.pop(row.key, None), row, bases, threshold, row.key in yardsticks)
+        _compare_row(earlier.pop(row.key, None), row, bases, sigma, threshold, row.key in yardsticks)
         for row in b.rows
     ]
     return found + [_describe(row, "missing", note="not in the later run") for row in earlier.values()]
+
+
+def between_runs(a: Run, b: Run) -> float:
+    """How far the machine alone moves a time from run to run: the root mean square of its logarithm's change.
+
+    Taken from the rows of other providers than ours. With fewer than three it is unknown: infinite, so a baseline is
+    taken at its word. With another torch nobody has run the same code twice, and times decide alone: 0.
+    """
+    if _torch_version(a) != _torch_version(b):
+        return 0.0
+    earlier = {row.key: row for row in a.rows}
+    moved = [_change(earlier.get(row.key), row) for row in b.rows if not is_ours(row.provider)]
+    squares = [change.value**2 for change in moved if change is not None]
+    return math.sqrt(statistics.mean(squares)) if len(squares) >= 3 else math.inf
 
 
 def device_of(run: Run) -> str:
@@ -167,8 +217,17 @@ def _baselines(run: Run) -> dict[str, Row]:
     return {row.case_key: row for row in run.rows if row.provider == row.baseline and row.status in MEASURED}
 
 
+def _torch_version(run: Run) -> Any:
+    return (run.environment.get("packages") or {}).get("torch")
+
+
 def _compare_row(
-    old: Row | None, new: Row, bases: tuple[dict[str, Row], dict[str, Row]], threshold: float, yardstick: bool
+    old: Row | None,
+    new: Row,
+    bases: tuple[dict[str, Row], dict[str, Row]],
+    sigma: float,
+    threshold: float,
+    yardstick: bool,
 ) -> Comparison:
     remark = "" if new.status == "ok" else f"{new.status}: {new.note}" if new.note else new.status
     if old is None:
@@ -180,94 +239,36 @@ def _compare_row(
     if new.status not in MEASURED:
         return _describe(new, "broken" if new.status in FAILED else "missing", note=remark)
 
-    ratios = (old.ratio, old.ratio_low, old.ratio_high), (new.ratio, new.ratio_low, new.ratio_high)
-    by = "time"
-    change, low, high = _change(
-        (old.median_ms, old.low_ms, old.high_ms), (new.median_ms, new.low_ms, new.high_ms)
-    )
-    if old.baseline == new.baseline != new.provider and all(ratios[0] + ratios[1]):
-        # A ratio is the baseline's time over this one's: times have changed as its inverse has.
-        by = f"ratio to {new.baseline}"
-        change, low, high = _change(ratios[1], ratios[0])
-    verdict = _verdict(low, high, threshold)
-    time = _undisturbed(old, new)
-    if time is not None:
-        (change, low, high), by = time, "time"
-        verdict = _verdict(low, high, threshold)
-        yard = _undisturbed(bases[0].get(new.case_key), bases[1].get(new.case_key))
-        if yard is not None and new.provider != new.baseline == old.baseline:
-            by = f"time, and ratio to {new.baseline}"
-            sharper, other = sorted((time, _quotient(time, yard)), key=lambda bounds: bounds[2] - bounds[1])
-            change, low, high = sharper
-            verdict = _unless_contradicted(_verdict(low, high, threshold), other[0], threshold)
+    change, by = _change(old, new), "time"
+    if change is None:
+        return _describe(new, "unclear", note=_join(remark, "no interval recorded"))
+    base = _change(bases[0].get(new.case_key), bases[1].get(new.case_key))
+    if base is not None and new.provider != new.baseline == old.baseline:
+        change, by = change.over(base.shrunk(sigma)), f"time beside {new.baseline}'s"
+    elif math.isfinite(sigma):
+        change = change.over(Change(0.0, -1.96 * sigma, 1.96 * sigma))
+    verdict = change.verdict(threshold)
     if yardstick and verdict == "slower":
-        return _describe(
-            new, "unclear", change, low, high, by, _join(remark, "the baseline: no change of ours")
-        )
-    unbounded = "no interval recorded" if low is None else ""
-    return _describe(new, verdict, change, low, high, by, _join(remark, unbounded))
+        verdict, remark = "unclear", _join(remark, "the baseline: no change of ours")
+    return _describe(new, verdict, change, by, remark)
 
 
 def _describe(
-    row: Row,
-    verdict: str,
-    change: float | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    by: str = "",
-    note: str = "",
+    row: Row, verdict: str, change: Change | None = None, by: str = "", note: str = ""
 ) -> Comparison:
-    return Comparison(
-        row.key, row.op, verdict, change, low, high, by, note, case=case_name(row), provider=row.provider
-    )
+    value, low, high = (None, None, None) if change is None else map(math.expm1, dataclasses.astuple(change))
+    return Comparison(row.key, row.op, verdict, value, low, high, by, note, case_name(row), row.provider)
 
 
 def _join(*notes: str) -> str:
     return "; ".join(note for note in notes if note)
 
 
-def _change(a: Measured, b: Measured) -> Measured:
-    """``b / a - 1`` with its bounds: the extremes of numerator and denominator."""
-    change = b[0] / a[0] - 1 if a[0] and b[0] else None
-    low = b[1] / a[2] - 1 if b[1] and a[2] else None
-    high = b[2] / a[1] - 1 if b[2] and a[1] else None
-    return (change, low, high) if None not in (change, low, high) else (change, None, None)
-
-
-def _undisturbed(old: Row | None, new: Row | None) -> tuple[float, float, float] | None:
-    """Change of the 20th percentile with its bounds, where both rows have them."""
-    if old is None or new is None or not (old.p20_ms and old.p20_low_ms and old.p20_high_ms):
-        return None
-    if not (new.p20_ms and new.p20_low_ms and new.p20_high_ms):
-        return None
-    return _quotient(
-        (new.p20_ms - 1, new.p20_low_ms - 1, new.p20_high_ms - 1),
-        (old.p20_ms - 1, old.p20_low_ms - 1, old.p20_high_ms - 1),
-    )
-
-
-def _quotient(a: tuple[float, float, float], b: tuple[float, float, float]) -> tuple[float, float, float]:
-    """``(1 + a) / (1 + b) - 1`` with bounds: independent errors, added as squares on a logarithmic scale."""
-    value, low, high = (math.log1p(x) for x in a)
-    other, other_low, other_high = (math.log1p(x) for x in b)
-    change = value - other
-    down, up = math.hypot(value - low, other_high - other), math.hypot(high - value, other - other_low)
-    return math.expm1(change), math.expm1(change - down), math.expm1(change + up)
-
-
-def _unless_contradicted(verdict: str, other: float, threshold: float) -> str:
-    """A change must show in the other measure's value, too."""
-    contradicted = (verdict == "slower" and other <= threshold) or (
-        verdict == "faster" and other >= -threshold
-    )
-    return "unclear" if contradicted else verdict
-
-
-def _verdict(low: float | None, high: float | None, threshold: float) -> str:
-    if low is None or high is None:
-        return "unclear"
-    if low > threshold:
-        return "slower"
-    if high < -threshold:
-        return "faster"
-    return "same" if -threshold <= low and high <= threshold else "unclear"
+def _change(old: Row | None, new: Row | None) -> Change | None:
+    """Change of the 20th percentile; None where a row has no interval."""
+    logs = [
+        Change(math.log(row.p20_ms), math.log(row.p20_low_ms), math.log(row.p20_high_ms))
+        for row in (new, old)
+        if row is not None and row.p20_ms and row.p20_low_ms and row.p20_high_ms
+    ]
+    return logs[0].over(logs[1]) if len(logs) == 2 else None

@@ -27,9 +27,10 @@ class Row:
 
     ``median_ms``, ``p20_ms`` and ``p80_ms`` are of single calls: on a GPU the device's time, on a CPU the wall's.
     ``low_ms`` and ``high_ms`` bound the median with 95% confidence, from its scatter over the turns in which
-    providers alternate. ``ratio`` is the median over all turns of the baseline's time divided by this one's in the
-    same turn (above 1: faster), so that a machine that slows down does not count; ``ratio_low`` and ``ratio_high``
-    bound it.
+    providers alternate; ``p20_low_ms`` and ``p20_high_ms`` bound the 20th percentile, the figure that noise disturbs
+    least: runs are compared by it. ``ratio`` is the median over all turns of the baseline's time divided by this
+    one's in the same turn (above 1: faster), so that a machine that slows down does not count; ``ratio_low`` and
+    ``ratio_high`` bound it.
     """
 
     op: str
@@ -47,9 +48,7 @@ class Row:
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
-    p20_low_ms: float | None = (
-        None  # 95% bounds of p20_ms, the least disturbed figure: runs are compared by it
-    )
+    p20_low_ms: float | None = None
     p20_high_ms: float | None = None
     low_ms: float | None = None
     high_ms: float | None = None

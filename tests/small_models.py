@@ -10,7 +10,7 @@ from torch import nn
 VOCAB = 32
 
 
-def bert(cls="BertForSequenceClassification", layers=4):
+def bert(cls="BertForSequenceClassification", layers=4, labels=3):
     config = transformers.BertConfig(
         vocab_size=VOCAB,
         hidden_size=8,
@@ -18,7 +18,7 @@ def bert(cls="BertForSequenceClassification", layers=4):
         num_attention_heads=2,
         intermediate_size=16,
         max_position_embeddings=16,
-        num_labels=3,
+        num_labels=labels,
     )
     return getattr(transformers, cls)(config)
 
@@ -101,3 +101,21 @@ def step(model, plan, optimizer, inputs=None):
     """One backward and step of a small model on a fixed input."""
     model(torch.linspace(-1, 1, 8).view(2, 4) if inputs is None else inputs).square().sum().backward()
     optimizer.step()
+
+
+TOKENS = torch.arange(2, 14).view(2, 6)
+
+
+def logits(model):
+    with torch.no_grad():
+        inputs = {"input_ids": TOKENS}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = TOKENS
+        return model.eval()(**inputs).logits
+
+
+def perturb(plan):
+    """Stand in for training: move every planned parameter."""
+    with torch.no_grad():
+        for parameter in plan.parameters():
+            parameter.add_(torch.randn_like(parameter))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -58,6 +59,11 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def contents(folder: Path) -> list[str]:
+    """Names of what a folder holds, sorted."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def run_python(code: str, *options: str) -> str:

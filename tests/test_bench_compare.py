@@ -17,15 +17,15 @@ CPU = {
 }
 BASE = Row(
     "adamw", "85M", "float32", "one step", "torch fused", "cpu", "ok",
-    baseline="torch fused", median_ms=100.0, low_ms=99.5, high_ms=100.5, ratio=1.0, ratio_low=1.0, ratio_high=1.0,
+    baseline="torch fused", median_ms=100.0, p20_ms=100.0, p20_low_ms=100.0, p20_high_ms=100.0,
 )  # fmt: skip
 
 
-def ours(ratio=2.0, low=None, high=None, **changes):
-    low, high = ratio if low is None else low, ratio if high is None else high
-    times = {"median_ms": 100 / ratio, "low_ms": 100 / high, "high_ms": 100 / low}
-    row = replace(BASE, provider="superfine", ratio=ratio, ratio_low=low, ratio_high=high, **times)
-    return replace(row, **changes)
+def took(milliseconds, low=None, high=None, **changes):
+    """A row of ours."""
+    low, high = milliseconds if low is None else low, milliseconds if high is None else high
+    times = {"p20_ms": milliseconds, "p20_low_ms": low, "p20_high_ms": high, "median_ms": milliseconds}
+    return replace(BASE, provider="superfine", **times | changes)
 
 
 def run(*rows, **environment):
@@ -37,70 +37,111 @@ def one(old, new, threshold=0.03):
     return next(c for c in comparisons if c.provider == new.provider)
 
 
-# The ratio was 5 and a change counts from 25%; 5 / 4 - 1 is exactly that.
+# It took 4 ms, and a change counts from 25%: 5 ms.
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
     [
-        (3.90, 3.99, "slower"),
-        (3.90, 4.00, "unclear"),  # the bound of an interval may lie on the threshold, not beyond
-        (3.99, 6.00, "unclear"),
-        (4.00, 6.00, "same"),
-        (4.00, 4.00, "same"),
-        (6.00, 6.70, "unclear"),
-        (6.70, 7.00, "faster"),
+        (5.01, 5.10, "slower"),
+        (4.99, 5.10, "unclear"),
+        (3.20, 5.01, "unclear"),
+        (3.20, 4.99, "same"),
+        (2.80, 3.20, "unclear"),
+        (2.80, 2.99, "faster"),
     ],
 )
 def test_a_verdict_needs_the_whole_interval_on_one_side(low, high, verdict):
-    comparison = one(ours(5.0), ours((low + high) / 2, low, high), threshold=0.25)
+    comparison = one(took(4.0), took((low + high) / 2, low, high), threshold=0.25)
     assert comparison.verdict == verdict
-    assert comparison.low == pytest.approx(5 / high - 1)
-    assert comparison.high == pytest.approx(5 / low - 1)
+    assert comparison.low == pytest.approx(low / 4 - 1)
+    assert comparison.high == pytest.approx(high / 4 - 1)
 
 
-def test_both_intervals_widen_the_change():
-    comparison = one(ours(2.0, 1.8, 2.2), ours(1.6, 1.5, 1.7))
-    assert comparison.change == pytest.approx(2.0 / 1.6 - 1)
-    assert comparison.low == pytest.approx(1.8 / 1.7 - 1)
-    assert comparison.high == pytest.approx(2.2 / 1.5 - 1)
-    assert comparison.verdict == "slower"
+def test_independent_errors_add_as_squares():
+    comparison = one(took(50.0, 48.5, 51.5), took(50.0, 48.5, 51.5))
+    assert comparison.high == pytest.approx(0.03 * 2**0.5, rel=0.05)
+    assert comparison.low == pytest.approx(-0.03 * 2**0.5, rel=0.05)
+
+
+def controls(*moved):
+    """Rows of two runs that are not ours, and by what factor each moved."""
+    before = [replace(took(10.0), provider=f"peer {i}", case=f"case {i}") for i in range(len(moved))]
+    after = [replace(took(10.0 * x), provider=f"peer {i}", case=f"case {i}") for i, x in enumerate(moved)]
+    return before, after
+
+
+def beside(before, after, base, moved=(), spread=0.0, **environment):
+    """What is said of a row of ours, with a baseline that went from 100 ms to `base`."""
+    old, new = controls(*moved)
+    later = replace(took(base, base * (1 - spread), base * (1 + spread)), provider="torch fused")
+    comparisons = compare(run(BASE, before, *old), run(later, after, *new, **environment))
+    return next(c for c in comparisons if c.provider == "superfine")
 
 
 def test_a_slow_machine_is_no_slow_kernel():
-    old, new = ours(2.0), ours(2.0)
-    halved = {name: 2 * getattr(new, name) for name in ("median_ms", "low_ms", "high_ms")}
-    slow_base = replace(BASE, **{name: 2 * getattr(BASE, name) for name in halved})
-    comparisons = compare(run(BASE, old), run(slow_base, replace(new, **halved)))
-    base, mine = comparisons
-    assert (mine.verdict, mine.by) == ("same", "ratio to torch fused")
-    assert (base.verdict, base.by) == ("unclear", "time")
-    assert base.change == pytest.approx(1.0)
-    assert not failed(comparisons)
-
-
-def test_times_are_compared_when_the_baselines_differ():
-    comparison = one(ours(2.0), ours(2.0, baseline="torch foreach"))
-    assert comparison.by == "time"
+    comparison = beside(took(50.0), took(100.0), base=200.0)
+    assert (comparison.verdict, comparison.by) == ("same", "time beside torch fused's")
     assert comparison.change == pytest.approx(0.0)
 
 
-def test_a_file_with_nothing_but_a_baseline_is_judged_by_its_time():
-    slow = replace(BASE, median_ms=120.0, low_ms=119.0, high_ms=121.0)
+def test_what_the_machine_moved_widens_every_interval():
+    quiet, noisy = (1.0, 1.001, 0.999), (0.9, 1.1, 1.05)
+    slowed = took(60.0, 59.5, 60.5)
+    alone = beside(took(50.0), slowed, base=100.0, moved=quiet, spread=0.1)
+    assert alone.verdict == "slower"
+    assert alone.change == pytest.approx(0.2, abs=0.001)
+    widened = beside(took(50.0), slowed, base=100.0, moved=noisy, spread=0.1)
+    assert widened.low < alone.low < alone.high < widened.high
+    slightly = took(53.0, 52.5, 53.5)
+    assert beside(took(50.0), slightly, base=100.0, moved=quiet, spread=0.1).verdict == "slower"
+    assert beside(took(50.0), slightly, base=100.0, moved=noisy, spread=0.1).verdict == "unclear"
+
+
+def test_a_baseline_is_believed_as_far_as_it_is_known():
+    moved = (0.9, 1.1, 0.95, 1.05)
+    known = beside(took(50.0), took(60.0), base=120.0, moved=moved, spread=0.001)
+    assert known.change == pytest.approx(0.0, abs=0.01)
+    vague = beside(took(50.0), took(60.0), base=120.0, moved=moved, spread=0.5)
+    assert 0.15 < vague.change < 0.2
+
+
+def test_a_baseline_that_had_a_bad_day_does_not_make_ours_faster():
+    comparison = beside(took(50.0), took(50.0), base=120.0, moved=(1.0, 1.0, 1.0), spread=0.15)
+    assert comparison.verdict != "faster"
+
+
+def test_with_another_torch_times_decide_alone():
+    packages = {"packages": {"torch": "another"}}
+    comparison = beside(took(50.0), took(60.0), base=120.0, moved=(2.0, 2.0, 2.0), **packages)
+    assert comparison.verdict == "slower"
+    assert comparison.change == pytest.approx(0.2)
+
+
+def test_times_are_compared_when_the_baselines_differ():
+    comparison = one(took(50.0), took(50.0, baseline="torch foreach"))
+    assert (comparison.by, comparison.verdict) == ("time", "same")
+
+
+def test_a_baseline_may_be_slower_beside_ours_but_not_alone():
+    slow = replace(took(120.0, 119.0, 121.0), provider="torch fused")
     comparisons = compare(run(BASE), run(slow))
     assert [c.verdict for c in comparisons] == ["slower"]
     assert failed(comparisons)
+    comparisons = compare(run(BASE, took(50.0)), run(slow, took(50.0)))
+    assert comparisons[0].verdict == "unclear"
+    assert "no change of ours" in comparisons[0].note
+    assert not failed(comparisons)
 
 
 def test_without_intervals_nothing_is_claimed():
-    bare = {"low_ms": None, "high_ms": None, "ratio_low": None, "ratio_high": None}
-    comparison = one(ours(2.0), replace(ours(1.0), **bare))
+    comparison = one(took(50.0), took(100.0, p20_low_ms=None))
     assert (comparison.verdict, comparison.low, comparison.high) == ("unclear", None, None)
-    assert comparison.change == pytest.approx(1.0)
+    assert "no interval" in comparison.note
 
 
 @pytest.mark.parametrize("status", ["wrong", "error", "timeout", "out of memory"])
 def test_what_worked_and_now_fails_is_broken(status):
     comparisons = compare(
-        run(BASE, ours()), run(BASE, replace(BASE, provider="superfine", status=status, note="why"))
+        run(BASE, took(50.0)), run(BASE, replace(BASE, provider="superfine", status=status, note="why"))
     )
     assert comparisons[1].verdict == "broken"
     assert "why" in comparisons[1].note
@@ -108,11 +149,12 @@ def test_what_worked_and_now_fails_is_broken(status):
 
 
 def test_rows_of_one_file_are_new_or_missing():
-    peer = replace(ours(), provider="liger")
-    gone = replace(ours(), case="300 tensors")
+    peer = replace(took(50.0), provider="liger")
+    gone = replace(took(50.0), case="300 tensors")
     unavailable = replace(BASE, provider="apex", status="unavailable", note="not installed")
     comparisons = compare(
-        run(BASE, gone, ours(), replace(ours(), provider="apex")), run(BASE, ours(), peer, unavailable)
+        run(BASE, gone, took(50.0), replace(took(50.0), provider="apex")),
+        run(BASE, took(50.0), peer, unavailable),
     )
     found = {(c.case, c.provider): c.verdict for c in comparisons}
     assert found == {
@@ -126,14 +168,14 @@ def test_rows_of_one_file_are_new_or_missing():
 
 
 def test_an_op_is_as_good_as_the_worst_of_ours():
-    peer, second = replace(ours(), provider="liger"), replace(ours(), provider="superfine, in place")
-    slow = {"ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0}
-    before = run(BASE, ours(), second, peer)
-    comparisons = compare(before, run(BASE, ours(3.0), second, replace(peer, **slow)))
+    peer, second = replace(took(50.0), provider="liger"), replace(took(50.0), provider="superfine, in place")
+    slow = {"p20_ms": 99.0, "p20_low_ms": 99.0, "p20_high_ms": 99.0}
+    before = run(BASE, took(50.0), second, peer)
+    comparisons = compare(before, run(BASE, took(33.0), second, replace(peer, **slow)))
     assert [c.verdict for c in comparisons] == ["same", "faster", "same", "slower"]
     assert verdicts(comparisons) == {"adamw": "same"}
     assert not failed(comparisons)  # a peer's regression is not ours
-    comparisons = compare(before, run(BASE, ours(3.0), replace(second, **slow), peer))
+    comparisons = compare(before, run(BASE, took(33.0), replace(second, **slow), peer))
     assert verdicts(comparisons) == {"adamw": "slower"}
     assert failed(comparisons)
 
@@ -154,7 +196,7 @@ GPU = {
     ],
 )
 def test_refuses_different_devices_by_name(other, named):
-    before, after = run(BASE, ours()), run(BASE, ours(), **other)
+    before, after = run(BASE, took(50.0)), run(BASE, took(50.0), **other)
     with pytest.raises(ValueError, match="compare: device is") as refused:
         compare(before, after)
     assert named in str(refused.value)
@@ -176,43 +218,14 @@ def test_refuses_a_negative_threshold():
 def test_prints_every_verdict_within_110_columns():
     rows = [
         BASE,
-        ours(),
-        replace(ours(), provider="superfine, [in place]", case="a case with a long name " * 3),
+        took(50.0),
+        replace(took(50.0), provider="superfine, [in place]", case="a case with a long name " * 3),
     ]
     broken = replace(rows[2], status="error", note="RuntimeError: [red] is no style here")
     console = Console(file=io.StringIO(), width=110)
-    print_comparison(console, compare(run(*rows), run(BASE, ours(1.0), broken)))
+    print_comparison(console, compare(run(*rows), run(BASE, took(100.0), broken)))
     printed = console.file.getvalue()
     assert "adamw: broken (all rows: 1 broken, 1 slower, 1 same)" in printed
     assert "+100.0%" in printed
     assert "RuntimeError: [red] is no style here" in printed.replace("\n", " ")
     assert max(map(len, printed.splitlines())) <= 110
-
-
-def quiet(row, p20, spread=0.02):
-    return replace(row, p20_ms=p20, p20_low_ms=p20 * (1 - spread), p20_high_ms=p20 * (1 + spread))
-
-
-def by_p20(before, after, base_before=100.0, base_after=100.0, **options):
-    old = run(quiet(BASE, base_before, **options), quiet(ours(2.0, 1.0, 4.0), before, **options))
-    new = run(quiet(BASE, base_after, **options), quiet(ours(2.0, 1.0, 4.0), after, **options))
-    return compare(old, new)[1]
-
-
-def test_a_kernel_slowed_by_a_fifth_is_slower_however_wide_the_medians_scatter():
-    comparison = by_p20(50.0, 60.0)
-    assert (comparison.verdict, comparison.by) == ("slower", "time, and ratio to torch fused")
-    assert comparison.change == pytest.approx(0.2)
-    assert 0.15 < comparison.low < 0.2 < comparison.high < 0.25
-    assert by_p20(60.0, 50.0).verdict == "faster"
-
-
-def test_neither_a_slow_machine_nor_a_slow_baseline_changes_the_verdict():
-    assert by_p20(50.0, 60.0, base_after=120.0).verdict == "unclear"  # both slower: the machine
-    assert by_p20(50.0, 50.0, base_after=120.0).verdict == "same"  # torch's bad day is not our good one
-    assert by_p20(50.0, 50.5, spread=0.005).verdict == "same"
-
-
-def test_independent_errors_add_as_squares():
-    comparison = by_p20(50.0, 50.0, spread=0.03)
-    assert comparison.high == pytest.approx(0.03 * 2**0.5, rel=0.05)

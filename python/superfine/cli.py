@@ -8,13 +8,12 @@ Exit codes: 0 done; 2 the input is wrong (one line on stderr says what); 1 anyth
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from superfine._cli import Debug, console, errors
 from superfine.cli_bench import add_commands
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 Text = Annotated[list[str] | None, typer.Option(help="Text column; give it twice for sentence pairs.")]
 Label = Annotated[str | None, typer.Option(help="Label column.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
@@ -60,7 +58,7 @@ def tune(
     debug: Debug = False,
 ) -> None:
     """Fine-tune a text classifier: data, model, selection, optimizer, training, test against the base."""
-    with _errors(debug):
+    with errors(debug):
         from superfine.config import parse_override
 
         flags = {
@@ -87,9 +85,9 @@ def tune(
         from superfine.tune import Interrupted
         from superfine.tune import tune as run
 
-        console = _console()
+        shown = console()
         try:
-            with Display(console) as display:
+            with Display(shown) as display:
                 result = run(settings, resume=resume, listener=display)
         except (Interrupted, KeyboardInterrupt) as stop:
             if not Path(settings.output.directory, "config.toml").is_file():
@@ -97,10 +95,10 @@ def tune(
             again = f"superfine tune --resume --output {settings.output.directory}"
             typer.echo(f"interrupted; continue with: {again}", err=True)
             raise typer.Exit(128 + stop.signum if isinstance(stop, Interrupted) else 130) from None
-        print_scores(console, "Test split", {"base": result.baseline, "tuned": result.test})
+        print_scores(shown, "Test split", {"base": result.baseline, "tuned": result.test})
         for name in ("delta.safetensors", "metrics.jsonl", "curves.png", "report.html"):
             if (result.directory / name).is_file():
-                console.print(f"    {result.directory / name}", markup=False, highlight=False, soft_wrap=True)
+                shown.print(f"    {result.directory / name}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("eval")
@@ -120,7 +118,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score a tuned model on a labelled file."""
-    with _errors(debug):
+    with errors(debug):
         from superfine._files import atomic_write
         from superfine.display import print_scores
         from superfine.evaluate import evaluate_saved
@@ -137,7 +135,7 @@ def evaluate(
             encoding=encoding,
         )
         skipped = f", {scores['skipped']:,} lines skipped" if scores["skipped"] else ""
-        print_scores(_console(), f"{data} ({scores['rows']:,} rows{skipped})", {str(saved): scores})
+        print_scores(console(), f"{data} ({scores['rows']:,} rows{skipped})", {str(saved): scores})
         if json_ is not None:
             with atomic_write(json_) as temporary:
                 temporary.write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -151,7 +149,7 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Put a delta on its base: an ordinary Hugging Face folder that from_pretrained loads."""
-    with _errors(debug):
+    with errors(debug):
         from superfine.delta import merge as merge_delta
         from superfine.evaluate import delta_notes, delta_of_run
         from superfine.hf import local_folder, quiet
@@ -171,13 +169,13 @@ def env(
     debug: Debug = False,
 ) -> None:
     """Show versions, CPU, GPUs and which native kernels work here."""
-    with _errors(debug):
+    with errors(debug):
         from superfine.env import environment, print_environment
 
         if json_:
             typer.echo(json.dumps(environment(), indent=2))
         else:
-            print_environment(_console())
+            print_environment(console())
 
 
 def main() -> None:
@@ -200,31 +198,4 @@ def _settings(path: Path | None, overrides: dict[str, Any], resume: bool) -> Con
     return load_config(path, overrides)
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
-@contextmanager
-def _errors(debug: bool) -> Iterator[None]:
-    """What goes wrong becomes one line on stderr and an exit code, unless the traceback is asked for."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(130) from None
-    except typer.Exit:
-        raise
-    except Exception as error:
-        if debug:
-            raise
-        wrong_input = isinstance(error, (ValueError, TypeError, OSError, ImportError, ArithmeticError))
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        kind = "" if wrong_input else f"{type(error).__name__}: "
-        hint = "" if wrong_input else " (--debug shows where)"
-        typer.echo(f"superfine: {kind}{lines[0]}{hint}", err=True)
-        raise typer.Exit(2 if wrong_input else 1) from None
-
-
-add_commands(app, _errors)
+add_commands(app)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+from superfine._cli import Debug, console, errors
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 ARCHITECTURES = "sm_80,sm_90,sm_100,sm_120"
 
 
-def add_commands(app: typer.Typer, errors: Callable[[bool], AbstractContextManager[None]]) -> None:
-    """Add the commands to `app`; `errors(debug)` turns exceptions into one line and an exit code."""
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
 
     @app.command()
     def bench(
-        only: Annotated[str | None, typer.Option(help="One op: adamw, cross_entropy, train_step.")] = None,
+        only: Annotated[
+            str | None, typer.Option(help="One op: adamw, lamb, cross_entropy, train_step.")
+        ] = None,
         quick: Annotated[
             bool, typer.Option("--quick", help="Under three minutes; no torch.compile.")
         ] = False,
@@ -56,7 +55,7 @@ def add_commands(app: typer.Typer, errors: Callable[[bool], AbstractContextManag
                 from superfine_bench.dry_run import dry_run as compile_all
                 from superfine_bench.dry_run import print_dry_run
 
-                print_dry_run(_console(), compile_all(arch.split(","), bandwidth))
+                print_dry_run(console(), compile_all(arch.split(","), bandwidth))
                 return
             if quick and full:
                 raise ValueError("bench: --quick and --full are both given; expected one of them")
@@ -73,7 +72,7 @@ def add_commands(app: typer.Typer, errors: Callable[[bool], AbstractContextManag
                 settings=settings,
                 out=out or _new_folder(),
                 resume=resume,
-                console=_console(),
+                console=console(),
             )
             for line in (wrong := failures(result.rows)):
                 typer.echo(line, err=True)
@@ -95,7 +94,7 @@ def add_commands(app: typer.Typer, errors: Callable[[bool], AbstractContextManag
             from superfine_bench.compare import failed, print_comparison
 
             comparisons = compare_runs(read(before), read(after), threshold=_share(fail_on), force=force)
-            print_comparison(_console(), comparisons)
+            print_comparison(console(), comparisons)
             if failed(comparisons):
                 raise typer.Exit(1)
 
@@ -111,12 +110,12 @@ def add_commands(app: typer.Typer, errors: Callable[[bool], AbstractContextManag
             from superfine_bench.report import print_tables, write
 
             run = read(results)
-            console = _console()
-            print_tables(console, run.rows)
+            shown = console()
+            print_tables(shown, run.rows)
             if run.broken:
-                console.print(f"{run.broken} lines of {results} could not be read and were left out")
+                shown.print(f"{run.broken} lines of {results} could not be read and were left out")
             for path in write(run, out or (results if results.is_dir() else results.parent)):
-                console.print(f"    {path}", markup=False, highlight=False, soft_wrap=True)
+                shown.print(f"    {path}", markup=False, highlight=False, soft_wrap=True)
 
     @app.command()
     def profile(
@@ -134,14 +133,7 @@ def add_commands(app: typer.Typer, errors: Callable[[bool], AbstractContextManag
             from superfine_bench.run import find_device
 
             chosen, who = find_case("train_step" if op == "train" else op, case, provider)
-            print_profile(_console(), profile_case(chosen, who, find_device(device), out, ncu=ncu))
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=110)  # a log has no width of its own
+            print_profile(console(), profile_case(chosen, who, find_device(device), out, ncu=ncu))
 
 
 def _new_folder() -> Path:
