@@ -61,7 +61,7 @@ SF_HD void store(double* out, double x) { *out = x; }
 SF_HD void store(bf16* out, float x) {
   const std::uint32_t u = float_bits(x);
   const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  out->bits = static_cast<std::uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  out->bits = static_cast<std::uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
 SF_HD void store(f16* out, float x) {

@@ -18,6 +18,7 @@ void update_range(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {
   S* __restrict m = static_cast<S*>(t.exp_avg);
   S* __restrict v = static_cast<S*>(t.exp_avg_sq);
   S* __restrict v_max = static_cast<S*>(t.max_exp_avg_sq);
+#pragma omp simd
   for (std::int64_t i = begin; i < end; ++i) {
     T pi = load(p[i]), mi = load(m[i]), vi = load(v[i]), v_max_i = kAmsgrad ? load(v_max[i]) : vi;
     adamw_update<kAmsgrad>(s, pi, T(load(g[i])), mi, vi, v_max_i);

@@ -1,9 +1,10 @@
 // Multi-tensor LAMB on the CPU: one parallel region, two passes over a batch of tensors at a time.
 //
 // Traffic per fp32 parameter: the first pass reads p, g, m, v and writes m, v (24 bytes), the second reads
-// p, m, v and writes p (16 bytes). A batch is as small as the tensors allow, each thread keeps to its own
-// part of it in both passes and walks the second one backwards, so that what the second pass reads is
-// mostly still in its cache: 28 bytes then come from memory, as in AdamW.
+// p and the direction and writes p. The directions stay in a buffer that is used again for every tensor, so in the
+// cache, as p mostly does: a batch is as small as the tensors allow, each thread keeps to its own part of it in both
+// passes and walks the second one backwards. So 28 bytes come from memory, as in AdamW. What a thread has beyond its
+// buffer, of tensors too large for any cache, is computed again from p, m and v.
 //
 // Norms are summed in the order that math/lamb.h fixes: the bits do not depend on how blocks are shared out.
 #include "cpu/lamb.h"
@@ -11,9 +12,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <vector>
 
 #include "core/parallel_for.h"
+#include "cpu/memory.h"
 
 namespace superfine::cpu::SF_ISA {
 namespace {
@@ -23,12 +26,47 @@ constexpr int kLanes = kLambLanes;
 // Elements of a batch of small tensors: enough to pay for a barrier, few enough for 12 bytes of each to
 // stay in a core's L2.
 constexpr std::int64_t kBatch = 64 * kBlock;
+// Blocks whose directions a thread keeps: 8 MiB of fp32, so two threads keep those of BERT-large's largest matrix.
+constexpr std::int64_t kKept = 1024;
 
 // A block of one tensor.
 struct Block {
   std::int32_t tensor, batch;
   std::int64_t begin, end;
 };
+
+// Directions of the last blocks of a thread's share. Every thread keeps its buffer from step to step, as the first
+// touch of its pages would cost more than all else. Where memory is short, no direction is kept.
+class Directions {
+ public:
+  Directions() = default;
+  ~Directions() { std::free(data_); }
+  Directions(const Directions&) = delete;
+  Directions& operator=(const Directions&) = delete;
+
+  // Makes room for the last ones of `blocks`.
+  void reserve(std::int64_t blocks) {
+    const std::int64_t bytes = std::min(blocks, kKept) * kPlace;
+    if (bytes <= bytes_) return;
+    std::free(data_);
+    data_ = static_cast<char*>(std::malloc(bytes));
+    bytes_ = data_ == nullptr ? 0 : bytes;
+    advise_huge_pages(data_, bytes_);
+  }
+
+  // Place for those of the `n`-th block from the end; null if they are not kept.
+  template <class T>
+  T* find(std::int64_t n) const {
+    return (n + 1) * kPlace <= bytes_ ? reinterpret_cast<T*>(data_ + n * kPlace) : nullptr;
+  }
+
+ private:
+  static constexpr std::int64_t kPlace = kBlock * sizeof(double);  // tensors of a batch may differ in type
+
+  char* data_ = nullptr;
+  std::int64_t bytes_ = 0;
+};
+thread_local Directions directions_of_thread;
 
 // Adds halves, as the shuffles of a warp do. `n` is a power of two.
 template <class T>
@@ -66,8 +104,8 @@ LambNorms sum_blocks(const LambNorms* blocks, std::int64_t count) {
   return tree_sum(warps, kLambWarps);
 }
 
-template <class P, class S>
-LambNorms update_moments(const LambTensor& t, std::int64_t begin, std::int64_t end) {
+template <bool kKeep, class P, class S>
+LambNorms update_moments(const LambTensor& t, std::int64_t begin, std::int64_t end, Opmath<P>* __restrict kept) {
   using T = Opmath<P>;
   const LambScalars<T> s = round_scalars<T>(t.scalars);
   const P* __restrict p = static_cast<const P*>(t.param);
@@ -75,35 +113,43 @@ LambNorms update_moments(const LambTensor& t, std::int64_t begin, std::int64_t e
   S* __restrict m = static_cast<S*>(t.exp_avg);
   S* __restrict v = static_cast<S*>(t.exp_avg_sq);
   T param[kLanes] = {}, direction[kLanes] = {};
-  const auto element = [&](std::int64_t i, int lane) {
+  const auto element = [&](std::int64_t i, int lane) __attribute__((always_inline)) {
     T mi = load(m[i]), vi = load(v[i]);
     const T pi = load(p[i]);
     lamb_moments(s, T(load(g[i])), mi, vi);
-    store(&m[i], mi);
-    store(&v[i], vi);
-    const T u = lamb_direction(s, pi, T(load(m[i])), T(load(v[i])));  // of the moments as stored
+    S stored_m, stored_v;
+    store(&stored_m, mi);
+    store(&stored_v, vi);
+    m[i] = stored_m;
+    v[i] = stored_v;
+    const T u = lamb_direction(s, pi, T(load(stored_m)), T(load(stored_v)));
+    if (kKeep) kept[i - begin] = u;
     param[lane] = std::fma(pi, pi, param[lane]);
     direction[lane] = std::fma(u, u, direction[lane]);
   };
   std::int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
+#pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) element(i + lane, lane);
   }
   for (int lane = 0; i < end; ++i, ++lane) element(i, lane);
   return {sum_lanes(param), sum_lanes(direction)};
 }
 
-template <class P, class S>
-void update_param(const LambTensor& t, double negative_step_size, std::int64_t begin, std::int64_t end) {
+template <bool kKept, class P, class S>
+void update_param(const LambTensor& t, double negative_step_size, std::int64_t begin, std::int64_t end,
+                  const Opmath<P>* __restrict kept) {
   using T = Opmath<P>;
   const LambScalars<T> s = round_scalars<T>(t.scalars);
   const T step_size = static_cast<T>(negative_step_size);
   P* __restrict p = static_cast<P*>(t.param);
   const S* __restrict m = static_cast<const S*>(t.exp_avg);
   const S* __restrict v = static_cast<const S*>(t.exp_avg_sq);
+#pragma omp simd
   for (std::int64_t i = begin; i < end; ++i) {
     const T pi = load(p[i]);
-    store(&p[i], std::fma(step_size, lamb_direction(s, pi, T(load(m[i])), T(load(v[i]))), pi));
+    const T u = kKept ? kept[i - begin] : lamb_direction(s, pi, T(load(m[i])), T(load(v[i])));
+    store(&p[i], std::fma(step_size, u, pi));
   }
 }
 
@@ -154,14 +200,20 @@ void lamb(const LambTensor* tensors, std::int64_t count, int threads) {
 
   const std::int64_t total = static_cast<std::int64_t>(blocks.size());
   parallel_team(threads, [&](Team& team) {
+    Directions& directions = directions_of_thread;
+    directions.reserve(total);
     for (std::int64_t first = 0, last; first < total; first = last) {
       last = first + 1;
       while (last < total && blocks[last].batch == blocks[first].batch) ++last;
       const auto [begin, end] = team.share(first, last);
       for (std::int64_t b = begin; b < end; ++b) {
         const LambTensor& t = tensors[blocks[b].tensor];
-        norms[b] = with_types(t, [&](auto p, auto s) {
-          return update_moments<decltype(p), decltype(s)>(t, blocks[b].begin, blocks[b].end);
+        norms[b] = with_types(t, [&, from_end = end - 1 - b](auto p, auto s) {
+          using P = decltype(p);
+          using S = decltype(s);
+          const auto kept = directions.find<Opmath<P>>(from_end);
+          return kept ? update_moments<true, P, S>(t, blocks[b].begin, blocks[b].end, kept)
+                      : update_moments<false, P, S>(t, blocks[b].begin, blocks[b].end, kept);
         });
       }
       team.wait();
@@ -173,8 +225,12 @@ void lamb(const LambTensor* tensors, std::int64_t count, int threads) {
           tensor = blocks[b].tensor;
           step_size = negative_step_size(b);
         }
-        with_types(t, [&](auto p, auto s) {
-          update_param<decltype(p), decltype(s)>(t, step_size, blocks[b].begin, blocks[b].end);
+        with_types(t, [&, from_end = end - 1 - b](auto p, auto s) {
+          using P = decltype(p);
+          using S = decltype(s);
+          const auto kept = directions.find<Opmath<P>>(from_end);
+          kept ? update_param<true, P, S>(t, step_size, blocks[b].begin, blocks[b].end, kept)
+               : update_param<false, P, S>(t, step_size, blocks[b].begin, blocks[b].end, kept);
         });
       }
     }
