@@ -30,8 +30,8 @@ __all__ = [
 OPS = ("adamw", "lamb", "cross_entropy", "train_step")
 
 
-def all_cases(only: str | None = None) -> list[Case]:
-    """Return the cases of every op, or of the op named ``only``.
+def all_cases(only: str | None = None, device: str | None = None) -> list[Case]:
+    """Return the cases of every op, or of the op named ``only``; with a type of ``device``, those meant for it.
 
     Raises:
         ValueError: ``only`` names no op.
@@ -41,4 +41,5 @@ def all_cases(only: str | None = None) -> list[Case]:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"bench: op is {only!r}; expected one of {', '.join(OPS)}{hint}")
     names = OPS if only is None else (only,)
-    return [case for name in names for case in importlib.import_module(f"{__name__}.{name}").cases()]
+    cases = [case for name in names for case in importlib.import_module(f"{__name__}.{name}").cases()]
+    return [case for case in cases if device is None or case.device in ("", device)]

@@ -203,9 +203,7 @@ def _peer_8bit(inputs: Inputs, *, peer: Peer) -> Callable[[], int]:
 
 
 def _providers(peers: tuple[Peer, ...], build: Callable[..., Callable[[], int]]) -> tuple[Provider, ...]:
-    return tuple(
-        Provider(peer.name, partial(build, peer=peer), peer.in_quick, peer.package) for peer in peers
-    )
+    return tuple(Provider(peer.name, partial(build, peer=peer), peer.in_quick) for peer in peers)
 
 
 PROVIDERS = (
@@ -219,7 +217,7 @@ PROVIDERS = (
 PROVIDERS_8BIT = _providers(ADAMW_8BIT, _peer_8bit)
 
 
-def _case(name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Case:
+def make_case(name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Case:
     numel = sum(torch.Size(shape).numel() for shape in shapes)
 
     def cost() -> MovesMemory:
@@ -249,7 +247,7 @@ def _case_8bit(name: str, shapes: tuple[tuple[int, ...], ...]) -> Case:
         return importlib.import_module("superfine_kernels.adamw").cost(numel, torch.float32, torch.uint8)
 
     return replace(
-        _case(f"{name}, 8-bit moments", shapes, torch.float32),
+        make_case(f"{name}, 8-bit moments", shapes, torch.float32),
         work="one step with moments in 8 bits, each library's own rounding; no clipping, no zero_grad",
         cost=cost,
         check=_check_8bit,
@@ -260,9 +258,12 @@ def _case_8bit(name: str, shapes: tuple[tuple[int, ...], ...]) -> Case:
 
 def cases() -> list[Case]:
     """Return the cases: an encoder the size of BERT-base, in three precisions, and many small tensors."""
+    from . import adamw_in_pass  # which builds on this file
+
     return [
-        _case("bert-base encoder, 85M", BERT_ENCODER, torch.float32),
-        _case("bert-base encoder, 85M", BERT_ENCODER, torch.bfloat16),
+        make_case("bert-base encoder, 85M", BERT_ENCODER, torch.float32),
+        make_case("bert-base encoder, 85M", BERT_ENCODER, torch.bfloat16),
         _case_8bit("bert-base encoder, 85M", BERT_ENCODER),
-        _case("300 tensors of 768", SMALL_TENSORS, torch.float32),
+        make_case("300 tensors of 768", SMALL_TENSORS, torch.float32),
+        *adamw_in_pass.cases(),
     ]

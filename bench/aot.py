@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .binaries import Usage, capability_of, resource_usage
+from .binaries import Usage, capability_of, first_error, resource_usage
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,15 @@ class TritonKernel:
     ptx: str = field(repr=False)
 
 
+@dataclass(frozen=True)
+class Uncompiled:
+    """A kernel that does not compile, or, with an empty name, an op that does not come to launch any; and why."""
+
+    op: str
+    kernel: str
+    reason: str
+
+
 # --- what the ops can be asked for -------------------------------------------------------------------------
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -61,29 +71,33 @@ def _unaligned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(*shape[:-1], shape[-1] + 1, dtype=dtype)[..., 1:]
 
 
-def _adamw(kernels: Any) -> None:
+def _moments(empty: Any, amsgrad: bool, extras: bool) -> Iterator[list[Any]]:
+    """The lists of an optimizer's op for each pair of dtypes; `extras`: with anchors and, for bfloat16, low bits."""
     wide_state = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
     for param, state in [*((dtype, dtype) for dtype in DTYPES), *wide_state]:
-        for amsgrad in (False, True):
-            for empty in (torch.empty, _unaligned):
-                params, grads = ([empty(4096, dtype=param)] for _ in range(2))
-                moments = [[empty(4096, dtype=state)] for _ in range(3)]
-                kernels.adamw_(
-                    params, grads, moments[0], moments[1], moments[2] if amsgrad else [], [torch.zeros(())],
-                    lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, maximize=False,
-                )  # fmt: skip
+        dtypes = [
+            param, param, state, state, state if amsgrad else None, param if extras else None,
+            torch.int16 if extras and param == torch.bfloat16 else None,
+        ]  # fmt: skip
+        yield [*([empty(4096, dtype=dtype)] if dtype else [] for dtype in dtypes), [torch.zeros(())]]
+
+
+def _adamw(kernels: Any) -> None:
+    combinations = [*itertools.product((torch.empty,), (False, True), (False, True))]
+    for empty, amsgrad, extras in [*combinations, (_unaligned, False, False), (_unaligned, True, True)]:
+        for lists in _moments(empty, amsgrad, extras):
+            kernels.adamw_(
+                *lists, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, gradient_scale=1.0,
+                zero_grads=extras,
+            )  # fmt: skip
 
 
 def _lamb(kernels: Any) -> None:
-    wide_state = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
-    for param, state in [*((dtype, dtype) for dtype in DTYPES), *wide_state]:
-        for empty in (torch.empty, _unaligned):
-            params, grads = ([empty(4096, dtype=param)] for _ in range(2))
-            moments = [[empty(4096, dtype=state)] for _ in range(2)]
+    for empty, extras in itertools.product((torch.empty, _unaligned), (False, True)):
+        for lists in _moments(empty, False, extras):
             kernels.lamb_(
-                params, grads, *moments, [torch.zeros(())], lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-6,
-                weight_decay=0.01, bias_correction=True, grad_averaging=True, adapt=True, trust_clip=False,
-                gradient_scale=1.0,
+                *lists, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=0.01, bias_correction=True,
+                grad_averaging=True, adapt=True, trust_clip=False, gradient_scale=1.0, zero_grads=extras,
             )  # fmt: skip
 
 
@@ -120,6 +134,19 @@ def compile_triton(arch: str, ops: Sequence[str] | None = None) -> list[TritonKe
         ValueError: `arch` or an op is unknown.
         RuntimeError: a kernel does not compile.
     """
+    kernels, failed = try_triton(arch, ops)
+    if failed:
+        reasons = "; ".join(f"{one.op}: {one.kernel}: {one.reason}" for one in failed)
+        raise RuntimeError(f"compile_triton: {arch} failed; expected kernels that compile: {reasons}")
+    return kernels
+
+
+def try_triton(arch: str, ops: Sequence[str] | None = None) -> tuple[list[TritonKernel], list[Uncompiled]]:
+    """:func:`compile_triton`, which goes on where a kernel does not compile.
+
+    Raises:
+        ValueError: `arch` or an op is unknown.
+    """
     capability_of(arch)
     for op in ops or ():
         if op not in CALLS:
@@ -130,32 +157,50 @@ def compile_triton(arch: str, ops: Sequence[str] | None = None) -> list[TritonKe
         capture_output=True,
         text=True,
     )
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    failed = [Uncompiled(**record) for record in records if "reason" in record]
     if done.returncode != 0:
-        raise RuntimeError(f"compile_triton: {arch} failed; expected kernels that compile:\n{done.stderr}")
-    return [TritonKernel(**json.loads(line)) for line in done.stdout.splitlines()]
+        failed.append(Uncompiled("", "", (done.stderr.strip() or "no output").splitlines()[-1]))
+    return [TritonKernel(**record) for record in records if "reason" not in record], failed
 
 
 def _main(arch: str, *ops: str) -> None:
     for op in ops:
-        kernels = importlib.import_module(f"superfine_kernels.triton.{op}")
-        with _recording(capability_of(arch)) as compiled:
-            CALLS[op](kernels)
-        for kernel in compiled.values():
-            print(json.dumps(dataclasses.asdict(_described(op, arch, kernel))))
+        found: list[TritonKernel | Uncompiled] = []
+        with _recording(capability_of(arch)) as (compiled, failed):
+            try:
+                CALLS[op](importlib.import_module(f"superfine_kernels.triton.{op}"))
+            except Exception as error:
+                failed[""] = error
+        found += [_described(op, arch, kernel) for kernel in compiled.values()]
+        for name, reason in failed.items():
+            # Triton puts the source before what it has to say of it.
+            said = getattr(reason, "error_message", None) or str(reason) or type(reason).__name__
+            found.append(Uncompiled(op, name, first_error(said)))
+        for one in found:
+            print(json.dumps(dataclasses.asdict(one)))
 
 
 @contextmanager
-def _recording(capability: int) -> Iterator[dict[str, Any]]:
-    """Compile what is launched, for a GPU of `capability`, and launch nothing; yields what was compiled."""
+def _recording(capability: int) -> Iterator[tuple[dict[str, Any], dict[str, Exception]]]:
+    """Compile what is launched, for a GPU of `capability`, and launch nothing.
+
+    Yields what was compiled, and by its function's name, why a kernel was not.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction, driver
 
     compiled: dict[str, Any] = {}
+    failed: dict[str, Exception] = {}
     launch = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        compiled[kernel.hash] = kernel
+        try:
+            kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        except Exception as error:
+            failed.setdefault(self.fn.__name__, error)
+        else:
+            compiled[kernel.hash] = kernel
 
     driver.set_active(
         SimpleNamespace(
@@ -166,7 +211,7 @@ def _recording(capability: int) -> Iterator[dict[str, Any]]:
     )
     JITFunction.run = run
     try:
-        yield compiled
+        yield compiled, failed
     finally:
         JITFunction.run = launch
 

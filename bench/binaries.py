@@ -134,6 +134,26 @@ def resource_usage(binary: str | Path) -> dict[tuple[str, str], Usage]:
     return usages
 
 
+def built_usage(arch: str) -> dict[str, Usage] | None:
+    """Usage of the kernels that the built CUDA module has for `arch`, by mangled name.
+
+    None where the module was not built or there is no cuobjdump.
+    """
+    built = importlib.util.find_spec("superfine_kernels._cuda")
+    if built is None or built.origin is None or cuobjdump() is None:
+        return None
+    # Code that uses features of one architecture only has a suffix: sm_90a holds kernels for sm_90.
+    usages = resource_usage(built.origin).items()
+    return {name: usage for (of, name), usage in usages if re.fullmatch(f"{arch}[af]?", of)}
+
+
+def first_error(output: str) -> str:
+    """The line of a compiler's output that says what is wrong: the first that names an error, else the first."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    named = (line for line in lines if re.search(r"\berror\b", line) and "error code" not in line)
+    return next(named, lines[0] if lines else "no output")
+
+
 def demangle(name: str) -> str:
     """A C++ symbol as it is written in source, by the C++ library that torch loads anyway; others unchanged."""
     try:

@@ -19,9 +19,10 @@ from functools import partial
 import torch
 
 from .records import Ceilings
-from .timing import Call, Clock
+from .timing import Call, Clock, select
 
 TRAFFICS = ("copy", "read", "write", "4r3w")
+PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "tf32", "bfloat16", "float16")}
 # Working sets: the smallest fits any L2, the largest is beyond every cache, twice over where that is larger.
 SMALLEST_SET, LARGEST_SET = 2**20, 2**30
 # Shares of the time. Repetitions end sooner after PATIENCE turns of each call that improve nothing by 0.5%.
@@ -44,32 +45,36 @@ def measure_ceilings(
     Streams: ``copy`` (one read, one write), ``read``, ``write`` and ``4r3w`` (AdamW's four reads and three writes),
     over working sets from 1 MiB to beyond the last-level cache, as far as a quarter of the free memory allows.
     Matrix products: square and large; ``float32`` without TF32, ``bfloat16``, and on CUDA ``tf32`` and ``float16``.
-    Call: the least time of a torch op on one element, taken as the harness takes every other time.
+    Call: the least time of a torch op on one element, taken as the harness takes the cost of a call: by the wall.
 
     Args:
         device: a CPU or a CUDA device.
         seconds: bounds the repetitions.
         say: is told what comes next, in a few words.
-        only: this stream and nothing else.
+        only: this stream, or the product of this precision, and nothing else.
 
     Raises:
-        ValueError: ``only`` is no stream.
+        ValueError: ``only`` is none of them.
     """
-    if only is not None and only not in TRAFFICS:
-        raise ValueError(f"measure_ceilings: only is {only!r}; expected one of {', '.join(TRAFFICS)}")
+    precisions = PRECISIONS[device.type]
+    if only is not None and only not in (*TRAFFICS, *precisions):
+        expected = ", ".join((*TRAFFICS, *precisions))
+        raise ValueError(f"measure_ceilings: only is {only!r}; expected one of {expected}")
     say = say or (lambda text: None)
+    select(device)
     clock = Clock(device)
-    say(f"{only or 'memory'} streams")
-    rates = _measure_streams(clock, STREAM_SHARE * seconds, TRAFFICS if only is None else (only,))
-    if only is not None:
-        return Ceilings(str(device), rates)
-    precisions = ("float32", "tf32", "bfloat16", "float16") if clock.on_cuda else ("float32", "bfloat16")
+    rates: dict[str, list[tuple[int, float]]] = {}
+    if traffics := [traffic for traffic in TRAFFICS if only in (None, traffic)]:
+        say(f"{only or 'memory'} streams")
+        rates = _measure_streams(clock, STREAM_SHARE * seconds, traffics)
     gemm = {}
-    for precision in precisions:
+    for precision in [precision for precision in precisions if only in (None, precision)]:
         say(f"{precision} matrix products")
         rate = _measure_gemm(clock, precision, GEMM_SHARE * seconds / len(precisions))
         if rate is not None:
             gemm[precision] = rate
+    if only is not None:
+        return Ceilings(str(device), rates, gemm)
     say("an empty call")
     return Ceilings(str(device), rates, gemm, _measure_launch(clock))
 
@@ -257,4 +262,4 @@ def _float32_precision(precision: str) -> Iterator[None]:
 
 def _measure_launch(clock: Clock) -> float:
     one = torch.ones(1, device=clock.device)
-    return 1e6 * min(clock.device_seconds(one.neg_)[0] for _ in range(500))
+    return 1e6 * min(clock.wall_seconds(one.neg_)[0] for _ in range(500))

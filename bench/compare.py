@@ -4,8 +4,12 @@ Noise only adds time, so the 20th percentiles are compared, which it disturbs le
 show how much the next run differs: pages lie elsewhere, the host has other guests. The rows that are not ours do, as
 the same torch ran twice. From them follows how far the machine alone moves a time (``sigma``), and from the case's
 baseline, how far it has moved this case: with a baseline that moved by ``x``, known within ``s``, it is
-``x * sigma^2 / (sigma^2 + s^2)``, the mean of the normal posterior. What remains of a row's change is the code's. So
-a machine that is slower today is no slow kernel, and a baseline that had a bad day does not make us faster.
+``x * sigma^2 / (sigma^2 + s^2)``, the mean of the normal posterior. So a machine that is slower today is no slow
+kernel, and a baseline that had a bad day does not make us faster.
+
+What remains of a row's change is the code's, or the row's own: pages that lie elsewhere move one row and not the one
+beside it. How far (``rho``) is seen in the rows of others that are no baselines, by what remains of their changes
+beyond the scatter within the runs; every interval is widened by it.
 """
 
 from __future__ import annotations
@@ -23,6 +27,13 @@ from .records import MEASURED, Row, Run
 if TYPE_CHECKING:
     from rich.console import Console
 
+#: Fewer rows than these do not show how far anything moves between runs.
+FEWEST = 3
+
+#: How far a row moves on its own where too few rows show it. On the reference machine, rows of others moved beside
+#: their baselines by 4% to 7% (root mean square over 7 rows, in 6 pairs of runs), scatter within the runs included.
+UNKNOWN_RHO = 0.05
+
 #: From the worst to the best.
 VERDICTS = ("broken", "slower", "missing", "unclear", "same", "faster", "new")
 
@@ -37,9 +48,9 @@ class Comparison:
         key: the row's :attr:`Row.key`.
         op: the row's op.
         verdict: ``slower`` or ``faster`` when the whole interval lies beyond the threshold, ``same`` when it lies
-            within, ``unclear`` when it crosses; ``broken`` when a row that had a speed failed; ``new`` and
-            ``missing`` when one file has no speed to compare. Rows without a speed in both are the ``same`` when
-            their statuses are.
+            within, ``unclear`` when it crosses; ``broken`` when a row that had a speed failed, or is one of ours and
+            gone from its case; ``new`` and ``missing`` when one file has no speed to compare. Rows without a speed in
+            both are the ``same`` when their statuses are.
         change: relative change of time, positive for slower; None where nothing could be compared.
         low, high: bounds of ``change``; None where a file has no intervals.
         by: what was compared: ``time``, or ``time beside`` a baseline's.
@@ -75,12 +86,21 @@ class Change:
         up = math.hypot(self.high - self.value, other.value - other.low)
         return Change(value, value - down, value + up)
 
+    @property
+    def error(self) -> float:
+        """Its standard error."""
+        return (self.high - self.low) / (2 * 1.96)
+
+    def widened(self, sigma: float) -> Change:
+        """With another error of that standard deviation."""
+        return self.over(Change(0.0, -1.96 * sigma, 1.96 * sigma)) if sigma else self
+
     def shrunk(self, sigma: float) -> Change:
         """What is believed of a quantity that was measured so and is known to be around 0 within ``sigma``."""
         if math.isinf(sigma):
             return self
-        s = (self.high - self.low) / (2 * 1.96)
-        weight = sigma**2 / (sigma**2 + s**2) if sigma else 0.0
+        variance = sigma**2 + self.error**2
+        weight = sigma**2 / variance if variance else 0.0
         value = weight * self.value
         down, up = self.value - self.low, self.high - self.value
         return Change(value, value - math.sqrt(weight) * down, value + math.sqrt(weight) * up)
@@ -101,7 +121,7 @@ def compare(a: Run, b: Run, threshold: float = 0.03, force: bool = False) -> lis
     Args:
         a, b: two runs of the same cases.
         threshold: relative changes of time up to this are called the same.
-        force: compare runs of different devices, too.
+        force: compare runs of different devices, too: rows of one case and provider with each other.
 
     Raises:
         ValueError: the runs are of different devices, or ``threshold`` is negative.
@@ -111,31 +131,76 @@ def compare(a: Run, b: Run, threshold: float = 0.03, force: bool = False) -> lis
     before, after = device_of(a), device_of(b)
     if before != after and not force:
         raise ValueError(f"compare: device is {after}; expected {before}, as in the earlier run, or force")
-    yardsticks = {row.key for case in by_case(b.rows) for row in case if row.provider == baseline_of(case)}
-    if len(yardsticks) == len(b.rows):
-        yardsticks = set()  # there is nothing else to judge
-    earlier = {row.key: row for row in a.rows}
-    bases = _baselines(a), _baselines(b)
-    sigma = between_runs(a, b)
-    found = [
-        _compare_row(earlier.pop(row.key, None), row, bases, sigma, threshold, row.key in yardsticks)
-        for row in b.rows
-    ]
-    return found + [_describe(row, "missing", note="not in the later run") for row in earlier.values()]
+    judge = _Judge(a, b)
+    baselines = [row for case in by_case(b.rows) for row in case if row.provider == baseline_of(case)]
+    yardsticks = {_place(row) for row in baselines} if len(baselines) < len(b.rows) else set()
+    found = [_compare_row(judge, row, threshold, _place(row) in yardsticks) for row in b.rows]
+    later, cases = {_place(row) for row in b.rows}, {_case(row) for row in b.rows}
+    for row in a.rows:
+        if _place(row) not in later:
+            gone = is_ours(row.provider) and row.status in MEASURED and _case(row) in cases
+            found.append(_describe(row, "broken" if gone else "missing", note="not in the later run"))
+    return found
 
 
-def between_runs(a: Run, b: Run) -> float:
-    """How far the machine alone moves a time from run to run: the root mean square of its logarithm's change.
+def _case(row: Row) -> tuple[str, str, str]:
+    return row.op, row.case, row.dtype
 
-    Taken from the rows of other providers than ours. With fewer than three it is unknown: infinite, so a baseline is
-    taken at its word. With another torch nobody has run the same code twice, and times decide alone: 0.
+
+def _place(row: Row) -> tuple[str, str, str, str]:
+    """What two rows of two runs have in common; the device is compared once, for the runs."""
+    return row.op, row.case, row.dtype, row.provider
+
+
+class _Judge:
+    """What two runs say of a row's change, beside how far the machine moves everything, and a row moves alone.
+
+    ``sigma`` is the root mean square of the logarithms of all changes that are not ours. With fewer than three it is
+    unknown: infinite, so that a baseline is taken at its word. With another torch nobody has run the same code twice,
+    and times decide alone. ``rho`` is what remains beside the baselines, less the scatter within the runs; where that
+    is unknown, ``sigma``, of which it is a part, or else ``UNKNOWN_RHO``.
     """
-    if _torch_version(a) != _torch_version(b):
-        return 0.0
-    earlier = {row.key: row for row in a.rows}
-    moved = [_change(earlier.get(row.key), row) for row in b.rows if not is_ours(row.provider)]
-    squares = [change.value**2 for change in moved if change is not None]
-    return math.sqrt(statistics.mean(squares)) if len(squares) >= 3 else math.inf
+
+    def __init__(self, a: Run, b: Run) -> None:
+        self.earlier = {_place(row): row for row in a.rows}
+        self.bases = _baselines(a), _baselines(b)
+        self.same_torch = _torch_version(a) == _torch_version(b)
+        self.sigma, self.rho = math.inf, UNKNOWN_RHO
+        others = [row for row in b.rows if not is_ours(row.provider)] if self.same_torch else []
+        moved = [change for row in others if (change := _change(self.earlier.get(_place(row)), row))]
+        if len(moved) < FEWEST:
+            return
+        self.sigma = self.rho = math.sqrt(statistics.mean(change.value**2 for change in moved))
+        left = [found[0] for row in others if (found := self._beside(row)) is not None and found[1]]
+        if len(left) >= FEWEST:
+            self.rho = math.sqrt(max(0.0, statistics.mean(c.value**2 - c.error**2 for c in left)))
+
+    def change(self, row: Row) -> tuple[Change, str] | None:
+        """The change of a row's time, as far as it is not the machine's, and what was compared."""
+        found = self._beside(row)
+        if found is None:
+            return None
+        change, baseline = found
+        change = change.widened(self.rho)
+        if baseline:
+            return change, f"time beside {baseline}'s"
+        return change if math.isinf(self.sigma) else change.widened(self.sigma), "time"
+
+    def _beside(self, row: Row) -> tuple[Change, str] | None:
+        """The change beside that of the baseline, and its name; empty for a change by itself."""
+        old = self.earlier.get(_place(row))
+        change = _change(old, row)
+        if old is None or change is None:
+            return None
+        base = _change(*(bases.get(_case(row)) for bases in self.bases))
+        if (
+            base is None
+            or not self.same_torch
+            or row.provider == row.baseline
+            or row.baseline != old.baseline
+        ):
+            return change, ""
+        return change.over(base.shrunk(self.sigma)), row.baseline
 
 
 def device_of(run: Run) -> str:
@@ -166,9 +231,9 @@ def verdicts(comparisons: Iterable[Comparison]) -> dict[str, str]:
 
 
 def failed(comparisons: Iterable[Comparison]) -> bool:
-    """Whether anything broke, or one of ours became slower; where none is ours, any."""
+    """Whether one of ours broke or became slower; where none of an op is ours, whether any became slower."""
     comparisons = list(comparisons)
-    broken = any(comparison.verdict == "broken" for comparison in comparisons)
+    broken = any(c.verdict == "broken" and is_ours(c.provider) for c in comparisons)
     return broken or "slower" in verdicts(comparisons).values()
 
 
@@ -212,23 +277,17 @@ def _styled(verdict: str) -> str:
     return verdict if style is None else f"[{style}]{verdict}[/]"
 
 
-def _baselines(run: Run) -> dict[str, Row]:
+def _baselines(run: Run) -> dict[tuple[str, str, str], Row]:
     """By case: the row of the provider that ratios refer to."""
-    return {row.case_key: row for row in run.rows if row.provider == row.baseline and row.status in MEASURED}
+    return {_case(row): row for row in run.rows if row.provider == row.baseline and row.status in MEASURED}
 
 
 def _torch_version(run: Run) -> Any:
     return (run.environment.get("packages") or {}).get("torch")
 
 
-def _compare_row(
-    old: Row | None,
-    new: Row,
-    bases: tuple[dict[str, Row], dict[str, Row]],
-    sigma: float,
-    threshold: float,
-    yardstick: bool,
-) -> Comparison:
+def _compare_row(judge: _Judge, new: Row, threshold: float, yardstick: bool) -> Comparison:
+    old = judge.earlier.get(_place(new))
     remark = "" if new.status == "ok" else f"{new.status}: {new.note}" if new.note else new.status
     if old is None:
         return _describe(new, "new", note=remark)
@@ -237,16 +296,13 @@ def _compare_row(
     if old.status not in MEASURED:
         return _describe(new, "new", note=_join(f"was {old.status}", remark))
     if new.status not in MEASURED:
-        return _describe(new, "broken" if new.status in FAILED else "missing", note=remark)
+        gone = new.status == "unavailable" and is_ours(new.provider)
+        return _describe(new, "broken" if gone or new.status in FAILED else "missing", note=remark)
 
-    change, by = _change(old, new), "time"
-    if change is None:
+    found = judge.change(new)
+    if found is None:
         return _describe(new, "unclear", note=_join(remark, "no interval recorded"))
-    base = _change(bases[0].get(new.case_key), bases[1].get(new.case_key))
-    if base is not None and new.provider != new.baseline == old.baseline:
-        change, by = change.over(base.shrunk(sigma)), f"time beside {new.baseline}'s"
-    elif math.isfinite(sigma):
-        change = change.over(Change(0.0, -1.96 * sigma, 1.96 * sigma))
+    change, by = found
     verdict = change.verdict(threshold)
     if yardstick and verdict == "slower":
         verdict, remark = "unclear", _join(remark, "the baseline: no change of ours")
@@ -269,6 +325,6 @@ def _change(old: Row | None, new: Row | None) -> Change | None:
     logs = [
         Change(math.log(row.p20_ms), math.log(row.p20_low_ms), math.log(row.p20_high_ms))
         for row in (new, old)
-        if row is not None and row.p20_ms and row.p20_low_ms and row.p20_high_ms
+        if row is not None and row.status in MEASURED and row.p20_ms and row.p20_low_ms and row.p20_high_ms
     ]
     return logs[0].over(logs[1]) if len(logs) == 2 else None

@@ -67,7 +67,9 @@ def _main(key: str, provider: str, device: str) -> None:
     import torch
 
     from . import all_cases
+    from .timing import select
 
+    select(torch.device(device))
     case = next(case for case in all_cases() if case.key == key)
     inputs = case.inputs(torch.device(device))
     call = next(p for p in case.providers if p.name == provider).build(inputs)

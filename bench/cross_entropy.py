@@ -127,7 +127,7 @@ PROVIDERS = (
     Provider("torch.compile", _compiled, in_quick=False),  # compiling takes longer than measuring
     Provider("superfine", _superfine),
     Provider("superfine, in place", partial(_superfine, inplace=True)),
-    *(Provider(peer.name, partial(_peer, peer=peer), peer.in_quick, peer.package) for peer in CROSS_ENTROPY),
+    *(Provider(peer.name, partial(_peer, peer=peer), peer.in_quick) for peer in CROSS_ENTROPY),
 )
 
 

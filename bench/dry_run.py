@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 
 from .binaries import (
     Usage,
+    built_usage,
     capability_of,
     cuobjdump,
     demangle,
+    first_error,
     resource_usage,
     short_name,
     toolkit_program,
@@ -138,8 +140,9 @@ def _least_times(bandwidth_gb_s: float) -> dict[str, dict[str, float]]:
 
     least: dict[str, dict[str, float]] = {}
     for case in all_cases():
-        milliseconds = case.cost().bytes / bandwidth_gb_s / 1e6
-        least.setdefault(case.op, {})[f"{case.name}, {case.dtype}"] = milliseconds
+        if case.traffic:  # else its memory is not what bounds it
+            milliseconds = case.cost().bytes / bandwidth_gb_s / 1e6
+            least.setdefault(case.op, {})[f"{case.name}, {case.dtype}"] = milliseconds
     return least
 
 
@@ -151,27 +154,26 @@ def _triton(arch: str) -> Iterator[Found]:
     if importlib.util.find_spec("triton") is None:
         yield "", "", "", "triton", "not compiled: triton is not installed"
         return
-    from .aot import compile_triton
+    from .aot import try_triton
 
-    for kernel in compile_triton(arch):
+    kernels, failed = try_triton(arch)
+    for kernel in kernels:
         types = [f"{name}: {kind}" for name, kind in kernel.pointers.items()]
         constants = [f"{name}={value}" for name, value in kernel.constants.items()]
         aligned = [f"16 divides {name}" for name in kernel.aligned]
         variant = ", ".join([*types, *constants, *aligned])
         usage = Usage(kernel.registers, kernel.stack, kernel.shared)
         yield kernel.op, kernel.kernel, variant, "triton", usage
+    for one in failed:
+        name = ": ".join(filter(None, (one.op, one.kernel))) or "a file"
+        yield one.op, one.kernel, "", "triton", f"{name} does not compile: {one.reason}"
 
 
 def _cuda(arch: str) -> Iterator[Found]:
     if cuobjdump() is None:
         yield "", "", "", "cuda", "not read: cuobjdump is missing; it comes with triton and the CUDA toolkit"
         return
-    built = importlib.util.find_spec("superfine_kernels._cuda")
-    found = {}
-    if built is not None and built.origin is not None:
-        # An architecture's own features have a suffix: sm_90a holds kernels for sm_90.
-        usages = resource_usage(built.origin).items()
-        found = {name: usage for (of, name), usage in usages if re.fullmatch(f"{arch}[af]?", of)}
+    found = built_usage(arch)
     if found:
         for name, usage in found.items():
             # The compiler names an anonymous namespace after the source file's length and name.
@@ -179,7 +181,7 @@ def _cuda(arch: str) -> Iterator[Found]:
             yield _cuda_row(source[1] if source else "", name, usage)
         return
     nvcc, sources = toolkit_program("nvcc"), sorted((SOURCES / "cuda").glob("*.cu"))
-    missing = "has no code for it" if built is not None else "was not built"
+    missing = "was not built" if found is None else "has no code for it"
     if nvcc is None or not sources:
         lacking = "nvcc is missing" if nvcc is None else "the sources are not installed"
         yield "", "", "", "cuda", f"not read: the CUDA module {missing}, and {lacking}"
@@ -189,8 +191,8 @@ def _cuda(arch: str) -> Iterator[Found]:
             for name, usage in _compile_cuda(nvcc, source_file, arch).items():
                 yield _cuda_row(source_file.stem, name, usage)
         except subprocess.CalledProcessError as error:
-            reason = (error.stderr.strip() or "nvcc failed").splitlines()[0]
-            yield source_file.stem, "", "", "cuda", f"{source_file.name} does not compile: {reason}"
+            note = f"{source_file.name} does not compile: {first_error(error.stderr)}"
+            yield source_file.stem, "", "", "cuda", note
 
 
 def _compile_cuda(nvcc: str, source: Path, arch: str) -> dict[str, Usage]:

@@ -4,23 +4,29 @@ An op's file declares :class:`Case` objects. A case has inputs, the bytes that t
 against the reference, and providers that do *equal work* on the same inputs. :func:`measure` runs the
 providers of one case in turns, so that a machine that slows down slows all of them.
 
-A provider's call is: ``before`` (untimed: puts back what the last call overwrote, equally for everyone), the
-caches emptied unless the case is about the cost of a call, then the timed call. Correctness is checked before
-and after timing; a provider that fails gets no speed.
+A provider is built twice: the first time, imports, compilations and libraries' workspaces are paid for, which would
+otherwise count as memory of whoever comes first. A provider's call is: ``before`` (untimed: puts back what the last
+call overwrote, equally for everyone), the caches emptied unless the case is about the cost of a call, then the timed
+call. Correctness is checked before and after timing; a provider that fails gets no speed.
 """
 
 from __future__ import annotations
 
 import gc
+import re
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from .records import SMALLEST_BANDWIDTH_CASE, Ceilings, Row
-from .timing import Clock, PeakMemory, eviction, ratios, summarise
+from .timing import Clock, PeakMemory, eviction, ratios, select, summarise
+
+#: The parts of a whole training step, by which ranges of a trace and times of a call are named.
+PARTS = ("forward", "backward", "optimizer")
 
 # Faster than the measured ceiling by more than timing noise: caches, or less work than claimed.
 SUSPECT_PERCENT = 102.0
@@ -46,15 +52,16 @@ class Provider:
 
     Attributes:
         name: as shown in tables.
-        build: takes the case's inputs and returns the call to be timed; may raise :class:`UnavailableError`.
+        build: takes the case's inputs and returns the call to be timed; may raise :class:`UnavailableError`. It is
+            called more than once, on the same inputs.
         in_quick: False leaves it out of quick runs (it compiles for a long time, for instance).
-        package: the distribution that it comes from, whose version is recorded.
+        cost: where it does other work than the case says: what that must move.
     """
 
     name: str
     build: Callable[[Any], Callable[[], Any]]
     in_quick: bool = True
-    package: str = ""
+    cost: Callable[[], MovesMemory] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Case:
         cost: returns the bytes and FLOPs that the work must move, computed by the op's ``cost``.
         traffic: the measured stream that it is compared with: ``"copy"``, ``"read"``, ``"write"`` or ``"4r3w"``;
             empty where memory is not what bounds it.
-        memory: bytes that inputs, outputs and temporaries need at most, to skip what does not fit.
+        memory: bytes that inputs, outputs and temporaries of one provider need at most, to skip what does not fit.
         inputs: builds the inputs on a device, from a fixed seed.
         before: untimed; restores in the inputs what a call overwrites.
         check: given inputs and a provider's call, runs it once and returns its largest error relative
@@ -77,10 +84,12 @@ class Case:
         providers: the first one is the baseline of the ratios.
         in_quick: False leaves the case out of quick runs.
         gemm: the measured matrix product (a key of ``Ceilings.gemm``) whose rate bounds it; empty for none.
-        resident: the cost of a call is what is measured: caches stay as the last call left them.
+        resident: the cost of a call is what is measured: caches stay as the last call left them, and on a GPU the
+            wall's time counts, to the end of the call's work.
         redraw: given inputs and a seed, draws other values into the same buffers, so that a provider that
             remembers its last result is found out. Not needed where every call changes its own input.
         parts: a call returns the seconds of its parts by name, which the row keeps apart.
+        device: the type of device whose speed its sizes are chosen for; empty for any.
     """
 
     op: str
@@ -99,6 +108,7 @@ class Case:
     resident: bool = False
     redraw: Callable[[Any, int], None] | None = None
     parts: bool = False
+    device: str = ""
 
     @property
     def key(self) -> str:
@@ -157,12 +167,16 @@ def measure(
     """Check and time every provider of ``case`` on ``device``; one row for each, whatever happens to it.
 
     ``tell`` is called with a provider's name whenever something of that provider begins.
+
+    On CUDA an error of a provider other than want of memory is raised: it may have spoilt the context for all others,
+    so this process must end.
     """
     from superfine.env import clock_mhz, last_level_cache
 
+    select(device)
     providers = [provider for provider in providers_of(case, settings) if provider.name not in leave_out]
     baseline = case.providers[0].name
-    evict = 0 if case.resident else eviction(device, case.memory, last_level_cache(device))
+    evict = 0 if case.resident else eviction(last_level_cache(device))
     blank = Row(
         case.op, case.name, case.dtype, case.work, "", str(device), "skipped",
         baseline=baseline, traffic=case.traffic, cache="resident" if case.resident else "cold",
@@ -172,18 +186,21 @@ def measure(
         note = f"needs {(case.memory + evict) / 2**30:.1f} GiB; {available / 2**30:.1f} GiB are free"
         return [replace(blank, provider=provider.name, note=note) for provider in providers]
 
-    clock = Clock(device, evict)
-    inputs = case.inputs(device)
+    try:
+        clock = Clock(device, evict)
+        inputs = case.inputs(device)
+    except Exception as error:
+        return [_failed(replace(blank, provider=provider.name), error) for provider in providers]
     rows: dict[str, Row] = {}
     running: dict[str, _Runner] = {}
     for provider in providers:
         tell(provider.name)
         row = replace(blank, provider=provider.name)
         try:
+            _built(case, inputs, provider)
+            gc.collect()
             with PeakMemory(device) as peak:
-                call = provider.build(inputs)
-                case.before(inputs)
-                call()  # compiles, allocates its state, warms up
+                call = _built(case, inputs, provider)
         except UnavailableError as reason:
             rows[provider.name] = replace(row, status="unavailable", note=str(reason))
             continue
@@ -195,22 +212,24 @@ def measure(
         if row.status == "ok":
             running[provider.name] = _Runner(call)
 
+    def attempt(name: str, work: Callable[[Case, Any, _Runner, Clock], None]) -> None:
+        tell(name)
+        try:
+            work(case, inputs, running[name], clock)
+        except Exception as error:
+            rows[name] = _failed(rows[name], error)
+            del running[name]
+
     clocks: list[float] = []
     collecting = gc.isenabled()
     gc.disable()  # a collection inside a timed call would be charged to whoever is running
     try:
-        for name, runner in list(running.items()):
-            tell(name)
-            try:
-                _plan(case, inputs, runner, clock, settings)
-            except Exception as error:
-                rows[name] = _failed(rows[name], error)
-                del running[name]
+        for name in list(running):
+            attempt(name, partial(_plan, settings=settings))
         for turn in range(settings.turns if running else 0):
-            order = list(running.items())
-            for name, runner in order if turn % 2 == 0 else reversed(order):
-                tell(name)
-                _take_turn(case, inputs, runner, clock)
+            order = list(running)
+            for name in order if turn % 2 == 0 else reversed(order):
+                attempt(name, _take_turn)
             mhz = clock_mhz(device)
             clocks += [] if mhz is None else [mhz]
     finally:
@@ -236,13 +255,27 @@ def measure(
     return [rows[provider.name] for provider in providers]
 
 
+def _built(case: Case, inputs: Any, provider: Provider) -> Callable[[], Any]:
+    """The provider's call after the first one, which compiles, allocates its state, warms up."""
+    call = provider.build(inputs)
+    case.before(inputs)
+    call()
+    return call
+
+
+def _timed(case: Case, inputs: Any, runner: _Runner, clock: Clock) -> tuple[float, Any]:
+    """Seconds of one call and what it returned."""
+    case.before(inputs)
+    clock.evict()
+    # Of a short call the device's time depends on how much of it was queued before the device began.
+    return (clock.wall_seconds if case.resident else clock.device_seconds)(runner.call)
+
+
 def _plan(case: Case, inputs: Any, runner: _Runner, clock: Clock, settings: Settings) -> None:
     """Set how many calls make a turn, from how long one takes with everything around it."""
 
     def everything() -> None:
-        case.before(inputs)
-        clock.evict()
-        clock.device_seconds(runner.call)
+        _timed(case, inputs, runner, clock)
 
     everything()
     seconds = max(clock.wall_seconds(everything)[0], 1e-6)
@@ -252,15 +285,13 @@ def _plan(case: Case, inputs: Any, runner: _Runner, clock: Clock, settings: Sett
 def _take_turn(case: Case, inputs: Any, runner: _Runner, clock: Clock) -> None:
     turn = []
     for _ in range(runner.calls_per_turn):
-        case.before(inputs)
-        clock.evict()
-        seconds, result = clock.device_seconds(runner.call)
+        seconds, result = _timed(case, inputs, runner, clock)
         turn.append(seconds)
         if case.parts:
             runner.parts.append(result)
         del result  # freed before the next call: an outcome that lives on is no part of the work
     runner.turns.append(turn)
-    if clock.on_cuda:
+    if clock.on_cuda and not case.resident:
         case.before(inputs)
         clock.evict()
         runner.walls.append(clock.wall_seconds(runner.call)[0])
@@ -288,16 +319,26 @@ def _checked(case: Case, inputs: Any, call: Callable[[], Any], row: Row) -> Row:
 
 
 def _failed(row: Row, error: Exception) -> Row:
-    text = str(error).strip() or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError):
-        return replace(row, status="out of memory", note=text.splitlines()[0][:200])
-    return replace(row, status="error", note=f"{type(error).__name__}: {text.splitlines()[0][:200]}")
+    status, note = failure(error)
+    if status == "error" and row.device.startswith("cuda"):
+        raise error
+    return replace(row, status=status, note=note)
+
+
+def failure(error: Exception) -> tuple[str, str]:
+    """The status and the note of a row that ended with `error`."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    # On the CPU torch raises a plain RuntimeError, native code std::bad_alloc.
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(
+        r"can't allocate memory|not enough memory|out of memory", line
+    )
+    return ("out of memory", line) if out_of_memory else ("error", f"{type(error).__name__}: {line}")
 
 
 def with_rates(row: Row, case: Case, ceilings: Ceilings | None) -> Row:
     """The row with its rates, and how near it comes to the slower of both ceilings."""
     assert row.median_ms is not None
-    cost = case.cost()
+    cost = next((p.cost for p in case.providers if p.name == row.provider and p.cost), case.cost)()
     seconds = row.median_ms / 1000
     bandwidth = rate = None
     if ceilings is not None:
@@ -309,8 +350,8 @@ def with_rates(row: Row, case: Case, ceilings: Ceilings | None) -> Row:
     suspect = percent is not None and percent > SUSPECT_PERCENT
     return replace(
         row,
-        status="suspect" if suspect else row.status,
-        note=f"above {SUSPECT_PERCENT:.0f}% of the measured ceiling" if suspect else row.note,
+        status="suspect" if suspect else "ok",
+        note=f"above {SUSPECT_PERCENT:.0f}% of the measured ceiling" if suspect else "",
         bytes=cost.bytes,
         flops=cost.flops,
         gb_per_s=cost.bytes / seconds / 1e9,

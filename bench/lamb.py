@@ -116,7 +116,6 @@ PROVIDERS = (
     Provider("eager LAMB", _eager),
     Provider("foreach LAMB", _foreach),
     Provider("superfine", _superfine),
-    Provider("AdamW of superfine", lambda inputs: _AdamW(adamw._superfine(inputs))),
 )
 
 
@@ -126,13 +125,15 @@ def _case(name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, in
     def cost() -> MovesMemory:
         return importlib.import_module("superfine_kernels.lamb").cost(numel, dtype)
 
+    same = adamw.make_case(name, shapes, dtype)
+    for_scale = Provider("superfine AdamW", lambda inputs: _AdamW(adamw._superfine(inputs)), cost=same.cost)
     return replace(
-        adamw._case(name, shapes, dtype),
+        same,
         op="lamb",
         work="one step; gradients there already, no clipping, no zero_grad (AdamW: another rule, for scale)",
         cost=cost,
         check=_check,
-        providers=PROVIDERS,
+        providers=(*PROVIDERS, for_scale),
         in_quick=in_quick,
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 import json
 import math
 import statistics
@@ -21,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import all_cases
-from .binaries import LIMITS, LIMITS_SOURCE, cuobjdump, occupancy, resource_usage, short_name
+from . import OPS, all_cases
+from .binaries import LIMITS, LIMITS_SOURCE, built_usage, occupancy, short_name
 from .ceilings import measure_ceilings
 from .counters import Counters, read_counters
 from .display import number, size
-from .harness import Case, Provider, with_rates
+from .harness import PARTS, Case, Provider, with_rates
 from .records import Ceilings, Row, finite
-from .timing import Clock
+from .timing import Clock, select
 from .trace import NATIVE, Total, Trace, record
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TRACE, PICTURE, NUMBERS = "trace.json.gz", "memory.png", "profile.json"
-PARTS = ("forward", "backward", "optimizer")
 NO_KERNEL = "no kernel running"
 CEILING_SECONDS = 6.0
 SHOWN = 20  # lines of the table; profile.json has all
@@ -91,13 +89,19 @@ class Profile:
     notes: list[str] = field(default_factory=list)
 
 
-def find_case(op: str, case: str | None = None, provider: str = "superfine") -> tuple[Case, Provider]:
-    """The first case of `op` whose key contains `case`, and its provider of that name.
+def find_case(
+    op: str, case: str | None = None, provider: str = "superfine", device: str = "cpu"
+) -> tuple[Case, Provider]:
+    """The first case of `op` for a type of `device` whose key contains `case`, and its provider of that name.
+
+    `train` is short for `train_step`.
 
     Raises:
         ValueError: there is none; the message has near misses.
     """
-    cases = all_cases(op)
+    if op not in (*OPS, "train"):
+        raise ValueError(f"profile: op is {op!r}; expected {_one_of(op, [*OPS, 'train'])}")
+    cases = all_cases("train_step" if op == "train" else op, device)
     found = next((one for one in cases if case is None or case in one.key), None)
     if found is None:
         raise ValueError(f"profile: case is {case!r}; expected {_one_of(str(case), [c.key for c in cases])}")
@@ -132,9 +136,10 @@ def profile_case(
     """
     if calls < 1:
         raise ValueError(f"profile_case: calls is {calls}; expected at least 1")
-    folder.mkdir(parents=True, exist_ok=True)
+    select(device)
     inputs = case.inputs(device)
     call = provider.build(inputs)
+    folder.mkdir(parents=True, exist_ok=True)
 
     def prepare() -> Callable[[], Any]:
         case.before(inputs)
@@ -229,11 +234,7 @@ def _kernel(
 
 def _stacks(arch: str) -> dict[str, int]:
     """Spilled bytes per thread of our CUDA kernels, by short name; empty where they cannot be read."""
-    built = importlib.util.find_spec("superfine_kernels._cuda")
-    if built is None or built.origin is None or cuobjdump() is None:
-        return {}
-    usages = resource_usage(built.origin)
-    return {short_name(name): usage.stack for (of, name), usage in usages.items() if of == arch}
+    return {short_name(name): usage.stack for name, usage in (built_usage(arch) or {}).items()}
 
 
 def _write(profile: Profile, folder: Path) -> None:

@@ -25,7 +25,8 @@ MEASURED = ("ok", "suspect")
 class Row:
     """One provider on one case. Times are in ms, rates in GB/s (10^9) and TFLOP/s, sizes in bytes.
 
-    ``median_ms``, ``p20_ms`` and ``p80_ms`` are of single calls: on a GPU the device's time, on a CPU the wall's.
+    ``median_ms``, ``p20_ms`` and ``p80_ms`` are of single calls: on a GPU the device's time, on a CPU the wall's. Of
+    cases about the cost of a call (``cache`` is ``resident``) it is the wall's everywhere, to the end of the work.
     ``low_ms`` and ``high_ms`` bound the median with 95% confidence, from its scatter over the turns in which
     providers alternate; ``p20_low_ms`` and ``p20_high_ms`` bound the 20th percentile, the figure that noise disturbs
     least: runs are compared by it. ``ratio`` is the median over all turns of the baseline's time divided by this
@@ -89,13 +90,24 @@ class Ceilings:
         rates: GB/s of ``copy``, ``read``, ``write`` and ``4r3w`` streams: ``rates[traffic]`` is a list of
             ``(bytes of the working set, rate)``. Sets that fit into a cache show the cache.
         gemm: TFLOP/s of a large matrix product, by ``float32``, ``tf32``, ``bfloat16``; what cannot run is missing.
-        launch_us: the least time of a call that does nothing: a kernel launch, or a torch op on one element.
+        launch_us: the least time of a torch op on one element, from the call to the end of its work.
     """
 
     device: str
     rates: dict[str, list[tuple[int, float]]]
     gemm: dict[str, float] = field(default_factory=dict)
     launch_us: float | None = None
+
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """The best of both, figure by figure."""
+        rates = {traffic: dict(measured) for traffic, measured in self.rates.items()}
+        for traffic, measured in other.rates.items():
+            best = rates.setdefault(traffic, {})
+            best.update((size, max(rate, best.get(size, 0.0))) for size, rate in measured)
+        gemm = self.gemm | {name: max(rate, self.gemm.get(name, 0.0)) for name, rate in other.gemm.items()}
+        return dataclasses.replace(
+            self, rates={traffic: sorted(best.items()) for traffic, best in rates.items()}, gemm=gemm
+        )
 
     def for_bytes(self, traffic: str, size: int) -> float | None:
         """Return the rate at ``size``, interpolated on a log scale between the measured sizes; None for none."""
@@ -183,7 +195,10 @@ def read(path: str | Path) -> Run:
             if kind == "environment":
                 run.environment = record
             elif kind == "ceilings":
-                run.ceilings = _known(Ceilings, record)
+                rates = {
+                    name: [(size, rate) for size, rate in sizes] for name, sizes in record["rates"].items()
+                }
+                run.ceilings = _known(Ceilings, record | {"rates": rates})
             elif kind == "row":
                 row = _known(Row, record)
                 rows[row.key] = row

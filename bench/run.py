@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from rich.console import Console
 from superfine.env import environment
 
 from . import Case, Ceilings, Row, Settings, all_cases, records
-from .ceilings import measure_ceilings
-from .harness import SUSPECT_PERCENT, providers_of
-from .isolate import measure_alone
+from .compare import device_of
+from .display import arithmetic_bound, is_ours
+from .harness import providers_of, with_rates
+from .isolate import ceilings_alone, measure_alone
 
 CEILING_SECONDS = {True: 15.0, False: 30.0}  # in quick runs, in others: about twice what it takes
 
-#: Rows that a resumed run does not measure again; errors and time-outs get another chance.
+#: Rows that a resumed run does not measure again; errors and time-outs get another chance, and so does what was
+#: unavailable if a library to compare with has been installed since.
 DONE = ("ok", "suspect", "wrong", "unavailable", "skipped", "out of memory")
 
 
@@ -42,8 +44,8 @@ def run(
     """
     settings = settings or Settings()
     console = console or Console()
-    cases = [case for case in all_cases(only) if case.in_quick or not settings.quick]
     target = find_device(device)
+    cases = [case for case in all_cases(only, target.type) if case.in_quick or not settings.quick]
     described = environment() | {
         "device": str(target),
         "settings": asdict(settings),
@@ -54,8 +56,8 @@ def run(
     try:
         ceilings = done.ceilings
         if ceilings is None:
-            ceilings = done.ceilings = measure_ceilings(
-                target, CEILING_SECONDS[settings.quick], say=lambda text: _say(console, text)
+            ceilings = done.ceilings = ceilings_alone(
+                target, CEILING_SECONDS[settings.quick], lambda text: _say(console, text)
             )
             if file is not None:
                 records.append(file, "ceilings", asdict(ceilings))
@@ -65,11 +67,14 @@ def run(
             if rows is None:
                 _say(console, f"{index}/{len(cases)} {case.key}")
                 rows = measure_alone(case, target, settings, ceilings)
-                rows = [recheck_ceiling(row, case, target) for row in rows]
-                done.add(rows)
-                if file is not None:
-                    for row in rows:
-                        records.append_row(file, row)
+                _save(file, done, rows)
+                better = recheck_ceilings(rows, case, target, ceilings)
+                if better != ceilings:
+                    ceilings = done.ceilings = better
+                    if file is not None:
+                        records.append(file, "ceilings", asdict(ceilings))
+                    _save(file, done, _judged_again(done.rows, cases, ceilings))
+                    rows = [row for row in done.rows if row.case_key == rows[0].case_key]
             _print_rows(console, rows)
     finally:
         if out is not None and done.rows:
@@ -85,7 +90,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
     return [
         f"{row.key} is {row.status}: {row.note}"
         for row in rows
-        if row.status in ("wrong", "error", "timeout") and row.provider.startswith("superfine")
+        if row.status in ("wrong", "error", "timeout") and is_ours(row.provider)
     ]
 
 
@@ -117,12 +122,27 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"bench: device is {name!r}; expected auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "no usable GPU or driver"
-        raise ValueError(f"bench: device is {name}; expected one that torch finds here ({why})")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"bench: device is {name}; expected auto, cpu or cuda")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"bench: device is {name}; expected one that torch finds here ({_why_no_gpu()})")
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(
+            f"bench: device is {name}; expected cuda:N with N below {count}, as many as are here"
+        )
+    return torch.device("cuda", index)
+
+
+def _why_no_gpu() -> str:
+    """What torch has against the driver, or against itself."""
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return str(error).strip().partition("\n")[0]
+    return "it says that there is none"
 
 
 def _begin(out: Path | None, described: dict[str, Any], resume: bool) -> records.Run:
@@ -136,16 +156,32 @@ def _begin(out: Path | None, described: dict[str, Any], resume: bool) -> records
     if not resume:
         raise FileExistsError(f"bench: {file} exists; expected a new folder, or --resume to go on with it")
     found = records.read(file)
-    for name in ("device", "packages", "native"):
-        if found.environment and found.environment.get(name) != described[name]:
-            raise ValueError(
-                f"bench: {file} was measured with {name} {found.environment.get(name)}; "
-                f"expected {described[name]}, as here"
-            )
-    if not found.environment:
-        records.append(file, "environment", described)
-        found.environment = described
+    if found.environment:
+        here = _decisive(described)
+        for name, value in _decisive(found.environment).items():
+            if value != here[name]:
+                raise ValueError(
+                    f"bench: {file} was measured with {name} {value}; expected {here[name]}, as here"
+                )
+        before, peers = found.environment.get("peers") or {}, described["peers"]
+        if not before.items() <= peers.items():
+            raise ValueError(f"bench: {file} was measured with peers {before}; expected {peers}, as here")
+        if before == peers:
+            return found
+        found.rows = [row for row in found.rows if row.status != "unavailable"]
+    records.append(file, "environment", described)
+    found.environment = described
     return found
+
+
+def _decisive(environment: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for rows to stand in one file."""
+    return {
+        "device": environment.get("device"),
+        "processor or GPU": device_of(records.Run(environment=environment)),
+        "commit": (environment.get("git") or {}).get("commit"),
+        **{name: environment.get(name) for name in ("packages", "native", "settings")},
+    }
 
 
 def _finished(done: records.Run, case: Case, device: torch.device, settings: Settings) -> list[Row] | None:
@@ -160,22 +196,32 @@ def _finished(done: records.Run, case: Case, device: torch.device, settings: Set
     return rows
 
 
-def recheck_ceiling(row: Row, case: Case, device: torch.device) -> Row:
-    """A machine that others share may have been slow when its ceilings were measured: look once more."""
-    if row.status != "suspect" or row.ceiling_gb_per_s is None or row.percent_of_ceiling is None:
-        return row
-    size = row.bytes if row.bytes and row.cache == "resident" else 2**40
-    again = measure_ceilings(device, only=case.traffic).for_bytes(case.traffic, size)
-    rate = max(again or 0.0, row.ceiling_gb_per_s)
-    percent = row.percent_of_ceiling * row.ceiling_gb_per_s / rate
-    fits = percent <= SUSPECT_PERCENT
-    return replace(
-        row,
-        ceiling_gb_per_s=rate,
-        percent_of_ceiling=percent,
-        status="ok" if fits else row.status,
-        note="" if fits else row.note,
-    )
+def recheck_ceilings(rows: Sequence[Row], case: Case, device: torch.device, ceilings: Ceilings) -> Ceilings:
+    """Measure once more what a row exceeds: a machine that others share may have been slow the first time."""
+    exceeded = [row for row in rows if row.status == "suspect"]
+    for only in dict.fromkeys(case.gemm if arithmetic_bound(row) else case.traffic for row in exceeded):
+        again = ceilings_alone(device, CEILING_SECONDS[False], lambda text: None, only=only)
+        ceilings = ceilings.or_better(again)
+    return ceilings
+
+
+def _judged_again(rows: Sequence[Row], cases: Sequence[Case], ceilings: Ceilings) -> list[Row]:
+    """Those of the rows that the ceilings change."""
+    by_key = {case.key: case for case in cases}
+    found = []
+    for row in rows:
+        case = by_key.get(f"{row.op}/{row.case}/{row.dtype}")
+        if case is not None and row.status in records.MEASURED:
+            judged = with_rates(row, case, ceilings)
+            found += [judged] if judged != row else []
+    return found
+
+
+def _save(file: Path | None, done: records.Run, rows: Sequence[Row]) -> None:
+    done.add(rows)
+    if file is not None:
+        for row in rows:
+            records.append_row(file, row)
 
 
 def _say(console: Console, text: str) -> None:

@@ -18,7 +18,17 @@ from pathlib import Path
 from superfine._files import atomic_write
 
 from .compare import device_of
-from .display import baseline_of, best_of_ours, by_case, by_op, case_name, interval, is_ours, number, times
+from .display import (
+    baseline_of,
+    best_of_ours,
+    by_case,
+    by_op,
+    case_name,
+    does_the_case,
+    interval,
+    number,
+    times,
+)
 from .records import FILE, MEASURED, Row, Run, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +104,7 @@ def measured_table(run: Run) -> str:
         baseline = baseline_of(case)
         first = next((row for row in case if row.provider == baseline), None)
         for row in case:
-            if not is_ours(row.provider):
+            if not does_the_case(row.provider):
                 continue
             variant = row.provider.removeprefix("superfine")  # such as ", in place"
             cells = [
@@ -105,25 +115,28 @@ def measured_table(run: Run) -> str:
                 _ratio(row),
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    if any(row.status == "suspect" and is_ours(row.provider) for row in run.rows):
-        lines += [
-            "",
-            "\\* suspect: faster than the ceiling measured on this machine, so not to be relied on.",
-        ]
-    return "\n".join(lines)
+    notes = [
+        "Times are medians over all calls. A ratio is the median over turns of the baseline's time by ours in a turn",
+        "(with its 95% interval): it need not be the quotient of the times.",
+    ]
+    shown = [row for row in run.rows if does_the_case(row.provider)]
+    if any(_unclear(row) for row in shown):
+        notes.append("Unclear: the interval of the ratio holds 1.")
+    if any(row.status == "suspect" for row in shown):
+        notes.append("\\* suspect: faster than the ceiling measured on this machine, so not to be relied on.")
+    return "\n".join([*lines, "", *notes])
 
 
 def ratios_table(runs: dict[str, Run]) -> str:
-    """The best of ours against the baseline, over the cases of an op."""
+    """The best of ours against the baseline, over the cases of an op where it is clear which is faster."""
     lines = ["| op | measured on | cases | ratio | to |", "|---|---|---|---|---|"]
     for name, run in runs.items():
         for op, rows in by_op(run.rows).items():
             cases = [(baseline_of(case), best_of_ours(case)) for case in by_case(rows)]
-            ratios = [row.ratio for _, row in cases if row is not None and row.ratio]
-            if ratios:
+            best = [row for _, row in cases if row is not None]
+            if best:
                 baselines = " / ".join(dict.fromkeys(name for name, row in cases if row is not None))
-                span = f"{times(min(ratios))} to {times(max(ratios))}"
-                lines.append(f"| `{op}` | {name} | {len(ratios)} | {span} | {baselines} |")
+                lines.append(f"| `{op}` | {name} | {len(best)} | {_span(best)} | {baselines} |")
     return "\n".join(lines)
 
 
@@ -133,11 +146,25 @@ def _time(row: Row | None) -> str:
     return f"{number(row.median_ms)} ms" if row.status in MEASURED and row.median_ms else row.status
 
 
+def _unclear(row: Row) -> bool:
+    """Whether the interval of the ratio leaves open which of both is faster."""
+    return row.ratio_low is not None and row.ratio_high is not None and row.ratio_low <= 1 <= row.ratio_high
+
+
+def _span(rows: Sequence[Row]) -> str:
+    ratios = [row.ratio for row in rows if row.ratio is not None and not _unclear(row)]
+    low, high = (times(min(ratios)), times(max(ratios))) if ratios else ("", "")
+    unclear = len(rows) - len(ratios)
+    span = low if low == high else f"{low} to {high}"
+    return ", ".join(filter(None, [span, f"{unclear} unclear" if unclear else ""]))
+
+
 def _ratio(row: Row) -> str:
     if row.ratio is None or row.status not in MEASURED:
         return ""
     bounds = interval(row.ratio_low, row.ratio_high)
-    return times(row.ratio) + (f" ({bounds})" if bounds else "") + (" \\*" if row.status == "suspect" else "")
+    ratio = "unclear" if _unclear(row) else times(row.ratio)
+    return ratio + (f" ({bounds})" if bounds else "") + (" \\*" if row.status == "suspect" else "")
 
 
 def _origin(run: Run) -> str:
@@ -150,9 +177,8 @@ def _origin(run: Run) -> str:
         if git.get("commit")
         else ""
     )
-    return ", ".join(
-        filter(None, [f"Medians of one run on {device_of(run)}", torch and f"torch {torch}", commit])
-    )
+    kind = "quick run" if (environment.get("settings") or {}).get("quick") else "run"
+    return ", ".join(filter(None, [f"One {kind} on {device_of(run)}", torch and f"torch {torch}", commit]))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PAIRS = [
     pytest.param(device, case, provider, id=f"{device}-{case.key}-{provider.name}".replace(" ", "_"))
     for device in DEVICES
-    for case in all_cases()
+    for case in all_cases(device=device)
     for provider in case.providers
 ]
 

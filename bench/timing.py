@@ -18,6 +18,12 @@ import torch
 Call = Callable[[], Any]
 
 
+def select(device: torch.device) -> None:
+    """Make a GPU the current one: events, ``synchronize`` and kernels go to that, whatever their tensors say."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 class Clock:
     """Times single calls on one device, with caches cold or as the last call left them."""
 
@@ -104,12 +110,13 @@ def _resident(name: str) -> int | None:
     return None if found is None else int(found.group(1)) * 1024
 
 
-def eviction(device: torch.device, working_set: int, last_level_cache: int | None) -> int:
-    """How much to stream through so that nothing of a case lies in a cache; 0 where it does not fit anyway."""
-    most = 2**29  # a virtual machine may report the whole host's cache
-    if last_level_cache is None or working_set > 4 * last_level_cache:
-        return 0
-    return min(most, (2 if device.type == "cuda" else 1) * last_level_cache)
+def eviction(last_level_cache: int | None) -> int:
+    """How many bytes to stream through so that nothing of a case lies in a cache, however large the case is.
+
+    Twice the cache, as caches do not replace the oldest line first; 256 MiB where its size is unknown. No more than
+    512 MiB: a virtual machine may report the whole host's cache.
+    """
+    return 2**28 if last_level_cache is None else min(2**29, 2 * last_level_cache)
 
 
 def quantile(values: Sequence[float], q: float) -> float:

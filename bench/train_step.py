@@ -7,6 +7,7 @@ Weights are put back before each call, so that every step is the same one. A cal
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,11 +22,10 @@ from torch.profiler import record_function
 
 from superfine_kernels._library import Cost
 
-from .harness import Case, Provider, UnavailableError
+from .harness import PARTS, Case, Provider, UnavailableError
 from .peers import compiled, require
 
 LR, WEIGHT_DECAY, MAX_GRAD_NORM, CLASSES = 1e-3, 0.01, 1.0, 3
-PARTS = ("forward", "backward", "optimizer")
 # Of the losses and gradient norms of three steps: sums in another order, and autocast's products rounded to 8 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
@@ -67,7 +67,8 @@ class Inputs:
     pristine: list[Tensor]
     batch: dict[str, Tensor]
     dtype: torch.dtype
-    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    # Held by the steps that use them: what is built and dropped again takes its moments with it.
+    optimizers: weakref.WeakSet[torch.optim.Optimizer] = field(default_factory=weakref.WeakSet)
     outcome: tuple[Tensor, ...] = ()  # loss and gradient norm of the last step
     expected: list[list[float]] = field(default_factory=list)  # of the first steps
 
@@ -124,7 +125,7 @@ def _inputs(
     for _ in range(3):
         step()
         inputs.expected.append(_values(inputs))
-    inputs.optimizers, inputs.dtype = [], dtype
+    inputs.dtype = dtype
     _before(inputs)
     return inputs
 
@@ -152,7 +153,7 @@ def _values(inputs: Inputs) -> list[float]:
 
 def _step(inputs: Inputs, optimizer: torch.optim.Optimizer, loss_of: Callable[[], Tensor]) -> Step:
     """One training step. On a GPU the parts lie between events: nothing waits for the device before the end."""
-    inputs.optimizers.append(optimizer)
+    inputs.optimizers.add(optimizer)
     device = inputs.trained[0].device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=inputs.dtype == torch.bfloat16)
 
@@ -265,7 +266,12 @@ def _memory(size: Size) -> int:
 
 
 def _case(
-    family: str, size: Size, selection: str, dtype: torch.dtype = torch.float32, in_quick: bool = False
+    family: str,
+    size: Size,
+    selection: str,
+    dtype: torch.dtype = torch.float32,
+    in_quick: bool = False,
+    device: str = "",
 ) -> Case:
     name = str(dtype).removeprefix("torch.")
     return Case(
@@ -283,17 +289,17 @@ def _case(
         in_quick=in_quick,
         gemm=name,
         parts=True,
+        device=device,
     )
 
 
 def cases() -> list[Case]:
-    """Return the cases: real base sizes where there is a GPU, sizes whose steps take a second at most elsewhere."""
+    """Return the cases: real base sizes for GPUs, sizes whose steps take a second at most for CPUs."""
     everything = [(family, selection) for family in BASE for selection in SELECTIONS]
-    if torch.cuda.is_available():
-        return [
-            _case(family, BASE[family], selection, dtype, in_quick=(family, selection) in QUICK)
-            for family, selection in everything
-            for dtype in (torch.float32, torch.bfloat16)
-        ]
-    quick = [_case(family, SMALL, selection, in_quick=True) for family, selection in QUICK]
-    return quick + [_case(family, MEDIUM, selection) for family, selection in everything]
+    gpu = [
+        _case(family, BASE[family], selection, dtype, (family, selection) in QUICK, "cuda")
+        for family, selection in everything
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    quick = [_case(family, SMALL, selection, in_quick=True, device="cpu") for family, selection in QUICK]
+    return gpu + quick + [_case(family, MEDIUM, selection, device="cpu") for family, selection in everything]

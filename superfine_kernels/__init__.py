@@ -15,6 +15,18 @@ from superfine_kernels._backends import backends, isa
 from superfine_kernels._library import Cost, __version__
 from superfine_kernels.adamw import adamw_, adamw_group_
 from superfine_kernels.cross_entropy import cross_entropy
-from superfine_kernels.lamb import lamb_
+from superfine_kernels.lamb import lamb_, lamb_group_
+from superfine_kernels.norm import total_norm
 
-__all__ = ["Cost", "__version__", "adamw_", "adamw_group_", "backends", "cross_entropy", "isa", "lamb_"]
+__all__ = [
+    "Cost",
+    "__version__",
+    "adamw_",
+    "adamw_group_",
+    "backends",
+    "cross_entropy",
+    "isa",
+    "lamb_",
+    "lamb_group_",
+    "total_norm",
+]

@@ -1,7 +1,7 @@
 """Multi-tensor AdamW (Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", Algorithm 2).
 
     t <- t + 1
-    p <- p * (1 - lr * weight_decay)
+    p <- p * (1 - lr * weight_decay)                                 or p - lr * weight_decay * (p - anchor)
     m <- m + (1 - beta1) * (g - m)
     v <- beta2 * v + (1 - beta2) * g * g
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
@@ -12,21 +12,16 @@ csrc/math/adamw.h; low-precision elements are computed in float32 and rounded on
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from superfine_kernels import _backends, _cpu
-from superfine_kernels._library import LIBRARY, READER, Cost, is_plain, opmath_dtype, threads
-from superfine_kernels._moments import (
-    checked_hyperparameters,
-    state_lists,
-    state_lists_by_device,
-    step_rest,
-)
+from superfine_kernels import _cpu
+from superfine_kernels._library import Cost
+from superfine_kernels._moments import MomentOp, Stored, checked_hyperparameters
 
 
 def cost(
@@ -34,10 +29,16 @@ def cost(
     param_dtype: torch.dtype = torch.float32,
     state_dtype: torch.dtype | None = None,
     amsgrad: bool = False,
+    *,
+    anchored: bool = False,
+    low_bits: bool = False,
+    zero_grads: bool = False,
 ) -> Cost:
-    """Bytes and flops of one step over `numel` elements: reads p, g, m, v; writes p, m, v."""
+    """Bytes and flops of one step over `numel` elements: reads p, g, m, v; writes p, m, v; and what is asked for."""
     param, state = param_dtype.itemsize, (state_dtype or param_dtype).itemsize
-    return Cost(bytes=numel * (3 * param + (6 if amsgrad else 4) * state), flops=numel * (15 + amsgrad))
+    params = 3 + anchored + zero_grads  # tensors of the parameter's dtype that are read or written
+    moved = params * param + (6 if amsgrad else 4) * state + 4 * low_bits
+    return Cost(bytes=numel * moved, flops=numel * (15 + amsgrad + 2 * anchored))
 
 
 # --- reference ------------------------------------------------------------------------------------
@@ -49,6 +50,8 @@ def reference(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    low_bits: Sequence[Tensor],
     steps: Sequence[Tensor],
     *,
     lr: float,
@@ -56,76 +59,32 @@ def reference(
     beta2: float,
     eps: float,
     weight_decay: float,
-    maximize: bool,
+    gradient_scale: float,
+    zero_grads: bool,
 ) -> None:
     """The step in eager torch; takes every dtype and layout. Complex numbers count as pairs of real ones."""
-    for i, param in enumerate(params):
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps)
+    for i in range(len(params)):
         steps[i].add_(1)
         step = steps[i].item()
-        tensors = [param, grads[i], exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1]]
-        stored = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-        p, g, m, v, *v_max = (t.to(opmath_dtype(t.dtype)) for t in stored)
-        p = p * (1 - lr * weight_decay)
-        g = -g if maximize else g
-        m = m.lerp(g, 1 - beta1)
-        v = v.mul(beta2).addcmul(g, g, value=1 - beta2)
-        v_max = [torch.maximum(v_max[0], v)] if v_max else []
-        denominator = (v_max[0] if v_max else v).sqrt() / math.sqrt(1 - beta2**step) + eps
-        p = p.addcdiv(m, denominator, value=-lr / (1 - beta1**step))
-        for old, new in zip(stored, (p, stored[1], m, v, *v_max), strict=True):
-            if old is not stored[1]:
-                old.copy_(new)
+        x = Stored(lists, i, gradient_scale)
+        x.p = x.p - lr * weight_decay * x.distance
+        x.m = x.m.lerp(x.g, 1 - beta1)
+        x.v = x.v.mul(beta2).addcmul(x.g, x.g, value=1 - beta2)
+        x.v_max = None if x.v_max is None else torch.maximum(x.v_max, x.v)
+        second_moment = x.v if x.v_max is None else x.v_max
+        denominator = second_moment.sqrt() / math.sqrt(1 - beta2**step) + eps
+        x.p = x.p.addcdiv(x.m, denominator, value=-lr / (1 - beta1**step))
+        x.save_moments()
+        x.save_param(zero_grads)
 
 
-# --- backends ---------------------------------------------------------------------------------------
-
-
-def _run(backend: str | None, lists: tuple[list[Tensor], ...], hyper: dict[str, Any]) -> None:
-    # Without parameters there is no device to choose by; the CPU's reader still compares the lengths.
-    chosen = _backends.choose("adamw_", lists[0][0].device, backend) if lists[0] else "cpu"
-    name, _, isa = chosen.partition(":")
-    if name == "cpu":
-        rest = _cpu.adamw(READER, *lists, **hyper, threads=threads(), isa=isa)
-    elif name == "cuda":
-        from superfine_kernels import _cuda
-
-        rest = _cuda.adamw(
-            READER, *lists, **hyper, stream=torch.cuda.current_stream(lists[0][0].device).cuda_stream
-        )
-    elif name == "triton":
-        from superfine_kernels.triton import adamw as kernels
-
-        rest = kernels.adamw_(*lists, **hyper)
-    else:
-        return reference(*lists, **hyper)
-    return step_rest("adamw_", reference, rest, lists, hyper)
-
-
-# --- registration -----------------------------------------------------------------------------------
-
-LIBRARY.define(
-    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, *, float lr, float beta1, float beta2, float eps, "
-    "float weight_decay, bool maximize, str backend='') -> ()"
+OP = MomentOp(
+    "adamw",
+    reference,
+    "float lr, float beta1, float beta2, float eps, float weight_decay, float gradient_scale",
 )
-
-
-def _dispatched(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    *,
-    backend: str = "",
-    **hyper: float | bool,
-) -> None:
-    _run(backend, tuple(map(list, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps))), hyper)
-
-
-torch.library.impl(LIBRARY, "adamw_", "CompositeExplicitAutograd")(_dispatched)
-torch.library.register_fake("superfine::adamw_", lambda *args, **kwargs: None, lib=LIBRARY)
+OP.register()
 
 
 # --- public -------------------------------------------------------------------------------------------
@@ -145,6 +104,10 @@ def adamw_(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     maximize: bool = False,
+    gradient_scale: float = 1.0,
+    zero_grads: bool = False,
+    anchors: Sequence[Tensor] = (),
+    low_bits: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> None:
     """One AdamW step over lists of tensors, in place; equal to `torch.optim.AdamW`'s.
@@ -157,22 +120,21 @@ def adamw_(
         max_exp_avg_sqs: running maxima of the second moments for AMSGrad; empty without.
         steps: float32 scalars on the CPU, the steps taken so far; each grows by one.
         lr, beta1, beta2, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
+        gradient_scale: factor of the gradients, for clipping and loss scaling; NaN and infinity are taken.
+        zero_grads: leave zeros in `grads`, which the kernel has in its cache; else they are not written.
+        anchors: where weight decay pulls to (L2-SP, Li et al. 2018), of the parameters' shapes and dtypes; empty for
+            zero.
+        low_bits: int16, beside bfloat16 parameters: their lower 16 bits, so that both are float32 parameters and
+            follow the float32 trajectory bit for bit. Zeros to begin with; empty without.
         backend: None for the best one; see `superfine_kernels.backends()`.
 
     Raises:
         ValueError: lists of unequal length, tensors of the wrong shape, dtype or device, tensors that overlap in
             memory, hyperparameters out of range. Nothing has been written then.
     """
-    hyper = {
-        **checked_hyperparameters("adamw_", lr, beta1, beta2, eps, weight_decay),
-        "maximize": maximize,
-    }
-    lists = tuple(list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps))
-    with torch.no_grad():
-        if is_plain(lists[0]):  # past the dispatcher, which costs about 0.2 us per tensor
-            _run(backend, lists, hyper)
-        else:
-            torch.ops.superfine.adamw_(*lists, **hyper, backend=backend or "")
+    hyper = checked_hyperparameters("adamw_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps)
+    OP(tuple(map(list, lists)), {**hyper, "zero_grads": zero_grads}, backend)
 
 
 def adamw_group_(
@@ -180,36 +142,27 @@ def adamw_group_(
     state: dict[Tensor, dict[str, Tensor]],
     *,
     amsgrad: bool = False,
+    anchored: bool = False,
     lr: float,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     maximize: bool = False,
+    gradient_scale: float = 1.0,
+    zero_grads: bool = False,
 ) -> None:
     """`adamw_` over the parameters of an optimizer's group that have a gradient, with their `state`.
 
     Args:
         params: the group's parameters.
-        state: for each parameter with a gradient a dict of `exp_avg`, `exp_avg_sq`, `step` and, with amsgrad,
-            `max_exp_avg_sq`.
+        state: for each parameter with a gradient a dict of `exp_avg`, `exp_avg_sq`, `step`; with amsgrad
+            `max_exp_avg_sq`; with anchored `anchor`; and `low_bits` where the parameter has some.
 
     Raises:
         KeyError: a parameter with a gradient has no state. Otherwise as `adamw_`.
     """
-    hyper = {
-        **checked_hyperparameters("adamw_", lr, beta1, beta2, eps, weight_decay),
-        "maximize": maximize,
-    }
-    if not params:
-        return
-    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq" if amsgrad else None, "step")
-    if params[0].device.type == "cpu" and is_plain(()):
-        done = _cpu.adamw_group(READER, params, state, amsgrad, **hyper, threads=threads(), isa="")
-        if done is not None:
-            used, rest = done
-            if rest:
-                step_rest("adamw_", reference, rest, state_lists(used, state, names), hyper)
-            return
-    for lists in state_lists_by_device(params, state, names):
-        adamw_(*lists, **hyper)
+    hyper = checked_hyperparameters("adamw_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize)
+    native = functools.partial(_cpu.adamw_group, amsgrad=amsgrad, anchored=anchored)
+    absent = (*(() if amsgrad else ("max_exp_avg_sq",)), *(() if anchored else ("anchor",)))
+    OP.step_group(params, state, absent, native, {**hyper, "zero_grads": zero_grads})

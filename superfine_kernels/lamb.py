@@ -3,7 +3,7 @@
     t <- t + 1
     m <- beta1 * m + (1 - beta1) * g                       1 * g without grad_averaging
     v <- beta2 * v + (1 - beta2) * g * g
-    u <- m / (1 - beta1^t) / (sqrt(v) / sqrt(1 - beta2^t) + eps) + weight_decay * p
+    u <- m / (1 - beta1^t) / (sqrt(v) / sqrt(1 - beta2^t) + eps) + weight_decay * p           or * (p - anchor)
     p <- p - lr * trust_ratio * u                          trust_ratio = |p| / |u|, norms over the tensor
 
 for every tensor in one parallel region (CPU) or a few launches (GPU), in two passes: moments and norms first, then
@@ -13,6 +13,7 @@ computed in float32 and rounded once per store.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from superfine_kernels import _backends, _cpu
-from superfine_kernels._library import LIBRARY, READER, Cost, is_plain, opmath_dtype, reject, threads
-from superfine_kernels._moments import checked_hyperparameters, step_rest
+from superfine_kernels import _cpu
+from superfine_kernels._library import Cost
+from superfine_kernels._moments import MomentOp, Stored, checked_hyperparameters
 
 
 def cost(
@@ -44,6 +45,9 @@ def reference(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    low_bits: Sequence[Tensor],
     steps: Sequence[Tensor],
     *,
     lr: float,
@@ -56,88 +60,46 @@ def reference(
     adapt: bool,
     trust_clip: bool,
     gradient_scale: float,
+    zero_grads: bool,
 ) -> None:
     """The step in eager torch; takes every dtype and layout. Complex numbers count as pairs of real ones."""
-    for i, param in enumerate(params):
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps)
+    for i in range(len(params)):
         steps[i].add_(1)
         step = steps[i].item()
-        tensors = [param, grads[i], exp_avgs[i], exp_avg_sqs[i]]
-        stored = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-        p, g, m, v = (t.to(opmath_dtype(t.dtype)) for t in stored)
-        g = g * gradient_scale
-        m = m * beta1 + g * (1 - beta1 if grad_averaging else 1.0)
-        v = v.mul(beta2).addcmul(g, g, value=1 - beta2)
-        stored[2].copy_(m)
-        stored[3].copy_(v)
-        m, v = stored[2].to(p.dtype), stored[3].to(p.dtype)  # the update is that of the moments as stored
+        x = Stored(lists, i, gradient_scale)
+        x.m = x.m * beta1 + x.g * (1 - beta1 if grad_averaging else 1.0)
+        x.v = x.v.mul(beta2).addcmul(x.g, x.g, value=1 - beta2)
+        x.save_moments()
+        m, v = x.exp_avg.to(x.p.dtype), x.exp_avg_sq.to(x.p.dtype)  # as they are stored
         bias1, bias2 = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
-        update = (m / bias1) / (v.sqrt() / math.sqrt(bias2) + eps) + weight_decay * p
+        update = (m / bias1) / (v.sqrt() / math.sqrt(bias2) + eps) + weight_decay * x.distance
         if adapt:
-            param_norm, update_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(update)
+            param_norm, update_norm = torch.linalg.vector_norm(x.p), torch.linalg.vector_norm(update)
             trust_ratio = torch.where((param_norm > 0) & (update_norm > 0), param_norm / update_norm, 1.0)
             update = update * (trust_ratio.clamp(max=1.0) if trust_clip else trust_ratio)
-        stored[0].copy_(p.sub(update, alpha=lr))
+        x.p = x.p.sub(update, alpha=lr)
+        x.save_param(zero_grads)
 
 
-# --- backends ---------------------------------------------------------------------------------------
-
-
-def _run(backend: str | None, lists: tuple[list[Tensor], ...], hyper: dict[str, Any]) -> None:
-    # Without parameters there is no device to choose by; the CPU's reader still compares the lengths.
-    chosen = _backends.choose("lamb_", lists[0][0].device, backend) if lists[0] else "cpu"
-    name, _, isa = chosen.partition(":")
-    if name == "cpu":
-        rest = _cpu.lamb(READER, *lists, **hyper, threads=threads(), isa=isa)
-    elif name == "cuda":
-        rest = _run_cuda(lists, hyper)
-    elif name == "triton":
-        from superfine_kernels.triton import lamb as kernels
-
-        rest = kernels.lamb_(*lists, **hyper)
-    else:
-        return reference(*lists, **hyper)
-    return step_rest("lamb_", reference, rest, lists, hyper)
-
-
-def _run_cuda(lists: tuple[list[Tensor], ...], hyper: dict[str, Any]) -> list[int]:
-    from superfine_kernels import _cuda
-
-    device = lists[0][0].device
-    workspace: list[Tensor] = []
+def _workspace(device: torch.device) -> dict[str, Any]:
+    held: list[Tensor] = []
 
     def allocate(size: int) -> int:
-        workspace.append(torch.empty(size, dtype=torch.uint8, device=device))
-        return workspace[0].data_ptr()
+        held.append(torch.empty(size, dtype=torch.uint8, device=device))
+        return held[0].data_ptr()
 
-    stream = torch.cuda.current_stream(device).cuda_stream
-    return _cuda.lamb(READER, *lists, **hyper, allocate=allocate, stream=stream)
+    return {"allocate": allocate}
 
 
-# --- registration -----------------------------------------------------------------------------------
-
-LIBRARY.define(
-    "lamb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] steps, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
-    "bool bias_correction, bool grad_averaging, bool adapt, bool trust_clip, float gradient_scale, "
-    "str backend='') -> ()"
+OP = MomentOp(
+    "lamb",
+    reference,
+    "float lr, float beta1, float beta2, float eps, float weight_decay, bool bias_correction, bool grad_averaging, "
+    "bool adapt, bool trust_clip, float gradient_scale",
+    cuda_arguments=_workspace,
 )
-
-
-def _dispatched(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    *,
-    backend: str = "",
-    **hyper: float | bool,
-) -> None:
-    _run(backend, tuple(map(list, (params, grads, exp_avgs, exp_avg_sqs, steps))), hyper)
-
-
-torch.library.impl(LIBRARY, "lamb_", "CompositeExplicitAutograd")(_dispatched)
-torch.library.register_fake("superfine::lamb_", lambda *args, **kwargs: None, lib=LIBRARY)
+OP.register()
 
 
 # --- public -------------------------------------------------------------------------------------------
@@ -160,7 +122,10 @@ def lamb_(
     adapt: bool = True,
     trust_clip: bool = False,
     gradient_scale: float = 1.0,
+    zero_grads: bool = False,
     maximize: bool = False,
+    anchors: Sequence[Tensor] = (),
+    low_bits: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> None:
     """One LAMB step over lists of tensors, in place.
@@ -177,27 +142,52 @@ def lamb_(
         grad_averaging: weigh the gradient by 1 - beta1 in the first moment, else by 1.
         adapt: scale each tensor's update by its trust ratio, which is 1 where a norm is zero or NaN.
         trust_clip: trust ratios are at most 1.
-        gradient_scale: factor of the gradients, for clipping; they are not overwritten. NaN and infinity are taken.
         maximize: ascend; the same as a gradient_scale of the other sign.
+        gradient_scale, zero_grads, anchors, low_bits: as in `adamw_`; norms are those of the parameters, not of their
+            distances from the anchors.
         backend: None for the best one; see `superfine_kernels.backends()`.
 
     Raises:
         ValueError: lists of unequal length, tensors of the wrong shape, dtype or device, tensors that overlap in
             memory, hyperparameters out of range. Nothing has been written then.
     """
-    if not isinstance(gradient_scale, (int, float)):
-        reject("lamb_", "gradient_scale", gradient_scale, "a number", TypeError)
-    hyper = {
-        **checked_hyperparameters("lamb_", lr, beta1, beta2, eps, weight_decay),
-        "bias_correction": bias_correction,
-        "grad_averaging": grad_averaging,
-        "adapt": adapt,
-        "trust_clip": trust_clip,
-        "gradient_scale": -gradient_scale if maximize else gradient_scale,
-    }
-    lists = tuple(list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, steps))
-    with torch.no_grad():
-        if is_plain(lists[0]):  # past the dispatcher, which costs about 0.2 us per tensor
-            _run(backend, lists, hyper)
-        else:
-            torch.ops.superfine.lamb_(*lists, **hyper, backend=backend or "")
+    hyper = _hyperparameters(
+        lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize,
+        bias_correction=bias_correction, grad_averaging=grad_averaging, adapt=adapt, trust_clip=trust_clip,
+        zero_grads=zero_grads,
+    )  # fmt: skip
+    lists = (params, grads, exp_avgs, exp_avg_sqs, (), anchors, low_bits, steps)
+    OP(tuple(map(list, lists)), hyper, backend)
+
+
+def lamb_group_(
+    params: list[Tensor],
+    state: dict[Tensor, dict[str, Tensor]],
+    *,
+    anchored: bool = False,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 1e-2,
+    bias_correction: bool = True,
+    grad_averaging: bool = True,
+    adapt: bool = True,
+    trust_clip: bool = False,
+    gradient_scale: float = 1.0,
+    zero_grads: bool = False,
+    maximize: bool = False,
+) -> None:
+    """`lamb_` over the parameters of an optimizer's group that have a gradient; as `adamw_group_`."""
+    hyper = _hyperparameters(
+        lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize,
+        bias_correction=bias_correction, grad_averaging=grad_averaging, adapt=adapt, trust_clip=trust_clip,
+        zero_grads=zero_grads,
+    )  # fmt: skip
+    native = functools.partial(_cpu.lamb_group, anchored=anchored)
+    absent = ("max_exp_avg_sq", *(() if anchored else ("anchor",)))
+    OP.step_group(params, state, absent, native, hyper)
+
+
+def _hyperparameters(*common: float, **flags: bool) -> dict[str, Any]:
+    return checked_hyperparameters("lamb_", *common) | flags  # type: ignore[arg-type]

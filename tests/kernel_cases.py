@@ -66,6 +66,12 @@ class AdamWCase:
             self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.steps
         )  # fmt: skip
 
+    def all_lists(self) -> tuple[list[Tensor], ...]:
+        """All that the op takes, in its order: `superfine_kernels._moments.LISTS`."""
+        return (
+            self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, [], [], self.steps
+        )  # fmt: skip
+
     def to(self, device: str) -> Self:
         """A copy on `device`; steps stay on the CPU."""
         copies = {name: [t.detach().clone() for t in tensors] for name, tensors in vars(self).items()}

@@ -2,11 +2,12 @@
 
 import os
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
 import torch
-from superfine_bench import Case, Provider
+from superfine_bench import Case, Provider, harness
 
 
 def double(inputs):
@@ -53,6 +54,33 @@ def bad(key):
         Provider("leaves", leaves),
         Provider("last", double),
     )
+
+
+def raises(inputs):
+    raise RuntimeError("CUDA error: an illegal memory access\nmore lines")
+
+
+def ends_its_process(key):
+    """A case that takes an error as one on a GPU is taken: everything after it in that process is in doubt."""
+
+    def failed(row, error):
+        raise error
+
+    harness._failed = failed
+    return case(Provider("raises", raises), Provider("last", double))
+
+
+def waits_for_a_thread(inputs):
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    return double(inputs)
+
+
+def does_not_end(key):
+    return case(Provider("waits", waits_for_a_thread))
+
+
+def cannot_be_made(key):
+    raise MemoryError("no room for it")
 
 
 def bad_inputs(key):

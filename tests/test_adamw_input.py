@@ -17,6 +17,10 @@ from superfine_kernels import _cpu, adamw_
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+NATIVE = {name: value for name, value in HYPER.items() if name != "maximize"} | {
+    "gradient_scale": 1.0,
+    "zero_grads": False,
+}
 
 
 # --- bad input --------------------
@@ -202,7 +206,7 @@ def test_reading_tensors_through_attributes_gives_the_same(param, state):
     reader = _cpu.TensorReader(torch)
     reader.use_attributes()
     assert not reader.uses_shim
-    assert _cpu.adamw(reader, *case.lists(), **HYPER, threads=2, isa="") == []
+    assert _cpu.adamw(reader, case.all_lists(), **NATIVE, threads=2, isa="") == []
     assert_same_bits_in_lists(case.lists(), expected.lists())
 
 
@@ -214,16 +218,18 @@ def test_reading_through_attributes_refuses_the_same():
     with pytest.raises(
         ValueError, match=r"grads\[1\] is float32 \(4,\) on meta; expected float32 \(4,\) on cpu"
     ):
-        _cpu.adamw(reader, *case.lists(), **HYPER, threads=1, isa="")
+        _cpu.adamw(reader, case.all_lists(), **NATIVE, threads=1, isa="")
     case.grads[1] = "four"
     with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got str"):
-        _cpu.adamw(reader, *case.lists(), **HYPER, threads=1, isa="")
+        _cpu.adamw(reader, case.all_lists(), **NATIVE, threads=1, isa="")
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_passes_opcheck(amsgrad):
     case = AdamWCase.random([3, 17], amsgrad=amsgrad)
-    torch.library.opcheck(torch.ops.superfine.adamw_.default, case.lists(), HYPER)
+    torch.library.opcheck(
+        torch.ops.superfine.adamw_.default, case.all_lists(), {**NATIVE, "zero_grads": amsgrad}
+    )
 
 
 def test_fake_tensors_are_taken_and_nothing_is_computed():

@@ -9,7 +9,17 @@ from types import SimpleNamespace
 import pytest
 import superfine_bench
 import torch
-from superfine_bench import Case, Ceilings, Provider, Settings, UnavailableError, measure, records, timing
+from superfine_bench import (
+    Case,
+    Ceilings,
+    Provider,
+    Settings,
+    UnavailableError,
+    harness,
+    measure,
+    records,
+    timing,
+)
 
 CPU = torch.device("cpu")
 FAST = Settings(seconds=0.0, turns=6)
@@ -211,12 +221,100 @@ def test_peak_memory_counts_what_a_provider_allocates():
     assert rows["first"].peak_memory < 2**25
 
 
-def test_small_working_sets_are_driven_out_of_the_cache_and_large_ones_are_not():
-    assert timing.eviction(CPU, 2**20, 2**25) == 2**25
-    assert timing.eviction(CPU, 2**28, 2**25) == 0
-    assert timing.eviction(torch.device("cuda"), 2**20, 2**25) == 2**26
-    assert timing.eviction(CPU, 2**20, 2**33) == 2**29
-    assert timing.eviction(CPU, 2**20, None) == 0
+def test_who_comes_first_does_not_pay_for_what_is_loaded_once():
+    loaded = []
+
+    def build(inputs):
+        loaded.extend([torch.ones(2**24)] if not loaded else [])  # 64 MiB, as an import would keep
+        return lambda: inputs["x"].mul(2)
+
+    rows = by_name(measure(replace(make_case(), providers=(Provider("lazy", build),)), CPU, FAST))
+    assert rows["lazy"].peak_memory < 2**25
+
+
+def test_a_provider_is_dropped_before_it_is_built_again():
+    class Call:
+        alive = most = 0
+
+        def __init__(self, inputs):
+            self.inputs, self.itself = inputs, self  # a cycle, as optimizers have
+            Call.alive += 1
+            Call.most = max(Call.most, Call.alive)
+
+        def __del__(self):
+            Call.alive -= 1
+
+        def __call__(self):
+            return self.inputs["x"].mul(2)
+
+    (row,) = measure(replace(make_case(), providers=(Provider("state", Call),)), CPU, FAST)
+    assert row.status == "ok"
+    assert Call.most == 1
+
+
+def test_everything_is_driven_out_of_the_cache_of_known_size_or_not():
+    assert timing.eviction(2**25) == 2**26
+    assert timing.eviction(2**33) == 2**29
+    assert timing.eviction(None) == 2**28
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_only_a_case_about_the_cost_of_a_call_keeps_its_caches(monkeypatch, resident):
+    fillers = []
+    monkeypatch.setattr(timing.Clock, "evict", lambda clock: fillers.append(clock._filler))
+    measure(make_case(resident=resident), CPU, FAST)
+    assert {filler is None for filler in fillers} == {resident}
+
+
+def test_another_gpu_is_the_current_one_before_anything_is_made(monkeypatch):
+    class StoppedError(Exception):
+        pass
+
+    def select(device):
+        raise StoppedError(str(device))
+
+    monkeypatch.setattr(torch.cuda, "set_device", select)
+    with pytest.raises(StoppedError, match="cuda:1"):
+        measure(make_case(), torch.device("cuda:1"), FAST)
+
+
+def test_an_error_on_a_gpu_ends_the_measurement_and_want_of_memory_does_not():
+    row = records.Row("o", "c", "float32", "", "p", "cuda:0", "ok")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        harness._failed(row, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert harness._failed(row, torch.OutOfMemoryError("CUDA out of memory.")).status == "out of memory"
+    error = harness._failed(replace(row, device="cpu"), RuntimeError("shapes differ"))
+    assert (error.status, error.note) == ("error", "RuntimeError: shapes differ")
+
+
+def test_want_of_memory_is_a_row_wherever_it_comes():
+    def too_much(inputs):
+        return lambda: torch.empty(2**60, dtype=torch.uint8)
+
+    def late(inputs):
+        calls = iter(range(8))
+
+        def call():
+            if next(calls, None) is None:
+                raise MemoryError
+            return inputs["x"].mul(2)
+
+        return call
+
+    case = make_case(Provider("at once", too_much), Provider("in a turn", late), Provider("last", double))
+    rows = by_name(measure(case, CPU, FAST))
+    assert [rows[name].status for name in rows] == ["ok", "out of memory", "out of memory", "ok"]
+    assert rows["at once"].note
+    assert rows["last"].ratio is not None
+    (row,) = measure(make_case(inputs=lambda device: torch.empty(2**60, dtype=torch.uint8)), CPU, FAST)
+    assert row.status == "out of memory"
+
+
+def test_a_provider_that_does_other_work_is_rated_by_its_own_cost():
+    other = Provider("other", double, cost=lambda: SimpleNamespace(bytes=1024, flops=0))
+    rows = by_name(measure(make_case(other), CPU, FAST))
+    assert (rows["first"].bytes, rows["first"].flops) == (512, 64)
+    assert (rows["other"].bytes, rows["other"].flops) == (1024, 0)
 
 
 def test_parts_of_a_call_are_kept_apart():
@@ -249,9 +347,10 @@ def test_providers_take_turns_and_inputs_are_restored_before_each_call():
     case = replace(case, providers=(named("a"), named("b")))
     rows = measure(case, CPU, FAST)
     assert [row.provider for row in rows] == ["a", "b"]
-    # First call and check, two to see how long they take, six turns there and back, check; `before` ahead of each.
+    # First call, once more to see its memory, check; two to see how long they take, six turns there and back, check;
+    # `before` ahead of each.
     names = "".join(name for name, _ in order)
-    assert names == "aabb" + "aabb" + "abba" * 3 + "ab"
+    assert names == "aaabbb" + "aabb" + "abba" * 3 + "ab"
     assert [count for _, count in order] == list(range(1, len(order) + 1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 
 import pytest
@@ -32,9 +33,18 @@ def run(*rows, **environment):
     return Run(environment=CPU | environment, rows=list(rows))
 
 
+# Rows of others that did not move: so the machine moves nothing, and no row moves alone.
+QUIET = [replace(took(10.0), op="quiet", provider="peer", case=f"case {i}") for i in range(3)]
+
+
+def judged(before, after, threshold=0.03):
+    """The comparisons of two runs on a machine where nothing moves by itself."""
+    comparisons = compare(run(*before, *QUIET), run(*after, *QUIET), threshold)
+    return [c for c in comparisons if c.op != "quiet"]
+
+
 def one(old, new, threshold=0.03):
-    comparisons = compare(run(BASE, old), run(BASE, new), threshold)
-    return next(c for c in comparisons if c.provider == new.provider)
+    return next(c for c in judged([BASE, old], [BASE, new], threshold) if c.provider == new.provider)
 
 
 # It took 4 ms, and a change counts from 25%: 5 ms.
@@ -79,8 +89,43 @@ def beside(before, after, base, moved=(), spread=0.0, **environment):
 
 def test_a_slow_machine_is_no_slow_kernel():
     comparison = beside(took(50.0), took(100.0), base=200.0)
-    assert (comparison.verdict, comparison.by) == ("same", "time beside torch fused's")
+    assert (comparison.verdict, comparison.by) == ("unclear", "time beside torch fused's")
     assert comparison.change == pytest.approx(0.0)
+
+
+def own(*moved):
+    """Rows of others beside a baseline of theirs that stood still, and by what factor each of them moved."""
+    before = [replace(BASE, op="own", case=f"case {i}") for i in range(len(moved))]
+    peers = [replace(took(10.0), op="own", provider="peer", case=row.case) for row in before]
+    after = [
+        replace(took(10.0 * x), op="own", provider="peer", case=f"case {i}") for i, x in enumerate(moved)
+    ]
+    return [*before, *peers], [*before, *after]
+
+
+def test_how_far_rows_move_on_their_own_widens_every_interval():
+    slowed = {}
+    for moved in ((1.0, 1.001, 0.999), (0.93, 1.07, 1.05)):
+        before, after = own(*moved)
+        comparisons = compare(run(BASE, took(50.0), *before), run(BASE, took(54.0), *after))
+        slowed[moved[0]] = next(c for c in comparisons if c.provider == "superfine")
+    assert [c.verdict for c in slowed.values()] == ["slower", "unclear"]
+    # The root mean square of three changes that were measured without error.
+    rho = (sum(math.log(x) ** 2 for x in (0.93, 1.07, 1.05)) / 3) ** 0.5
+    assert slowed[0.93].low == pytest.approx(54 / 50 * math.exp(-1.96 * rho) - 1, abs=1e-3)
+
+
+def test_the_scatter_within_a_run_is_no_move_of_a_row():
+    before, after = own(1.02, 0.98, 1.01)
+    wide = [replace(row, p20_low_ms=row.p20_ms * 0.9, p20_high_ms=row.p20_ms * 1.1) for row in after]
+    comparisons = compare(run(BASE, took(50.0), *before), run(BASE, took(54.0), *wide))
+    assert next(c for c in comparisons if c.provider == "superfine").verdict == "slower"
+
+
+def test_with_too_few_rows_of_others_only_large_changes_count():
+    for milliseconds, verdict in ((51.0, "unclear"), (54.0, "unclear"), (60.0, "slower"), (40.0, "faster")):
+        comparisons = compare(run(BASE, took(50.0)), run(BASE, took(milliseconds)))
+        assert comparisons[1].verdict == verdict
 
 
 def test_what_the_machine_moved_widens_every_interval():
@@ -112,7 +157,7 @@ def test_a_baseline_that_had_a_bad_day_does_not_make_ours_faster():
 def test_with_another_torch_times_decide_alone():
     packages = {"packages": {"torch": "another"}}
     comparison = beside(took(50.0), took(60.0), base=120.0, moved=(2.0, 2.0, 2.0), **packages)
-    assert comparison.verdict == "slower"
+    assert (comparison.verdict, comparison.by) == ("slower", "time")
     assert comparison.change == pytest.approx(0.2)
 
 
@@ -148,13 +193,29 @@ def test_what_worked_and_now_fails_is_broken(status):
     assert failed(comparisons)
 
 
+@pytest.mark.parametrize("status", ["wrong", "timeout"])
+def test_a_peer_that_fails_is_broken_but_no_failure_of_ours(status):
+    peer = replace(took(50.0), provider="liger")
+    comparisons = compare(run(BASE, peer), run(BASE, replace(peer, status=status)))
+    assert comparisons[1].verdict == "broken"
+    assert not failed(comparisons)
+
+
+def test_ours_unavailable_or_gone_from_its_case_is_broken():
+    unavailable = replace(took(50.0), status="unavailable", note="no module")
+    for after in ([BASE, unavailable], [BASE]):
+        comparisons = compare(run(BASE, took(50.0)), run(*after))
+        assert comparisons[1].verdict == "broken"
+        assert failed(comparisons)
+
+
 def test_rows_of_one_file_are_new_or_missing():
     peer = replace(took(50.0), provider="liger")
     gone = replace(took(50.0), case="300 tensors")
     unavailable = replace(BASE, provider="apex", status="unavailable", note="not installed")
-    comparisons = compare(
-        run(BASE, gone, took(50.0), replace(took(50.0), provider="apex")),
-        run(BASE, took(50.0), peer, unavailable),
+    comparisons = judged(
+        [BASE, gone, took(50.0), replace(took(50.0), provider="apex")],
+        [BASE, took(50.0), peer, unavailable],
     )
     found = {(c.case, c.provider): c.verdict for c in comparisons}
     assert found == {
@@ -169,13 +230,16 @@ def test_rows_of_one_file_are_new_or_missing():
 
 def test_an_op_is_as_good_as_the_worst_of_ours():
     peer, second = replace(took(50.0), provider="liger"), replace(took(50.0), provider="superfine, in place")
-    slow = {"p20_ms": 99.0, "p20_low_ms": 99.0, "p20_high_ms": 99.0}
-    before = run(BASE, took(50.0), second, peer)
-    comparisons = compare(before, run(BASE, took(33.0), second, replace(peer, **slow)))
+    slow = {"p20_ms": 60.0, "p20_low_ms": 60.0, "p20_high_ms": 60.0}
+    before = [BASE, took(50.0), second, peer]
+    # So many rows that stood still that one which did not hardly counts.
+    still = [replace(took(10.0), provider=f"peer {i}") for i in range(40)]
+    after = [BASE, took(33.0), second, replace(peer, **slow)]
+    comparisons = judged([*before, *still], [*after, *still], threshold=0.1)[:4]
     assert [c.verdict for c in comparisons] == ["same", "faster", "same", "slower"]
     assert verdicts(comparisons) == {"adamw": "same"}
     assert not failed(comparisons)  # a peer's regression is not ours
-    comparisons = compare(before, run(BASE, took(33.0), replace(second, **slow), peer))
+    comparisons = judged(before, [BASE, took(33.0), replace(second, **slow), peer])
     assert verdicts(comparisons) == {"adamw": "slower"}
     assert failed(comparisons)
 
@@ -201,7 +265,9 @@ def test_refuses_different_devices_by_name(other, named):
         compare(before, after)
     assert named in str(refused.value)
     assert device_of(before) in str(refused.value)
-    assert [c.verdict for c in compare(before, after, force=True)] == ["same", "same"]
+    named_otherwise = [replace(row, device=after.environment["device"]) for row in after.rows]
+    comparisons = compare(before, replace(after, rows=named_otherwise), force=True)
+    assert [(c.provider, c.change) for c in comparisons] == [("torch fused", 0.0), ("superfine", 0.0)]
 
 
 def test_two_gpus_of_one_model_are_two_devices():
@@ -223,7 +289,7 @@ def test_prints_every_verdict_within_110_columns():
     ]
     broken = replace(rows[2], status="error", note="RuntimeError: [red] is no style here")
     console = Console(file=io.StringIO(), width=110)
-    print_comparison(console, compare(run(*rows), run(BASE, took(100.0), broken)))
+    print_comparison(console, judged(rows, [BASE, took(100.0), broken]))
     printed = console.file.getvalue()
     assert "adamw: broken (all rows: 1 broken, 1 slower, 1 same)" in printed
     assert "+100.0%" in printed

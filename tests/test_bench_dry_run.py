@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import subprocess
 from types import SimpleNamespace
 
 import pytest
 import superfine_bench
 from rich.console import Console
-from superfine_bench import binaries, dry_run
+from superfine_bench import aot, binaries, dry_run
 from superfine_bench.binaries import Usage, demangle, occupancy, short_name
 from superfine_bench.dry_run import KernelRow, print_dry_run
 
@@ -99,14 +101,70 @@ def test_says_why_there_are_no_cuda_rows(monkeypatch):
 @pytest.mark.usefixtures("without_triton")
 def test_a_source_that_does_not_compile_is_named_with_the_compilers_reason(monkeypatch):
     def fails(command, **options):
-        raise subprocess.CalledProcessError(1, command, stderr="line one\nline two\n")
+        stderr = "a.h(1): warning #177: declared but never referenced\na.cu(2): error: expected a ;\nmore\n"
+        raise subprocess.CalledProcessError(1, command, stderr=stderr)
 
     without_module(monkeypatch)
     monkeypatch.setattr(dry_run, "cuobjdump", lambda: "cuobjdump")
     monkeypatch.setattr(dry_run, "toolkit_program", lambda name: "nvcc")
     monkeypatch.setattr(dry_run.subprocess, "run", fails)
     rows = dry_run.dry_run(["sm_80"])
-    assert "adamw.cu does not compile: line one" in [row.note for row in rows]
+    assert "adamw.cu does not compile: a.cu(2): error: expected a ;" in [row.note for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        ("failed with error code 255\nstderr:\nline 5; error   : bad\nmore", "line 5; error   : bad"),
+        ("name 'x' is not defined\nsecond\n", "name 'x' is not defined"),
+        ("\n", "no output"),
+    ],
+)  # fmt: skip
+def test_the_line_of_a_compilers_output_that_names_the_error(output, line):
+    assert binaries.first_error(output) == line
+
+
+def test_a_triton_kernel_that_does_not_compile_is_named_and_the_others_are_listed(monkeypatch):
+    pytest.importorskip("triton")
+    kernel = aot.TritonKernel("adamw", "_adamw", "sm_90", {}, {}, [], 4, 32, 0, 0, "")
+    lines = [json.dumps(dataclasses.asdict(kernel)), '{"op": "lamb", "kernel": "_lamb", "reason": "no"}']
+    ran = subprocess.CompletedProcess([], 0, stdout="\n".join(lines), stderr="")
+    monkeypatch.setattr(aot.subprocess, "run", lambda *arguments, **options: ran)
+    monkeypatch.setattr(dry_run, "_cuda", lambda arch: [])
+    rows = dry_run.dry_run(["sm_90"])
+    assert [(row.kernel, row.registers, row.note) for row in rows] == [
+        ("_adamw", 32, ""),
+        ("_lamb", None, "lamb: _lamb does not compile: no"),
+    ]
+    assert "triton, sm_90: lamb: _lamb does not compile: no" in printed(rows)
+    with pytest.raises(RuntimeError, match="lamb: _lamb: no"):
+        aot.compile_triton("sm_90")
+
+
+def test_a_kernel_that_triton_refuses_leaves_the_others_compiled(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from triton.runtime import JITFunction
+
+    def launch(self, *arguments, **options):
+        if self.fn.__name__ == "bad":
+            raise RuntimeError("ptxas failed with error code 255\nline 5; error : too many\n")
+        return SimpleNamespace(hash=self.fn.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", launch)
+    monkeypatch.setattr(aot, "_described", lambda op, arch, kernel: aot.Uncompiled(op, kernel.hash, "fine"))
+    functions = [SimpleNamespace(fn=SimpleNamespace(__name__=name)) for name in ("bad", "good")]
+
+    def call(kernels):
+        for function in functions:
+            JITFunction.run(function, grid=None, warmup=False)
+
+    monkeypatch.setitem(aot.CALLS, "adamw", call)
+    aot._main("sm_90", "adamw")
+    assert [json.loads(line)["reason"] for line in capsys.readouterr().out.splitlines()] == [
+        "fine",
+        "line 5; error : too many",
+    ]
+    assert JITFunction.run is launch
 
 
 def test_without_triton_its_kernels_are_missing_with_the_reason(monkeypatch):

@@ -16,8 +16,8 @@ CPU = torch.device("cpu")
 FAST = Settings(seconds=0.0, turns=6, quick=True)
 SHAPES = ((40, 16), (7,))  # a matrix, and a tensor smaller than any vector
 SMALL_CASES = (
-    adamw._case("small", SHAPES, torch.float32),
-    adamw._case("small", SHAPES, torch.bfloat16),
+    adamw.make_case("small", SHAPES, torch.float32),
+    adamw.make_case("small", SHAPES, torch.bfloat16),
     adamw._case_8bit("small", SHAPES),
     cross_entropy._case(8, 33, torch.float32),
 )
@@ -108,7 +108,7 @@ class OtherNames(torch.optim.AdamW):
 def test_an_optimizer_of_a_peer_works_on_the_moments_of_the_case(monkeypatch, wrong):
     install(monkeypatch, "fake", AdamW=type("AdamW", (OtherNames,), {"wrong": wrong}))
     fake = peers.Peer("fake", "fake", "fake", "AdamW", devices=("cpu",), moments=("state1", "state2"))
-    case = adamw._case("small", SHAPES, torch.float32)
+    case = adamw.make_case("small", SHAPES, torch.float32)
     provider = superfine_bench.Provider("fake", lambda inputs: adamw._peer(inputs, peer=fake))
     rows = by_name(measure(replace(case, providers=(case.providers[0], provider)), CPU, FAST))
     assert rows["torch fused"].status == "ok"
@@ -118,7 +118,7 @@ def test_an_optimizer_of_a_peer_works_on_the_moments_of_the_case(monkeypatch, wr
 def test_a_peer_that_needs_fp32_moments_is_not_given_others(monkeypatch):
     install(monkeypatch, "fake", AdamW=torch.optim.AdamW)
     fake = peers.Peer("fake", "fake", "fake", "AdamW", devices=("cpu",), fp32_moments=True)
-    inputs = adamw._case("small", SHAPES, torch.bfloat16).inputs(CPU)
+    inputs = adamw.make_case("small", SHAPES, torch.bfloat16).inputs(CPU)
     with pytest.raises(UnavailableError, match="keeps float32 moments; this case has bfloat16 ones"):
         adamw._peer(inputs, peer=fake)
 

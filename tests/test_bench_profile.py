@@ -11,11 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from superfine.cli import app
 from superfine_bench import Case, Ceilings, Provider, UnavailableError, counters
-from superfine_bench.adamw import PROVIDERS, _case
+from superfine_bench.adamw import PROVIDERS, make_case
 from superfine_bench.counters import DRAM_BYTES, SM_PERCENT, Counters, read_counters
 from superfine_bench.profile import Profile, find_case, print_profile, profile_case
 from superfine_bench.trace import NATIVE, Trace
+from typer.testing import CliRunner
 
 from superfine_kernels import _cpu
 
@@ -26,7 +28,7 @@ CEILINGS = Ceilings("cpu", {"copy": [(2**20, 30.0)], "4r3w": [(2**20, 30.0)]})
 @pytest.fixture
 def adamw():
     """AdamW on four small tensors, and the provider of a name."""
-    case = _case("4 tensors of 768", ((768,),) * 4, torch.float32)
+    case = make_case("4 tensors of 768", ((768,),) * 4, torch.float32)
     return case, {provider.name: provider for provider in PROVIDERS}
 
 
@@ -185,12 +187,23 @@ def test_finds_a_case_by_a_part_of_its_name_and_a_provider_by_name():
     assert case.name == "300 tensors of 768"
     assert provider.name == "torch foreach"
     assert find_case("adamw")[1].name == "superfine"
+    assert find_case("train", "full", "eager", "cuda")[0].name == "bert 12x768, full"
+    assert find_case("train", "full", "eager", "cpu")[0].name == "bert 4x256, full"
+
+
+def test_a_provider_that_cannot_run_here_is_a_wrong_argument(tmp_path):
+    arguments = ["profile", "adamw", "--case", "300", "--device", "cpu", "--out", str(tmp_path / "new")]
+    result = CliRunner().invoke(app, [*arguments, "--provider", "apex FusedAdam"])
+    assert result.exit_code == 2
+    assert "provider is 'apex FusedAdam'; expected one that can run here (apex" in result.output
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("adam",), "did you mean 'adamw'"),
+        (("trian",), "did you mean 'train'"),
         (
             ("adamw", "300 tensor of 768/float32"),
             r"case is '300 tensor of .*did you mean '.*300 tensors of 768",

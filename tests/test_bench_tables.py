@@ -56,7 +56,33 @@ def test_rewrites_regions_and_nothing_else(project):
     assert (
         "Xeon (avx512, 2 threads), torch 2.13.0, commit `0123456`: [the file](bench/results/here/" in readme
     )
+    assert "One run on Xeon" in readme
+    assert "ratio is the median over turns" in readme
+    assert "nclear" not in readme
     assert "| `adamw` | here | 2 | 1.50x to 6.00x | torch fused |" in changed["kernels.md"]
+
+
+def test_a_ratio_whose_interval_holds_1_is_unclear(project):
+    file = project / "bench" / "results" / "here" / records.FILE
+    records.append_row(file, replace(OURS, ratio=1.2, ratio_low=0.9, ratio_high=1.6))
+    changed = {path.name: text for path, text in tables.outdated(project).items()}
+    assert "| 80.0 ms | unclear (0.900-1.60) |" in changed["README.md"]
+    assert "Unclear: the interval of the ratio holds 1." in changed["README.md"]
+    assert "| `adamw` | here | 2 | 6.00x, 1 unclear | torch fused |" in changed["kernels.md"]
+
+
+def test_a_quick_run_is_called_so(project):
+    file = project / "bench" / "results" / "here" / records.FILE
+    records.append(file, "environment", ENVIRONMENT | {"settings": {"quick": True}})
+    changed = {path.name: text for path, text in tables.outdated(project).items()}
+    assert "One quick run on Xeon" in changed["README.md"]
+
+
+def test_ours_that_does_other_work_than_the_case_is_in_no_table(project):
+    file = project / "bench" / "results" / "here" / records.FILE
+    records.append_row(file, replace(OURS, provider="superfine AdamW", ratio=99.0))
+    changed = {path.name: text for path, text in tables.outdated(project).items()}
+    assert "99.0" not in changed["README.md"] + changed["kernels.md"]
 
 
 def test_check_names_what_differs_and_changes_nothing(project, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import superfine_bench
 import torch
 from superfine_bench import Settings, UnavailableError, measure, train_step
 from superfine_bench.train_step import BASE, SELECTIONS, Size
@@ -48,7 +49,8 @@ def test_the_check_sees_a_step_that_trains_nothing_and_a_clipping_that_is_left_o
     assert case.check(inputs, call) > 1
     monkeypatch.undo()
     assert case.check(inputs, call) <= 1
-    monkeypatch.setattr(inputs.optimizers[-1], "step", lambda: None)
+    (optimizer,) = inputs.optimizers
+    monkeypatch.setattr(optimizer, "step", lambda: None)
     assert case.check(inputs, call) > 1
 
 
@@ -97,6 +99,15 @@ def test_flops_count_forward_input_gradients_and_weight_gradients():
     assert flops["last:2"] == tokens * (2 * block + 2 * 6 * block + 4 * head)
     assert flops["head"] == tokens * (2 * 3 * block + 4 * head)
     assert flops["norms"] == 4 * tokens * (3 * block + head)
+
+
+@pytest.mark.parametrize(("device", "dtypes"), [("cpu", 1), ("cuda", 2)])
+def test_the_chosen_device_decides_on_the_sizes(device, dtypes):
+    cases = superfine_bench.all_cases("train_step", device)
+    quick = [case for case in cases if case.in_quick]
+    assert len(quick) == 3 * dtypes
+    assert {"12x768" in case.name for case in quick} == {device == "cuda"}
+    assert len(superfine_bench.all_cases("adamw", device)) == len(superfine_bench.all_cases("adamw"))
 
 
 def test_a_full_run_has_every_model_with_every_selection():

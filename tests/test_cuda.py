@@ -21,6 +21,7 @@ from kernel_cases import (
     labels,
     logits,
 )
+from moment_options import OPTIONS, assert_same_options, on_cpu, random_options
 from torch import Tensor
 
 import superfine_kernels
@@ -29,7 +30,7 @@ from superfine_kernels._library import DTYPE_CODES, opmath_dtype
 
 pytestmark = pytest.mark.gpu
 
-HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -123,9 +124,9 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 SIZES = [0, 1, 7, 255, 4095, 4096, 4097, 100_003]
 
 
-def step_on_cpu(case: AdamWCase) -> AdamWCase:
+def step_on_cpu(case: AdamWCase, **options) -> AdamWCase:
     expected = case.to("cpu")
-    superfine_kernels.adamw_(*expected.lists(), **HYPER, backend="cpu")
+    superfine_kernels.adamw_(*expected.lists(), **HYPER, **options, backend="cpu")
     return expected
 
 
@@ -139,8 +140,35 @@ def test_adamw_gives_the_bits_of_the_cpu_kernel(backend, param, state, amsgrad):
         assert_same_bits(case, expected)
 
 
-# One table, one more tensor than the small (48) and the large table (512) of the CUDA kernel take.
-@pytest.mark.parametrize("count", [48, 49, 513])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize(
+    ("param", "state", "names"), [*OPTIONS, (torch.float64, torch.float64, ("anchors", "zero_grads"))]
+)
+def test_adamw_options_give_the_bits_of_the_cpu_kernel(backend, param, state, names, amsgrad):
+    case = AdamWCase.random(SIZES, param, state, amsgrad, device="cuda")
+    options = random_options(case, names)
+    for _ in range(2):
+        expected_options = on_cpu(options)
+        expected = step_on_cpu(case, **expected_options)
+        superfine_kernels.adamw_(*case.lists(), **HYPER, **options, backend=backend)
+        assert_same_bits(case, expected)
+        assert_same_options(options, expected_options)
+
+
+@pytest.mark.parametrize("name", ["anchors", "low_bits"])
+def test_adamw_minds_the_alignment_of_options(backend, name):
+    case = AdamWCase.random([9001], torch.bfloat16, torch.bfloat16, device="cuda")
+    options = random_options(case, (name,))
+    options[name] = [torch.cat([t[:1], t])[1:] for t in options[name]]  # all but these are aligned
+    expected_options = on_cpu(options)
+    expected = step_on_cpu(case, **expected_options)
+    superfine_kernels.adamw_(*case.lists(), **HYPER, **options, backend=backend)
+    assert_same_bits(case, expected)
+    assert_same_options(options, expected_options)
+
+
+# One table, one more tensor than the small (40) and the large table (400) of the CUDA kernel take.
+@pytest.mark.parametrize("count", [40, 41, 401])
 def test_adamw_over_many_tensors(backend, count):
     case = AdamWCase.random([1 + (37 * i) % 101 if i % 13 else 5000 for i in range(count)], device="cuda")
     for i, step in enumerate(case.steps):

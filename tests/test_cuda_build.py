@@ -106,11 +106,12 @@ def test_adamw_takes_cuda_tensors_only():
         "import torch\n"
         "from superfine_kernels import _cuda\n"
         "from superfine_kernels._library import READER\n"
-        "lists = [[torch.zeros(3)] for _ in range(4)]\n"
-        "hyper = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, maximize=False)\n"
-        "try:\n    _cuda.adamw(READER, *lists, [], [torch.zeros(())], **hyper, stream=0)\n"
+        "lists = [[torch.zeros(3)] for _ in range(4)] + [[], [], []] + [[torch.zeros(())]]\n"
+        "hyper = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, gradient_scale=1.0,\n"
+        "             zero_grads=False)\n"
+        "try:\n    _cuda.adamw(READER, lists, **hyper, stream=0)\n"
         "except ValueError as error:\n    print(error)\n"
-        "print(_cuda.adamw(READER, [], [], [], [], [], [], **hyper, stream=0))\n"
+        "print(_cuda.adamw(READER, [[]] * 8, **hyper, stream=0))\n"
     )
     error, nothing_left = output.splitlines()
     assert error.startswith("adamw_: params[0] is float32 ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import ADAMW_DTYPES, LambCase, assert_same_bits
+from moment_options import OPTIONS, assert_same_options, on_cpu, random_options
 
 import superfine_kernels
 from superfine_kernels import _backends
@@ -59,8 +60,22 @@ def test_every_option_counts(backend, hyper):
     assert_same_bits(case, expected)
 
 
-# One table, one more tensor than the small (48) and the large table (512) of the CUDA kernel take.
-@pytest.mark.parametrize("count", [48, 49, 513])
+@pytest.mark.parametrize(
+    ("param", "state", "names"), [*OPTIONS, (torch.float64, torch.float64, ("anchors", "zero_grads"))]
+)
+def test_options_give_the_bits_of_the_cpu_kernel(backend, param, state, names):
+    case = LambCase.random(SIZES[:-1], param, state, device="cuda")
+    options = random_options(case, names)
+    for _ in range(2):
+        expected_options = on_cpu(options)
+        expected = step_on_cpu(case, **expected_options)
+        superfine_kernels.lamb_(*case.lists(), **HYPER, **options, backend=backend)
+        assert_same_bits(case, expected)
+        assert_same_options(options, expected_options)
+
+
+# One table, one more tensor than the small (40) and the large table (400) of the CUDA kernel take.
+@pytest.mark.parametrize("count", [40, 41, 401])
 def test_many_tensors(backend, count):
     case = LambCase.random([1 + (37 * i) % 101 if i % 13 else 20_000 for i in range(count)], device="cuda")
     for i, step in enumerate(case.steps):

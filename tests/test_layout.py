@@ -53,8 +53,8 @@ def test_an_op_has_its_name_in_every_folder(op):
 
 
 def test_the_list_of_ops_is_complete():
-    for folder in (KERNELS, KERNELS / "triton"):
-        assert {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} == set(OPS)
+    for folder, more in ((KERNELS, {"norm"}), (KERNELS / "triton", set())):  # a norm is torch's own on a GPU
+        assert {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} == set(OPS) | more
     assert re.search(r"set\(SF_OPS ([\w ]+)\)", (ROOT / "CMakeLists.txt").read_text())[1].split() == OPS
 
 

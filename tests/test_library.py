@@ -101,11 +101,12 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason(backend, device, r
 def test_ops_are_registered_under_one_namespace_with_their_mutations():
     schemas = {
         name: getattr(torch.ops.superfine, name).default._schema
-        for name in ("adamw_", "cross_entropy", "cross_entropy_", "cross_entropy_backward")
+        for name in ("adamw_", "lamb_", "cross_entropy", "cross_entropy_", "cross_entropy_backward")
     }
     written = {name: [a.name for a in s.arguments if a.is_write] for name, s in schemas.items()}
     assert written == {
-        "adamw_": ["params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"],
+        "adamw_": ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "low_bits", "steps"],
+        "lamb_": ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "low_bits", "steps"],
         "cross_entropy": [],
         "cross_entropy_": ["input"],
         "cross_entropy_backward": [],

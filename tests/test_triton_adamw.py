@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 import triton_interpreter
 from kernel_cases import ADAMW_DTYPES, AdamWCase, assert_same_bits
+from moment_options import OPTIONS, assert_same_options, on_cpu, random_options
 
 import superfine_kernels
 from superfine_kernels.triton import adamw as triton_adamw
@@ -17,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not triton_interpreter.ACTIVE, reason="needs TRITON_INTERPRET=1"),
 ]
 
-HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 
 # Nothing, one element, around one iteration (512), around one program (4096), and several programs.
 SIZES = [0, 1, 511, 512, 513, 4095, 4096, 4097, 9000]
@@ -34,32 +35,72 @@ def same_step_on_cpu(case: AdamWCase, **hyper: float) -> AdamWCase:
     return expected
 
 
+def step(case: AdamWCase, **hyper: float) -> list[int]:
+    options = {"gradient_scale": 1.0, "zero_grads": False}
+    return triton_adamw.adamw_(*case.all_lists(), **{**HYPER, **options, **hyper})
+
+
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize(("param", "state"), [pair for pair in ADAMW_DTYPES if pair[0] != torch.float64])
 def test_gives_the_bits_of_the_cpu_kernel(param, state, amsgrad):
     case = AdamWCase.random(SIZES, param, state, amsgrad)
     expected = same_step_on_cpu(case)
-    assert triton_adamw.adamw_(*case.lists(), **HYPER) == []
+    assert step(case) == []
     assert_same_bits(case, expected)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize(("param", "state", "names"), OPTIONS)
+def test_options_give_the_bits_of_the_cpu_kernel(param, state, names, amsgrad):
+    case = AdamWCase.random([0, 513, 4097], param, state, amsgrad)
+    options = random_options(case, names)
+    expected, expected_options = case.to("cpu"), on_cpu(options)
+    superfine_kernels.adamw_(*expected.lists(), **HYPER, **expected_options, backend="cpu")
+    superfine_kernels.adamw_(*case.lists(), **HYPER, **options, backend="triton")
+    assert_same_bits(case, expected)
+    assert_same_options(options, expected_options)
+
+
+def test_low_bits_at_the_ends_of_their_range_as_on_the_cpu():
+    # Rounding up carries into the exponent, past the largest number, and below zero; NaN stays one.
+    high = torch.tensor([1.0, -1.0, 0.0, -0.0, 2.0**-126, 3e38, float("inf"), float("nan")])
+    case = AdamWCase.random([4 * len(high)], torch.bfloat16, torch.float32)
+    case.params[0] = high.bfloat16().repeat_interleave(4)
+    low_bits = torch.tensor([0, 1, 2**15 - 1, -(2**15)], dtype=torch.int16).repeat(len(high))
+    case.grads[0].zero_()
+    case.exp_avgs[0].zero_()
+    expected, options = case.to("cpu"), {"low_bits": [low_bits.clone()], "weight_decay": 0.0}
+    superfine_kernels.adamw_(*expected.lists(), **{**HYPER, **options}, backend="cpu")
+    superfine_kernels.adamw_(
+        *case.lists(), **{**HYPER, "weight_decay": 0.0}, low_bits=[low_bits], backend="triton"
+    )
+    assert torch.equal(case.params[0].view(torch.int16), expected.params[0].view(torch.int16))
+    assert torch.equal(low_bits, options["low_bits"][0])
 
 
 def test_float64_agrees_to_the_last_digits():
     # Not the last bit: the interpreter has no fused multiply-add in float64.
     case = AdamWCase.random(SIZES, torch.float64, torch.float64, amsgrad=True)
     expected = same_step_on_cpu(case)
-    triton_adamw.adamw_(*case.lists(), **HYPER)
+    step(case)
     for ours, theirs in zip(case.lists(), expected.lists(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize(
     "hyper",
-    [{"maximize": True}, {"weight_decay": 0.0}, {"lr": 0.0}, {"eps": 0.0}, {"beta1": 0.0, "beta2": 0.0}],
+    [
+        {"gradient_scale": -0.3},
+        {"weight_decay": 0.0},
+        {"lr": 0.0},
+        {"eps": 0.0},
+        {"beta1": 0.0, "beta2": 0.0},
+    ],
 )
 def test_every_hyperparameter_counts(hyper):
     case = AdamWCase.random([513])
     expected = same_step_on_cpu(case, **hyper)
-    triton_adamw.adamw_(*case.lists(), **{**HYPER, **hyper})
+    step(case, **hyper)
     assert_same_bits(case, expected)
 
 
@@ -67,7 +108,7 @@ def test_every_program_finds_its_tensor():
     # More tensors than a power of two, some of them empty, some of several programs.
     case = AdamWCase.random([(i * 37) % 11 if i % 7 else 4097 for i in range(35)])
     expected = same_step_on_cpu(case)
-    triton_adamw.adamw_(*case.lists(), **HYPER)
+    step(case)
     assert_same_bits(case, expected)
 
 
@@ -75,32 +116,31 @@ def test_mixed_dtypes_in_one_call():
     cases = [AdamWCase.random([700, 3], param, state) for param, state in ADAMW_DTYPES[:5]]
     merged = AdamWCase(*([t for case in cases for t in case.lists()[k]] for k in range(6)))
     expected = same_step_on_cpu(merged)
-    triton_adamw.adamw_(*merged.lists(), **HYPER)
+    step(merged)
     assert_same_bits(merged, expected)
 
 
 def test_misaligned_views_leave_their_neighbours_alone():
-    # Views at 4-byte offsets, as in gradient buckets: no 16-byte access may be used.
-    whole = AdamWCase.random([5000])
+    # Views at 2-byte offsets, as in gradient buckets: no 16-byte access may be used.
+    whole = AdamWCase.random([5000], torch.bfloat16, torch.bfloat16)
     expected = whole.to("cpu")
-    superfine_kernels.adamw_(
-        *([t[1:4999] for t in tensors] for tensors in expected.lists()[:4]),
-        [],
-        expected.steps,
-        **HYPER,
-        backend="cpu",
-    )
-    triton_adamw.adamw_(
-        *([t[1:4999] for t in tensors] for tensors in whole.lists()[:4]), [], whole.steps, **HYPER
-    )
+    anchors, low_bits = torch.randn(5000).bfloat16(), torch.full((5000,), -3, dtype=torch.int16)
+    low_bits_of = {"triton": low_bits, "cpu": low_bits.clone()}
+    for case, backend in ((whole, "triton"), (expected, "cpu")):
+        views = [[t[1:4999] for t in tensors] for tensors in case.lists()[:4]]
+        superfine_kernels.adamw_(
+            *views, [], case.steps, **HYPER, anchors=[anchors[1:4999]], low_bits=[low_bits_of[backend][1:4999]],
+            zero_grads=True, backend=backend,
+        )  # fmt: skip
     assert_same_bits(whole, expected)
+    assert torch.equal(low_bits, low_bits_of["cpu"])
 
 
 def test_transposed_parameters_are_stepped_in_place():
     case = AdamWCase.random([600])
     expected = same_step_on_cpu(case)
     transposed = [[t.view(20, 30).t() for t in tensors] for tensors in case.lists()[:4]]
-    assert triton_adamw.adamw_(*transposed, [], case.steps, **HYPER) == []
+    superfine_kernels.adamw_(*transposed, [], case.steps, **HYPER, backend="triton")
     assert_same_bits(case, expected)
 
 
@@ -110,7 +150,7 @@ def test_layouts_and_dtypes_without_a_kernel_are_left_alone_and_named():
 
     lists = [tensors() for _ in range(4)]
     steps = [torch.zeros(()) for _ in range(3)]
-    assert triton_adamw.adamw_(*lists, [], steps, **HYPER) == [1, 2]
+    assert step(AdamWCase(*lists, [], steps)) == [1, 2]
     assert [float(s) for s in steps] == [1.0, 0.0, 0.0]
     assert torch.equal(lists[0][1], tensors()[1])
     assert torch.equal(lists[0][2], tensors()[2])
@@ -120,7 +160,7 @@ def test_layouts_and_dtypes_without_a_kernel_are_left_alone_and_named():
 def test_nan_gradients_reach_the_amsgrad_maximum():
     case = AdamWCase.random([8], amsgrad=True)
     case.grads[0][3] = float("nan")
-    triton_adamw.adamw_(*case.lists(), **HYPER)
+    step(case)
     for tensors in (case.params, case.exp_avgs, case.exp_avg_sqs, case.max_exp_avg_sqs):
         assert tensors[0].isnan().nonzero().flatten().tolist() == [3]
 
@@ -132,17 +172,18 @@ def test_serves_the_public_op_when_asked():
     assert_same_bits(case, expected)
 
 
-def test_autograd_notices_the_step():
+@pytest.mark.parametrize("name", ["params", "grads"])
+def test_autograd_notices_what_is_written(name):
     case = AdamWCase.random([5])
-    weight = case.params[0].requires_grad_()
+    weight = getattr(case, name)[0].requires_grad_()
     product = weight * weight  # keeps the weight for its backward
-    triton_adamw.adamw_(*case.lists(), **HYPER)
+    superfine_kernels.adamw_(*case.lists(), **HYPER, zero_grads=True, backend="triton")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
 
 
 def test_no_tensors_is_a_step_of_nothing():
-    assert triton_adamw.adamw_([], [], [], [], [], [], **HYPER) == []
+    assert step(AdamWCase([], [], [], [], [], [])) == []
 
 
 def replace(name, tensor):
@@ -174,6 +215,35 @@ def test_bad_lists_are_refused_before_anything_is_written(spoil, message):
     spoil(case)
     before = [[t.clone() for t in tensors] for tensors in case.lists()]
     with pytest.raises(ValueError, match=message):
-        triton_adamw.adamw_(*case.lists(), **HYPER)
+        step(case)
     for old, new in zip(before, case.lists(), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True) if a.device.type == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"low_bits": [torch.zeros(9, dtype=torch.int16)]},
+            r"low_bits\[0\] is int16 \(9,\) on cpu; expected int16 \(9,\) on cpu beside a bfloat16 parameter",
+        ),
+        (
+            {"anchors": [torch.zeros(8)]},
+            r"anchors\[0\] is float32 \(8,\) on cpu; expected float32 \(9,\) on cpu",
+        ),
+        ({"anchors": [torch.zeros(9)] * 2}, r"anchors has 2 tensors; expected 1, one for each of params"),
+    ],
+)
+def test_bad_options_are_refused_as_by_the_cpu_kernel(options, message):
+    case = AdamWCase.random([9])
+    for backend in ("triton", "cpu"):
+        with pytest.raises(ValueError, match=f"adamw_: {message}"):
+            superfine_kernels.adamw_(*case.lists(), **HYPER, **options, backend=backend)
+
+
+def test_zeroed_gradients_may_not_overlap():
+    case = AdamWCase.random([9, 9])
+    case.grads[1] = case.grads[0]
+    with pytest.raises(ValueError, match="overlap in memory"):
+        step(case, zero_grads=True)
+    assert step(case) == []

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 import triton_interpreter
 from kernel_cases import ADAMW_DTYPES, LambCase, assert_same_bits
+from moment_options import OPTIONS, assert_same_options, on_cpu, random_options
 
 import superfine_kernels
 from superfine_kernels.triton import lamb as triton_lamb
@@ -19,7 +20,7 @@ pytestmark = [
 
 HYPER = {
     "lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.1, "bias_correction": True,
-    "grad_averaging": True, "adapt": True, "trust_clip": False, "gradient_scale": 1.0,
+    "grad_averaging": True, "adapt": True, "trust_clip": False, "gradient_scale": 1.0, "zero_grads": False,
 }  # fmt: skip
 
 # Nothing, one element, around one row of lanes (32), one block (2048), one program (8192), and several programs.
@@ -37,19 +38,34 @@ def same_step_on_cpu(case: LambCase, **hyper: float) -> LambCase:
     return expected
 
 
+def step(case: LambCase, **hyper: float) -> list[int]:
+    return triton_lamb.lamb_(*case.all_lists(), **{**HYPER, **hyper})
+
+
 @pytest.mark.parametrize(("param", "state"), [pair for pair in ADAMW_DTYPES if pair[0] != torch.float64])
 def test_gives_the_bits_of_the_cpu_kernel(param, state):
     case = LambCase.random(SIZES, param, state)
     expected = same_step_on_cpu(case)
-    assert triton_lamb.lamb_(*case.lists(), **HYPER) == []
+    assert step(case) == []
     assert_same_bits(case, expected)
+
+
+@pytest.mark.parametrize(("param", "state", "names"), OPTIONS)
+def test_options_give_the_bits_of_the_cpu_kernel(param, state, names):
+    case = LambCase.random([33, 8193], param, state)
+    options = random_options(case, names)
+    expected, expected_options = case.to("cpu"), on_cpu(options)
+    superfine_kernels.lamb_(*expected.lists(), **{**HYPER, **expected_options}, backend="cpu")
+    superfine_kernels.lamb_(*case.lists(), **{**HYPER, **options}, backend="triton")
+    assert_same_bits(case, expected)
+    assert_same_options(options, expected_options)
 
 
 def test_float64_agrees_to_the_last_digits():
     # Not the last bit: the interpreter has no fused multiply-add in float64.
     case = LambCase.random(SIZES, torch.float64, torch.float64)
     expected = same_step_on_cpu(case)
-    triton_lamb.lamb_(*case.lists(), **HYPER)
+    step(case)
     for ours, theirs in zip(case.lists(), expected.lists(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-15)
 
@@ -72,7 +88,7 @@ def test_every_hyperparameter_counts(hyper):
     case = LambCase.random([513])
     case.params[0].mul_(100)  # a trust ratio above 1
     expected = same_step_on_cpu(case, **hyper)
-    triton_lamb.lamb_(*case.lists(), **{**HYPER, **hyper})
+    step(case, **hyper)
     assert_same_bits(case, expected)
 
 
@@ -80,13 +96,13 @@ def test_the_sums_of_more_chunks_than_there_are_lanes_are_added_in_order():
     # The second launch alone: 300 chunks go around the 4 x 32 lanes three times.
     generator = torch.Generator().manual_seed(0)
     sums = torch.rand(300, 2, generator=generator, dtype=torch.float64)
-    table = torch.tensor([[0, 0, 0, 0, 300 * triton_lamb.CHUNK, 0]])
-    scalars = torch.tensor([triton_lamb._scalars(**{**HYPER, "lr": 1.0}, step=1.0)], dtype=torch.float64)
+    table = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 300 * triton_lamb.CHUNK, 0]])
+    hyper = {name: value for name, value in HYPER.items() if name != "zero_grads"} | {"lr": 1.0}
+    scalars = torch.tensor([triton_lamb._scalars(**hyper, step=1.0)], dtype=torch.float64)
     step_sizes = torch.full((1,), torch.nan, dtype=torch.float64)
     triton_lamb._lamb_step_size[(1,)](
-        table, scalars, sums, step_sizes, TABLE_COLUMNS=triton_lamb.TABLE_COLUMNS,
-        SCALAR_COLUMNS=triton_lamb.SCALAR_COLUMNS, CHUNK=triton_lamb.CHUNK, SUM_BLOCKS=4, LANES=32,
-    )  # fmt: skip
+        table, scalars, sums, step_sizes, CHUNK=triton_lamb.CHUNK, SUM_BLOCKS=4, LANES=32
+    )
     padded = torch.zeros(384, 2, dtype=torch.float64)
     padded[:300] = sums
     x = padded[:128] + padded[128:256] + padded[256:]
@@ -101,7 +117,7 @@ def test_every_program_finds_its_tensor():
     # More tensors than a power of two, some of them empty, some of several programs.
     case = LambCase.random([(i * 37) % 11 if i % 9 else 8193 for i in range(19)])
     expected = same_step_on_cpu(case)
-    triton_lamb.lamb_(*case.lists(), **HYPER)
+    step(case)
     assert_same_bits(case, expected)
 
 
@@ -112,7 +128,7 @@ def test_zero_norms_and_nan_as_on_the_cpu():
     case.exp_avgs[1].zero_()
     case.grads[2][3] = float("nan")
     expected = same_step_on_cpu(case, weight_decay=0.0)
-    triton_lamb.lamb_(*case.lists(), **{**HYPER, "weight_decay": 0.0})
+    step(case, weight_decay=0.0)
     assert case.params[2].isnan().nonzero().flatten().tolist() == [3]
     for tensors in (*case.lists(), *expected.lists()):
         tensors[2].nan_to_num_()
@@ -139,7 +155,7 @@ def test_autograd_notices_the_step():
 
 
 def test_no_tensors_is_a_step_of_nothing():
-    assert triton_lamb.lamb_([], [], [], [], [], **HYPER) == []
+    assert step(LambCase([], [], [], [], [], [])) == []
 
 
 def test_bad_lists_are_refused_before_anything_is_written():
@@ -149,9 +165,9 @@ def test_bad_lists_are_refused_before_anything_is_written():
     with pytest.raises(
         ValueError, match=r"lamb_: exp_avgs\[1\] is float32 \(8,\) on cpu; expected float32 \(9,\)"
     ):
-        triton_lamb.lamb_(*case.lists(), **HYPER)
+        step(case)
     case.exp_avgs[1] = case.params[1]
     with pytest.raises(ValueError, match="lamb_: params and optimizer state overlap in memory"):
-        triton_lamb.lamb_(*case.lists(), **HYPER)
+        step(case)
     case.exp_avgs[1] = before.exp_avgs[1]
     assert_same_bits(case, before)

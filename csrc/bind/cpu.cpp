@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -40,52 +41,98 @@ std::vector<std::string> isas() {
   return names;
 }
 
-std::vector<std::size_t> adamw(const TensorReader& reader, const py::list& params, const py::list& grads,
-                               const py::list& exp_avgs, const py::list& exp_avg_sqs, const py::list& max_exp_avg_sqs,
-                               const py::list& steps, double lr, double beta1, double beta2, double eps,
-                               double weight_decay, bool maximize, int threads, const std::string& isa) {
-  const cpu::Kernels& kernels = kernels_for(isa);
-  MomentArguments arguments = read_moment_lists("adamw_", reader, TensorView::Device::cpu, params, grads, exp_avgs,
-                                                exp_avg_sqs, max_exp_avg_sqs, steps, threads);
-  const auto tensors = advance<AdamWTensor>(arguments, adamw_scalars_of(lr, beta1, beta2, eps, weight_decay, maximize));
+// Steps what `arguments` hold and says in torch's way what was written.
+template <class Tensor, class ScalarsOf>
+void step(const TensorReader& reader, MomentArguments& arguments, const ScalarsOf& scalars_of, const py::list& params,
+          const py::list& zeroed, void (*kernel)(const Tensor*, std::int64_t, int), int threads) {
+  const auto tensors = advance<Tensor>(arguments, scalars_of);
   reader.increment_version(params);
+  if (!zeroed.empty()) reader.increment_version(zeroed);
   const py::gil_scoped_release release;
-  kernels.adamw(tensors.data(), static_cast<std::int64_t>(tensors.size()), threads);
+  kernel(tensors.data(), static_cast<std::int64_t>(tensors.size()), threads);
+}
+
+template <class Tensor, class ScalarsOf>
+std::vector<std::size_t> step_lists(const std::string& op, const TensorReader& reader,
+                                    const std::vector<py::list>& lists, bool zero_grads, const ScalarsOf& scalars_of,
+                                    void (*kernel)(const Tensor*, std::int64_t, int), int threads) {
+  MomentArguments arguments = read_moment_lists(op, reader, TensorView::Device::cpu, lists, zero_grads, threads);
+  step(reader, arguments, scalars_of, lists[kParam], zero_grads ? lists[kGrad] : py::list(), kernel, threads);
   return arguments.rest;
 }
 
-std::optional<std::pair<py::list, std::vector<std::size_t>>> adamw_group(
-    const TensorReader& reader, const py::list& params, const py::dict& state, bool amsgrad, double lr, double beta1,
-    double beta2, double eps, double weight_decay, bool maximize, int threads, const std::string& isa) {
-  const cpu::Kernels& kernels = kernels_for(isa);
-  py::list used;
-  auto arguments = read_moment_group("adamw_", reader, TensorView::Device::cpu, params, state, amsgrad, used, threads);
+template <class Tensor, class ScalarsOf>
+std::optional<std::pair<py::list, std::vector<std::size_t>>> step_group(
+    const std::string& op, const TensorReader& reader, const py::list& params, const py::dict& state,
+    const MomentOptions& options, const ScalarsOf& scalars_of, void (*kernel)(const Tensor*, std::int64_t, int),
+    int threads) {
+  py::list used, zeroed;
+  auto arguments = read_moment_group(op, reader, TensorView::Device::cpu, params, state, options, used, threads);
   if (!arguments) return std::nullopt;
-  const auto tensors =
-      advance<AdamWTensor>(*arguments, adamw_scalars_of(lr, beta1, beta2, eps, weight_decay, maximize));
-  reader.increment_version(used);
-  {
-    const py::gil_scoped_release release;
-    kernels.adamw(tensors.data(), static_cast<std::int64_t>(tensors.size()), threads);
+  if (options.zero_grads) {
+    for (const py::object& grad : arguments->grads) zeroed.append(grad);
   }
+  step(reader, *arguments, scalars_of, used, zeroed, kernel, threads);
   return std::make_pair(std::move(used), std::move(arguments->rest));
 }
 
-std::vector<std::size_t> lamb(const TensorReader& reader, const py::list& params, const py::list& grads,
-                              const py::list& exp_avgs, const py::list& exp_avg_sqs, const py::list& steps, double lr,
-                              double beta1, double beta2, double eps, double weight_decay, bool bias_correction,
-                              bool grad_averaging, bool adapt, bool trust_clip, double gradient_scale, int threads,
+std::vector<std::size_t> adamw(const TensorReader& reader, const std::vector<py::list>& lists, double lr, double beta1,
+                               double beta2, double eps, double weight_decay, double gradient_scale, bool zero_grads,
+                               int threads, const std::string& isa) {
+  return step_lists("adamw_", reader, lists, zero_grads,
+                    adamw_scalars_of(lr, beta1, beta2, eps, weight_decay, gradient_scale), kernels_for(isa).adamw,
+                    threads);
+}
+
+std::optional<std::pair<py::list, std::vector<std::size_t>>> adamw_group(
+    const TensorReader& reader, const py::list& params, const py::dict& state, bool amsgrad, bool anchored, double lr,
+    double beta1, double beta2, double eps, double weight_decay, double gradient_scale, bool zero_grads, int threads,
+    const std::string& isa) {
+  return step_group("adamw_", reader, params, state, {amsgrad, anchored, zero_grads},
+                    adamw_scalars_of(lr, beta1, beta2, eps, weight_decay, gradient_scale), kernels_for(isa).adamw,
+                    threads);
+}
+
+std::vector<std::size_t> lamb(const TensorReader& reader, const std::vector<py::list>& lists, double lr, double beta1,
+                              double beta2, double eps, double weight_decay, bool bias_correction, bool grad_averaging,
+                              bool adapt, bool trust_clip, double gradient_scale, bool zero_grads, int threads,
                               const std::string& isa) {
+  return step_lists("lamb_", reader, lists, zero_grads,
+                    lamb_scalars_of({lr, beta1, beta2, eps, weight_decay, bias_correction, grad_averaging, adapt,
+                                     trust_clip, gradient_scale}),
+                    kernels_for(isa).lamb, threads);
+}
+
+std::optional<std::pair<py::list, std::vector<std::size_t>>> lamb_group(
+    const TensorReader& reader, const py::list& params, const py::dict& state, bool anchored, double lr, double beta1,
+    double beta2, double eps, double weight_decay, bool bias_correction, bool grad_averaging, bool adapt,
+    bool trust_clip, double gradient_scale, bool zero_grads, int threads, const std::string& isa) {
+  return step_group("lamb_", reader, params, state, {false, anchored, zero_grads},
+                    lamb_scalars_of({lr, beta1, beta2, eps, weight_decay, bias_correction, grad_averaging, adapt,
+                                     trust_clip, gradient_scale}),
+                    kernels_for(isa).lamb, threads);
+}
+
+// Nothing where a tensor is not dense, not on the CPU or of a type without a kernel.
+std::optional<double> sum_of_squares(const TensorReader& reader, const py::list& list, int threads,
+                                     const std::string& isa) {
   const cpu::Kernels& kernels = kernels_for(isa);
-  MomentArguments arguments = read_moment_lists("lamb_", reader, TensorView::Device::cpu, params, grads, exp_avgs,
-                                                exp_avg_sqs, py::list(), steps, threads);
-  const auto tensors =
-      advance<LambTensor>(arguments, lamb_scalars_of({lr, beta1, beta2, eps, weight_decay, bias_correction,
-                                                      grad_averaging, adapt, trust_clip, gradient_scale}));
-  reader.increment_version(params);
+  std::vector<DenseTensor> tensors;
+  tensors.reserve(list.size());
+  std::int64_t pieces = 0;
+  for (const py::handle object : list) {
+    TensorView view;
+    if (!reader.read_fast(object.ptr(), view) || view.device != TensorView::Device::cpu || !view.dtype ||
+        !is_dense(view)) {
+      return std::nullopt;
+    }
+    tensors.push_back({view.data, view.numel, *view.dtype});
+    pieces += norm_pieces(tensors.back());
+  }
+  std::vector<double> sums(pieces);
   const py::gil_scoped_release release;
-  kernels.lamb(tensors.data(), static_cast<std::int64_t>(tensors.size()), threads);
-  return arguments.rest;
+  kernels.sums_of_squares(tensors.data(), static_cast<std::int64_t>(tensors.size()), sums.data(), threads);
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 template <class Label>
@@ -134,23 +181,30 @@ PYBIND11_MODULE(_cpu, m) {
       .def("use_attributes", &TensorReader::use_attributes, "Read through Python attributes from now on.")
       .def_property_readonly("uses_shim", &TensorReader::uses_shim);
 
-  m.def("adamw", &adamw, "One AdamW step over lists of tensors. Returns the positions that it left alone.",
-        py::arg("reader"), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-        py::arg("max_exp_avg_sqs"), py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-        py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"), py::arg("threads"), py::arg("isa"));
-
-  m.def("adamw_group", &adamw_group,
-        "One AdamW step over an optimizer's group. Returns the parameters with a gradient and the positions among "
-        "them that it left alone; None where a parameter is a tensor subclass or lies elsewhere.",
-        py::arg("reader"), py::arg("params"), py::arg("state"), py::arg("amsgrad"), py::kw_only(), py::arg("lr"),
-        py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"),
+  constexpr const char* kListsDoc =
+      "lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps. Returns the positions "
+      "that it left alone.";
+  constexpr const char* kGroupDoc =
+      "One step over an optimizer's group. Returns the parameters with a gradient and the positions among them that "
+      "it left alone; None where a parameter is a tensor subclass or lies elsewhere.";
+  m.def("adamw", &adamw, kListsDoc, py::arg("reader"), py::arg("lists"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
+        py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("gradient_scale"), py::arg("zero_grads"),
         py::arg("threads"), py::arg("isa"));
+  m.def("adamw_group", &adamw_group, kGroupDoc, py::arg("reader"), py::arg("params"), py::arg("state"), py::kw_only(),
+        py::arg("amsgrad"), py::arg("anchored"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+        py::arg("weight_decay"), py::arg("gradient_scale"), py::arg("zero_grads"), py::arg("threads"), py::arg("isa"));
+  m.def("lamb", &lamb, kListsDoc, py::arg("reader"), py::arg("lists"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
+        py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("bias_correction"),
+        py::arg("grad_averaging"), py::arg("adapt"), py::arg("trust_clip"), py::arg("gradient_scale"),
+        py::arg("zero_grads"), py::arg("threads"), py::arg("isa"));
+  m.def("lamb_group", &lamb_group, kGroupDoc, py::arg("reader"), py::arg("params"), py::arg("state"), py::kw_only(),
+        py::arg("anchored"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
+        py::arg("bias_correction"), py::arg("grad_averaging"), py::arg("adapt"), py::arg("trust_clip"),
+        py::arg("gradient_scale"), py::arg("zero_grads"), py::arg("threads"), py::arg("isa"));
 
-  m.def("lamb", &lamb, "One LAMB step over lists of tensors. Returns the positions that it left alone.",
-        py::arg("reader"), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-        py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-        py::arg("weight_decay"), py::arg("bias_correction"), py::arg("grad_averaging"), py::arg("adapt"),
-        py::arg("trust_clip"), py::arg("gradient_scale"), py::arg("threads"), py::arg("isa"));
+  m.def("sum_of_squares", &sum_of_squares,
+        "Of all elements of all tensors; None where one of them is not dense on the CPU, or has no kernel.",
+        py::arg("reader"), py::arg("tensors"), py::kw_only(), py::arg("threads"), py::arg("isa"));
 
   m.def("check_labels", &check_labels,
         "(first position with a label outside [0, vocab) or -1, sum of the weights of the labels not ignored).",

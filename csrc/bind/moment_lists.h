@@ -25,9 +25,11 @@ struct MomentArguments {
 };
 
 // A parameter and what belongs to it.
-enum Role : std::size_t { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kStep, kRoles };
-constexpr const char* kLists[kRoles] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"};
-using MomentObjects = std::array<PyObject*, kRoles>;  // borrowed; no kMaxExpAvgSq without amsgrad
+enum Role : std::size_t { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kLowBits, kStep, kRoles };
+constexpr const char* kLists[kRoles] = {"params",          "grads",   "exp_avgs", "exp_avg_sqs",
+                                        "max_exp_avg_sqs", "anchors", "low_bits", "steps"};
+constexpr Role kOptional[] = {kMaxExpAvgSq, kAnchor, kLowBits};
+using MomentObjects = std::array<PyObject*, kRoles>;  // borrowed; null where an optional one is absent
 
 inline void prefetch_records(const TensorReader& reader, const MomentObjects& objects) {
   for (PyObject* object : objects) reader.prefetch_record(object);
@@ -55,7 +57,7 @@ inline bool kernel_takes(DType param, DType state) {
 // Every byte may be written through one tensor only.
 inline void reject_overlap(const std::string& op, const std::vector<MomentTensor>& tensors) {
   std::vector<std::pair<const char*, const char*>> ranges;
-  ranges.reserve(4 * tensors.size());
+  ranges.reserve(6 * tensors.size());
   for (const MomentTensor& t : tensors) {
     const auto writes = [&](const void* data, DType dtype) {
       const char* begin = static_cast<const char*>(data);
@@ -63,6 +65,8 @@ inline void reject_overlap(const std::string& op, const std::vector<MomentTensor
     };
     writes(t.param, t.param_dtype);
     for (const void* state : {t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq}) writes(state, t.state_dtype);
+    writes(t.low_bits, DType::bf16);
+    if (t.zero_grad) writes(t.grad, t.param_dtype);
   }
   std::sort(ranges.begin(), ranges.end());
   for (std::size_t i = 1; i < ranges.size(); ++i) {
@@ -79,9 +83,12 @@ inline void reject_overlap(const std::string& op, const std::vector<MomentTensor
 inline std::uint64_t hash(const MomentTensor& t) {
   std::uint64_t h = static_cast<std::uint64_t>(t.numel) << 8 | static_cast<std::uint64_t>(t.param_dtype) << 4 |
                     static_cast<std::uint64_t>(t.state_dtype);
-  for (const void* data : {t.param, t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq}) {
+  const auto mix = [&h](const void* data) {
     h = (h ^ (h >> 32) ^ reinterpret_cast<std::uintptr_t>(data)) * 0x9e3779b97f4a7c15u;
-  }
+  };
+  for (const void* data : {t.param, t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq}) mix(data);
+  if (t.low_bits != nullptr) mix(t.low_bits);
+  if (t.zero_grad) mix(t.grad);
   return (h ^ (h >> 32)) * 0xd6e8feb86659fd93u;
 }
 
@@ -102,9 +109,9 @@ inline void reject_new_overlap(const std::string& op, const std::vector<MomentTe
 // Reads and checks the arguments of every parameter, or throws.
 class MomentReader {
  public:
-  MomentReader(std::string op, const TensorReader& reader, TensorView::Device device,
+  MomentReader(std::string op, const TensorReader& reader, TensorView::Device device, bool zero_grads,
                const std::vector<MomentObjects>& objects)
-      : op_(std::move(op)), reader_(reader), device_(device), objects_(objects) {}
+      : op_(std::move(op)), reader_(reader), device_(device), zero_grads_(zero_grads), objects_(objects) {}
 
   // Nothing for parameters on another device, where those are allowed.
   std::optional<MomentArguments> read(bool may_span_devices, int threads) {
@@ -168,19 +175,34 @@ class MomentReader {
   // Whether a kernel takes this parameter; then `tensor` is what it takes.
   bool takes(const Views& views, MomentTensor& tensor) const {
     const TensorView &param = views[kParam], &exp_avg = views[kExpAvg], &step = views[kStep];
-    const bool amsgrad = views[kMaxExpAvgSq].device != TensorView::Device::other;
+    const auto has = [&](Role role) { return views[role].device != TensorView::Device::other; };
     if (param.device != device_ || !param.dtype || !exp_avg.dtype || !is_dense(param)) return false;
     if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) return false;
     if (!detail::kernel_takes(*param.dtype, *exp_avg.dtype)) return false;
-    for (const Role role : {kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq}) {
-      if (role == kMaxExpAvgSq && !amsgrad) continue;
+    for (const Role role : {kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kLowBits}) {
+      if (std::find(std::begin(kOptional), std::end(kOptional), role) != std::end(kOptional) && !has(role)) continue;
       const TensorView& view = views[role];
-      if (!fits(view, param) || !same_order(view, param)) return false;
-      if (view.dtype != (role == kGrad ? param.dtype : exp_avg.dtype)) return false;
+      if (!fits(view, param) || !same_order(view, param) || !has_dtype(role, views)) return false;
     }
-    tensor = {param.data,  views[kGrad].data, exp_avg.data,  views[kExpAvgSq].data, views[kMaxExpAvgSq].data,
-              param.numel, *param.dtype,      *exp_avg.dtype};
+    tensor = {param.data,
+              views[kGrad].data,
+              exp_avg.data,
+              views[kExpAvgSq].data,
+              views[kMaxExpAvgSq].data,
+              views[kAnchor].data,
+              static_cast<std::uint16_t*>(views[kLowBits].data),
+              param.numel,
+              *param.dtype,
+              *exp_avg.dtype,
+              zero_grads_};
     return true;
+  }
+
+  // That the tensor of a role is of the dtype which belongs to its parameter's, or its moments'.
+  static bool has_dtype(Role role, const Views& views) {
+    if (role == kLowBits) return views[kLowBits].is_int16 && views[kParam].dtype == DType::bf16;
+    const Role like = role == kGrad || role == kAnchor ? kParam : kExpAvg;
+    return views[role].dtype == views[like].dtype;
   }
 
   static bool fits(const TensorView& view, const TensorView& like) {
@@ -228,12 +250,13 @@ class MomentReader {
     const bool state_dtype_fits = param.dtype.has_value() == exp_avg.dtype.has_value() &&
                                   (!param.dtype || detail::kernel_takes(*param.dtype, *exp_avg.dtype));
     if (!fits(exp_avg, param) || !state_dtype_fits) reject(kExpAvg, describe(objects_[i][kParam]));
-    for (const Role role : {kGrad, kExpAvgSq, kMaxExpAvgSq}) {
-      const Role like = role == kGrad ? kParam : kExpAvg;
-      if (objects_[i][role] == nullptr) continue;
-      if (!fits(views[role], views[like]) || views[role].dtype != views[like].dtype) {
-        reject(role, describe(objects_[i][like]));
+    for (const Role role : {kGrad, kExpAvgSq, kMaxExpAvgSq, kAnchor, kLowBits}) {
+      if (objects_[i][role] == nullptr || (fits(views[role], param) && has_dtype(role, views))) continue;
+      if (role == kLowBits) {
+        const std::string like = describe(objects_[i][kParam]);
+        reject(role, "int16" + like.substr(like.find(' ')) + " beside a bfloat16 parameter");
       }
+      reject(role, describe(objects_[i][role == kGrad || role == kAnchor ? kParam : kExpAvg]));
     }
     if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) {
       reject(kStep, "float32 () on cpu");
@@ -243,28 +266,26 @@ class MomentReader {
   std::string op_;
   const TensorReader& reader_;
   TensorView::Device device_;
+  bool zero_grads_;
   const std::vector<MomentObjects>& objects_;
 };
 
-// Arguments from parallel lists; `max_exp_avg_sqs` is empty without amsgrad.
+// Arguments from parallel lists, one for each role, in that order; optional ones are empty.
 inline MomentArguments read_moment_lists(const std::string& op, const TensorReader& reader, TensorView::Device device,
-                                         const py::list& params, const py::list& grads, const py::list& exp_avgs,
-                                         const py::list& exp_avg_sqs, const py::list& max_exp_avg_sqs,
-                                         const py::list& steps, int threads) {
-  const std::size_t n = params.size();
-  const py::list* lists[kRoles] = {&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &steps};
+                                         const std::vector<py::list>& lists, bool zero_grads, int threads) {
+  const std::size_t n = lists.at(kParam).size();
   std::vector<MomentObjects> objects(n);
   for (std::size_t role = 0; role < kRoles; ++role) {
-    if (role == kMaxExpAvgSq && lists[role]->empty()) continue;
-    if (lists[role]->size() != n) {
-      throw py::value_error(op + ": " + std::string(kLists[role]) + " has " + std::to_string(lists[role]->size()) +
+    const bool optional = std::find(std::begin(kOptional), std::end(kOptional), role) != std::end(kOptional);
+    const py::list& list = lists.at(role);
+    if (optional && list.empty()) continue;
+    if (list.size() != n) {
+      throw py::value_error(op + ": " + std::string(kLists[role]) + " has " + std::to_string(list.size()) +
                             " tensors; expected " + std::to_string(n) + ", one for each of params");
     }
-    for (std::size_t i = 0; i < n; ++i) {
-      objects[i][role] = PyList_GET_ITEM(lists[role]->ptr(), static_cast<Py_ssize_t>(i));
-    }
+    for (std::size_t i = 0; i < n; ++i) objects[i][role] = PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
   }
-  return *MomentReader(op, reader, device, objects).read(false, threads);
+  return *MomentReader(op, reader, device, zero_grads, objects).read(false, threads);
 }
 
 // A walk through an optimizer's state in the order of its parameters, which is the order in which the
@@ -315,19 +336,26 @@ inline void look_up(PyObject* entries, PyObject* const names[kRoles], MomentObje
   }
 }
 
+// What a group's step takes part in.
+struct MomentOptions {
+  bool amsgrad, anchored, zero_grads;
+};
+
 // Arguments from an optimizer's parameter group and state. For some hundred small tensors, collecting
 // lists in Python would cost more than the step. `used` receives the parameters that have a gradient.
 // Nothing is returned for tensor subclasses, whose ops have to go through torch's dispatcher, and for
 // groups that span devices.
 inline std::optional<MomentArguments> read_moment_group(const std::string& op, const TensorReader& reader,
                                                         TensorView::Device device, const py::list& params,
-                                                        const py::dict& state, bool amsgrad, py::list& used,
-                                                        int threads) {
+                                                        const py::dict& state, const MomentOptions& options,
+                                                        py::list& used, int threads) {
   static PyObject* const names[kRoles] = {nullptr,
                                           nullptr,
                                           PyUnicode_InternFromString("exp_avg"),
                                           PyUnicode_InternFromString("exp_avg_sq"),
                                           PyUnicode_InternFromString("max_exp_avg_sq"),
+                                          PyUnicode_InternFromString("anchor"),
+                                          PyUnicode_InternFromString("low_bits"),
                                           PyUnicode_InternFromString("step")};
   const std::size_t n = params.size();
   std::vector<MomentObjects> objects;
@@ -351,10 +379,12 @@ inline std::optional<MomentArguments> read_moment_group(const std::string& op, c
     }
     MomentObjects values = {param, grad.ptr()};
     look_up(entries, names, values);
-    for (const Role role : {kExpAvg, kExpAvgSq, kMaxExpAvgSq, kStep}) {
-      if (role == kMaxExpAvgSq && !amsgrad) {
-        values[role] = nullptr;
-      } else if (values[role] == nullptr) {
+    if (!options.amsgrad) values[kMaxExpAvgSq] = nullptr;
+    if (!options.anchored) values[kAnchor] = nullptr;
+    for (const auto& [role, wanted] :
+         {std::pair{kExpAvg, true}, std::pair{kExpAvgSq, true}, std::pair{kStep, true},
+          std::pair{kMaxExpAvgSq, options.amsgrad}, std::pair{kAnchor, options.anchored}}) {
+      if (wanted && values[role] == nullptr) {
         PyErr_SetObject(PyExc_KeyError, names[role]);
         throw py::error_already_set();
       }
@@ -365,7 +395,7 @@ inline std::optional<MomentArguments> read_moment_group(const std::string& op, c
     grads.push_back(std::move(grad));
     used.append(params[i]);
   }
-  auto arguments = MomentReader(op, reader, device, objects).read(true, threads);
+  auto arguments = MomentReader(op, reader, device, options.zero_grads, objects).read(true, threads);
   if (arguments) arguments->grads = std::move(grads);
   return arguments;
 }

@@ -29,6 +29,7 @@ struct TensorView {
   int ndim = 0;
   std::int64_t numel = 1;
   std::optional<DType> dtype;  // none for types without a kernel (integers, complex, ...)
+  bool is_int16 = false;
   Device device = Device::other;
   int device_index = 0;
 };
@@ -76,6 +77,7 @@ class TensorReader {
   explicit TensorReader(const py::module_& torch)
       : tensor_(torch.attr("Tensor")),
         parameter_(torch.attr("nn").attr("Parameter")),
+        int16_(torch.attr("int16")),
         grad_(tensor_.attr("grad")),
         increment_version_(torch.attr("autograd").attr("graph").attr("increment_version")) {
     const char* names[] = {"float32", "bfloat16", "float16", "float64"};
@@ -131,6 +133,7 @@ class TensorReader {
       for (const auto& [code, dtype] : codes_) {
         if (t.dtype == code) view.dtype = dtype;
       }
+      view.is_int16 = t.dtype == shim_->dtypes.i16;
       view.device = t.on_cuda ? TensorView::Device::cuda : TensorView::Device::cpu;
       view.device_index = t.device_index;
       return true;
@@ -160,6 +163,7 @@ class TensorReader {
     for (std::size_t i = 0; i < dtypes_.size(); ++i) {
       if (dtype.is(dtypes_[i])) view.dtype = static_cast<DType>(i);
     }
+    view.is_int16 = dtype.is(int16_);
     const py::object device = object.attr("device");
     const std::string type = py::str(device.attr("type"));
     view.device = type == "cpu"    ? TensorView::Device::cpu
@@ -172,7 +176,7 @@ class TensorReader {
 
   std::optional<TorchShim> shim_;
   std::array<std::pair<std::int32_t, DType>, 4> codes_{};
-  py::object tensor_, parameter_, grad_, increment_version_;
+  py::object tensor_, parameter_, int16_, grad_, increment_version_;
   std::vector<py::object> dtypes_;
 };
 

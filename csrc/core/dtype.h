@@ -64,6 +64,18 @@ SF_HD void store(bf16* out, float x) {
   out->bits = static_cast<std::uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
+// An fp32 number in two halves: `high` is it rounded to bf16 (halves away from zero), `low` its lower 16 bits, so
+// both together are the number. Every NaN becomes the quiet NaN 0x7fc00000, as rounding could turn others to zero.
+SF_HD float join(bf16 high, std::uint16_t low) {
+  const std::uint32_t rounded_up = static_cast<std::uint32_t>(low >> 15) << 16;
+  return bits_float((static_cast<std::uint32_t>(high.bits) << 16 | low) - rounded_up);
+}
+SF_HD void split(float x, bf16* high, std::uint16_t* low) {
+  const std::uint32_t u = x != x ? 0x7fc00000u : float_bits(x);
+  high->bits = static_cast<std::uint16_t>((u + 0x8000u) >> 16);
+  *low = static_cast<std::uint16_t>(u);
+}
+
 SF_HD void store(f16* out, float x) {
   const std::uint32_t u = float_bits(x);
   const std::uint32_t magnitude = u & 0x7fffffffu;

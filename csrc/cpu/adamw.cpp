@@ -5,48 +5,55 @@
 #include "cpu/adamw.h"
 
 #include "core/parallel_for.h"
+#include "cpu/moments.h"
 
 namespace superfine::cpu::SF_ISA {
 namespace {
 
-template <class P, class S, bool kAmsgrad>
-void update_range(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {
-  using T = Opmath<P>;
+// What is done at a time: zeroed gradients are still in the L1 cache then.
+constexpr std::int64_t kStrip = kPageElements;
+
+template <bool kAmsgrad, bool kAnchor, class Param, class S>
+void update_range(const AdamWTensor& t, const Param param, S, std::int64_t begin, std::int64_t end) {
+  using T = typename Param::Math;
+  using E = typename Param::Element;
   const AdamWScalars<T> s = round_scalars<T>(t.scalars);
-  P* __restrict p = static_cast<P*>(t.param);
-  const P* __restrict g = static_cast<const P*>(t.grad);
+  E* __restrict g = static_cast<E*>(t.grad);
   S* __restrict m = static_cast<S*>(t.exp_avg);
   S* __restrict v = static_cast<S*>(t.exp_avg_sq);
   S* __restrict v_max = static_cast<S*>(t.max_exp_avg_sq);
+  const E* __restrict anchor = static_cast<const E*>(t.anchor);
+  for (std::int64_t strip = begin; strip < end; strip += kStrip) {
+    const std::int64_t stop = strip + kStrip < end ? strip + kStrip : end;
+    param.prefetch_next_page(strip);
+    prefetch_next_page(g + strip);
+    prefetch_next_page(m + strip);
+    prefetch_next_page(v + strip);
+    if (kAnchor) prefetch_next_page(anchor + strip);
 #pragma omp simd
-  for (std::int64_t i = begin; i < end; ++i) {
-    T pi = load(p[i]), mi = load(m[i]), vi = load(v[i]), v_max_i = kAmsgrad ? load(v_max[i]) : vi;
-    adamw_update<kAmsgrad>(s, pi, T(load(g[i])), mi, vi, v_max_i);
-    store(&p[i], pi);
-    store(&m[i], mi);
-    store(&v[i], vi);
-    if (kAmsgrad) store(&v_max[i], v_max_i);
+    for (std::int64_t i = strip; i < stop; ++i) {
+      T pi = param.get(i), mi = load(m[i]), vi = load(v[i]), v_max_i = kAmsgrad ? load(v_max[i]) : vi;
+      pi = kAnchor ? adamw_decay(s, pi, T(load(anchor[i]))) : adamw_decay(s, pi);
+      adamw_update<kAmsgrad>(s, pi, T(load(g[i])), mi, vi, v_max_i);
+      param.set(i, pi);
+      store(&m[i], mi);
+      store(&v[i], vi);
+      if (kAmsgrad) store(&v_max[i], v_max_i);
+    }
+    if (t.zero_grad) zero(g, strip, stop);
   }
 }
 
-template <class P, class S>
 void update(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {
-  if (t.max_exp_avg_sq != nullptr) {
-    update_range<P, S, true>(t, begin, end);
-  } else {
-    update_range<P, S, false>(t, begin, end);
-  }
-}
-
-// The combinations that `moment_lists.h` lets through.
-void update(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {
-  const bool wide_state = t.state_dtype == DType::f32;
-  switch (t.param_dtype) {
-    case DType::f32: return update<float, float>(t, begin, end);
-    case DType::f64: return update<double, double>(t, begin, end);
-    case DType::bf16: return wide_state ? update<bf16, float>(t, begin, end) : update<bf16, bf16>(t, begin, end);
-    case DType::f16: return wide_state ? update<f16, float>(t, begin, end) : update<f16, f16>(t, begin, end);
-  }
+  with_types(t, [&](const auto& param, auto s) {
+    if (t.max_exp_avg_sq != nullptr) {
+      t.anchor != nullptr ? update_range<true, true>(t, param, s, begin, end)
+                          : update_range<true, false>(t, param, s, begin, end);
+    } else {
+      t.anchor != nullptr ? update_range<false, true>(t, param, s, begin, end)
+                          : update_range<false, false>(t, param, s, begin, end);
+    }
+  });
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include "cpu/cross_entropy.h"
 #include "cpu/isa.h"
 #include "cpu/lamb.h"
+#include "cpu/norm.h"
 
 namespace superfine::cpu {
 
@@ -14,6 +15,7 @@ struct Kernels {
   decltype(&baseline::cross_entropy_forward) cross_entropy_forward;
   decltype(&baseline::cross_entropy_backward) cross_entropy_backward;
   decltype(&baseline::lamb) lamb;
+  decltype(&baseline::sums_of_squares) sums_of_squares;
 };
 
 // The best instruction set that this build holds and this processor runs.

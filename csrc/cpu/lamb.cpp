@@ -13,10 +13,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <type_traits>
 #include <vector>
 
 #include "core/parallel_for.h"
 #include "cpu/memory.h"
+#include "cpu/moments.h"
 
 namespace superfine::cpu::SF_ISA {
 namespace {
@@ -54,10 +56,16 @@ class Directions {
     advise_huge_pages(data_, bytes_);
   }
 
-  // Place for those of the `n`-th block from the end; null if they are not kept.
+  // Where those of the `n`-th block from the end are kept; null if they are not.
   template <class T>
-  T* find(std::int64_t n) const {
-    return (n + 1) * kPlace <= bytes_ ? reinterpret_cast<T*>(data_ + n * kPlace) : nullptr;
+  const T* find(std::int64_t n) const {
+    return (n + 1) * kPlace <= bytes_ ? reinterpret_cast<const T*>(data_ + n * kPlace) : nullptr;
+  }
+
+  // Where to write them, kept or not.
+  template <class T>
+  T* place(std::int64_t n) {
+    return reinterpret_cast<T*>((n + 1) * kPlace <= bytes_ ? data_ + n * kPlace : forgotten_);
   }
 
  private:
@@ -65,6 +73,7 @@ class Directions {
 
   char* data_ = nullptr;
   std::int64_t bytes_ = 0;
+  alignas(64) char forgotten_[kPlace];
 };
 thread_local Directions directions_of_thread;
 
@@ -104,66 +113,76 @@ LambNorms sum_blocks(const LambNorms* blocks, std::int64_t count) {
   return tree_sum(warps, kLambWarps);
 }
 
-template <bool kKeep, class P, class S>
-LambNorms update_moments(const LambTensor& t, std::int64_t begin, std::int64_t end, Opmath<P>* __restrict kept) {
-  using T = Opmath<P>;
+template <bool kAnchor, class Param, class S>
+LambNorms update_moments(const LambTensor& t, const Param param, S, std::int64_t begin, std::int64_t end,
+                         typename Param::Math* __restrict place) {
+  using T = typename Param::Math;
+  using E = typename Param::Element;
   const LambScalars<T> s = round_scalars<T>(t.scalars);
-  const P* __restrict p = static_cast<const P*>(t.param);
-  const P* __restrict g = static_cast<const P*>(t.grad);
+  E* __restrict g = static_cast<E*>(t.grad);
   S* __restrict m = static_cast<S*>(t.exp_avg);
   S* __restrict v = static_cast<S*>(t.exp_avg_sq);
-  T param[kLanes] = {}, direction[kLanes] = {};
+  const E* __restrict anchor = static_cast<const E*>(t.anchor);
+  T params[kLanes] = {}, directions[kLanes] = {};
   const auto element = [&](std::int64_t i, int lane) __attribute__((always_inline)) {
     T mi = load(m[i]), vi = load(v[i]);
-    const T pi = load(p[i]);
+    const T pi = param.get(i);
     lamb_moments(s, T(load(g[i])), mi, vi);
     S stored_m, stored_v;
     store(&stored_m, mi);
     store(&stored_v, vi);
     m[i] = stored_m;
     v[i] = stored_v;
-    const T u = lamb_direction(s, pi, T(load(stored_m)), T(load(stored_v)));
-    if (kKeep) kept[i - begin] = u;
-    param[lane] = std::fma(pi, pi, param[lane]);
-    direction[lane] = std::fma(u, u, direction[lane]);
+    const T distance = kAnchor ? pi - T(load(anchor[i])) : pi;
+    const T u = lamb_direction(s, distance, T(load(stored_m)), T(load(stored_v)));
+    place[i - begin] = u;
+    params[lane] = std::fma(pi, pi, params[lane]);
+    directions[lane] = std::fma(u, u, directions[lane]);
   };
   std::int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
+    if ((i - begin) % kPageElements == 0) {
+      param.prefetch_next_page(i);
+      prefetch_next_page(g + i);
+      prefetch_next_page(m + i);
+      prefetch_next_page(v + i);
+      if (kAnchor) prefetch_next_page(anchor + i);
+    }
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) element(i + lane, lane);
   }
   for (int lane = 0; i < end; ++i, ++lane) element(i, lane);
-  return {sum_lanes(param), sum_lanes(direction)};
+  if (t.zero_grad) zero(g, begin, end);
+  return {sum_lanes(params), sum_lanes(directions)};
 }
 
-template <bool kKept, class P, class S>
-void update_param(const LambTensor& t, double negative_step_size, std::int64_t begin, std::int64_t end,
-                  const Opmath<P>* __restrict kept) {
-  using T = Opmath<P>;
+// With directions computed again.
+template <bool kAnchor, class Param, class S>
+void update_param(const LambTensor& t, const Param param, S, double negative_step_size, std::int64_t begin,
+                  std::int64_t end) {
+  using T = typename Param::Math;
+  using E = typename Param::Element;
   const LambScalars<T> s = round_scalars<T>(t.scalars);
   const T step_size = static_cast<T>(negative_step_size);
-  P* __restrict p = static_cast<P*>(t.param);
   const S* __restrict m = static_cast<const S*>(t.exp_avg);
   const S* __restrict v = static_cast<const S*>(t.exp_avg_sq);
+  const E* __restrict anchor = static_cast<const E*>(t.anchor);
 #pragma omp simd
   for (std::int64_t i = begin; i < end; ++i) {
-    const T pi = load(p[i]);
-    const T u = kKept ? kept[i - begin] : lamb_direction(s, pi, T(load(m[i])), T(load(v[i])));
-    store(&p[i], std::fma(step_size, u, pi));
+    const T pi = param.get(i);
+    const T distance = kAnchor ? pi - T(load(anchor[i])) : pi;
+    const T u = lamb_direction(s, distance, T(load(m[i])), T(load(v[i])));
+    param.set(i, std::fma(step_size, u, pi));
   }
 }
 
-// Calls f<P, S>() for the combinations that the bindings let through.
-template <class F>
-auto with_types(const LambTensor& t, const F& f) {
-  const bool wide_state = t.state_dtype == DType::f32;
-  switch (t.param_dtype) {
-    case DType::bf16: return wide_state ? f(bf16{}, float{}) : f(bf16{}, bf16{});
-    case DType::f16: return wide_state ? f(f16{}, float{}) : f(f16{}, f16{});
-    case DType::f64: return f(double{}, double{});
-    case DType::f32: break;
-  }
-  return f(float{}, float{});
+// With the directions of the first pass.
+template <class Param>
+void update_param(const Param param, double negative_step_size, std::int64_t begin, std::int64_t end,
+                  const typename Param::Math* __restrict directions) {
+  const auto step_size = static_cast<typename Param::Math>(negative_step_size);
+#pragma omp simd
+  for (std::int64_t i = begin; i < end; ++i) param.set(i, std::fma(step_size, directions[i - begin], param.get(i)));
 }
 
 // (Vectors of types of this namespace only: their code must not be shared between instruction sets.)
@@ -208,12 +227,10 @@ void lamb(const LambTensor* tensors, std::int64_t count, int threads) {
       const auto [begin, end] = team.share(first, last);
       for (std::int64_t b = begin; b < end; ++b) {
         const LambTensor& t = tensors[blocks[b].tensor];
-        norms[b] = with_types(t, [&, from_end = end - 1 - b](auto p, auto s) {
-          using P = decltype(p);
-          using S = decltype(s);
-          const auto kept = directions.find<Opmath<P>>(from_end);
-          return kept ? update_moments<true, P, S>(t, blocks[b].begin, blocks[b].end, kept)
-                      : update_moments<false, P, S>(t, blocks[b].begin, blocks[b].end, kept);
+        norms[b] = with_types(t, [&, n = end - 1 - b](const auto& param, auto s) {
+          const auto place = directions.place<typename std::decay_t<decltype(param)>::Math>(n);
+          return t.anchor != nullptr ? update_moments<true>(t, param, s, blocks[b].begin, blocks[b].end, place)
+                                     : update_moments<false>(t, param, s, blocks[b].begin, blocks[b].end, place);
         });
       }
       team.wait();
@@ -225,12 +242,15 @@ void lamb(const LambTensor* tensors, std::int64_t count, int threads) {
           tensor = blocks[b].tensor;
           step_size = negative_step_size(b);
         }
-        with_types(t, [&, from_end = end - 1 - b](auto p, auto s) {
-          using P = decltype(p);
-          using S = decltype(s);
-          const auto kept = directions.find<Opmath<P>>(from_end);
-          kept ? update_param<true, P, S>(t, step_size, blocks[b].begin, blocks[b].end, kept)
-               : update_param<false, P, S>(t, step_size, blocks[b].begin, blocks[b].end, kept);
+        with_types(t, [&, n = end - 1 - b](const auto& param, auto s) {
+          const auto kept = directions.find<typename std::decay_t<decltype(param)>::Math>(n);
+          if (kept != nullptr) {
+            update_param(param, step_size, blocks[b].begin, blocks[b].end, kept);
+          } else if (t.anchor != nullptr) {
+            update_param<true>(t, param, s, step_size, blocks[b].begin, blocks[b].end);
+          } else {
+            update_param<false>(t, param, s, step_size, blocks[b].begin, blocks[b].end);
+          }
         });
       }
     }

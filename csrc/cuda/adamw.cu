@@ -1,9 +1,9 @@
 // Multi-tensor AdamW on the GPU.
 //
 // Traffic per parameter (read p, g, m, v; write p, m, v): 28 bytes in fp32, 56 in fp64, 14 in bf16 or
-// f16, 22 in bf16 or f16 with fp32 moments; amsgrad adds a read and a write of one moment. The floor
-// is those bytes over the device's memory bandwidth: about 15 flops a parameter leave the arithmetic
-// units idle.
+// f16, 22 in bf16 or f16 with fp32 moments. Amsgrad adds a read and a write of one moment, hidden bits
+// those of 2 bytes, an anchor a read, and zeros for g a write. The floor is those bytes over the device's
+// memory bandwidth: about 15 flops a parameter leave the arithmetic units idle.
 //
 // Every element is computed by `adamw_update` (math/adamw.h), compiled with -fmad=false: the bits are
 // those of the CPU kernel.
@@ -23,61 +23,65 @@ constexpr int kThreads = 256;
 // binary search in constant memory) stays small against moving 115 KB.
 constexpr int kChunk = 4096;
 
-template <class P_, class S_, bool kAmsgrad_>
-struct Tensor {
-  using P = P_;
-  using S = S_;
+template <class P, class S, bool kAmsgrad_>
+struct Tensor : MomentPointers<P, S> {
   static constexpr bool kAmsgrad = kAmsgrad_;
 
-  P* param;
-  const P* grad;
-  S* exp_avg;
-  S* exp_avg_sq;
   S* max_exp_avg_sq;
-  std::int64_t numel;
 
-  static Tensor of(const MomentTensor& t) {
-    return {static_cast<P*>(t.param),      static_cast<const P*>(t.grad),     static_cast<S*>(t.exp_avg),
-            static_cast<S*>(t.exp_avg_sq), static_cast<S*>(t.max_exp_avg_sq), t.numel};
+  static Tensor of(const MomentTensor& t) { return {MomentPointers<P, S>::of(t), static_cast<S*>(t.max_exp_avg_sq)}; }
+  __device__ void skip(std::int64_t n) {
+    MomentPointers<P, S>::skip(n);
+    if (kAmsgrad) max_exp_avg_sq += n;
   }
 };
 
 template <class P, class S, bool kAmsgrad>
-using SmallTable = MomentTable<Tensor<P, S, kAmsgrad>, AdamWScalars<Opmath<P>>, 48, 16>;
+using SmallTable = MomentTable<Tensor<P, S, kAmsgrad>, AdamWScalars<Opmath<P>>, 40, 16>;
 template <class P, class S, bool kAmsgrad>
-using LargeTable = MomentTable<Tensor<P, S, kAmsgrad>, AdamWScalars<Opmath<P>>, 512, 64>;
+using LargeTable = MomentTable<Tensor<P, S, kAmsgrad>, AdamWScalars<Opmath<P>>, 400, 64>;
 static_assert(sizeof(SmallTable<double, double, true>) <= 4096);
 static_assert(sizeof(LargeTable<double, double, true>) <= 32764);
 
-template <class T>
-__device__ __forceinline__ bool is_aligned(const T* a, const T* b, const T* c, int bytes) {
-  const auto address = [](const T* p) { return reinterpret_cast<std::uintptr_t>(p); };
-  return (address(a) | address(b) | address(c)) % bytes == 0;
+// Whether accesses of that many bytes may start at each of these addresses; they may at null.
+template <class... E>
+__device__ __forceinline__ bool is_aligned(int bytes, const E*... p) {
+  return ((reinterpret_cast<std::uintptr_t>(p) | ...) & (bytes - 1)) == 0;
 }
 
-template <bool kAmsgrad, int N, class P, class S>
-__device__ __forceinline__ void update(const AdamWScalars<Opmath<P>>& s, P* param, const P* grad, S* exp_avg,
-                                       S* exp_avg_sq, S* max_exp_avg_sq) {
-  using T = Opmath<P>;
-  auto p = *reinterpret_cast<const Pack<P, N>*>(param);
-  const auto g = *reinterpret_cast<const Pack<P, N>*>(grad);
-  auto m = *reinterpret_cast<const Pack<S, N>*>(exp_avg);
-  auto v = *reinterpret_cast<const Pack<S, N>*>(exp_avg_sq);
+// Updates N elements from the i-th on. What is absent is so for all threads of a block.
+template <int N, class Tensor, class T>
+__device__ __forceinline__ void update(const AdamWScalars<T>& s, const Tensor& t, bool zero_grad, int i) {
+  using P = typename Tensor::P;
+  using S = typename Tensor::S;
+  constexpr bool kAmsgrad = Tensor::kAmsgrad;
+  const bool splits = t.splits(), anchored = t.anchored();
+  auto p = load_pack<N>(t.param + i);
+  const auto g = load_pack<N>(t.grad + i);
+  auto m = load_pack<N>(t.exp_avg + i);
+  auto v = load_pack<N>(t.exp_avg_sq + i);
   auto v_max = v;
-  if (kAmsgrad) v_max = *reinterpret_cast<const Pack<S, N>*>(max_exp_avg_sq);
+  if (kAmsgrad) v_max = load_pack<N>(t.max_exp_avg_sq + i);
+  Pack<P, N> anchor = {};
+  if (anchored) anchor = load_pack<N>(t.anchor + i);
+  Pack<std::uint16_t, N> low = {};
+  if (splits) low = load_pack<N>(t.low_bits + i);
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    T pi = widen(p.at[i]), mi = widen(m.at[i]), vi = widen(v.at[i]), v_max_i = widen(v_max.at[i]);
-    adamw_update<kAmsgrad>(s, pi, T(widen(g.at[i])), mi, vi, v_max_i);
-    p.at[i] = narrow<P>(pi);
-    m.at[i] = narrow<S>(mi);
-    v.at[i] = narrow<S>(vi);
-    if (kAmsgrad) v_max.at[i] = narrow<S>(v_max_i);
+  for (int k = 0; k < N; ++k) {
+    T pk = widen(p.at[k], low.at[k]), mk = widen(m.at[k]), vk = widen(v.at[k]), v_max_k = widen(v_max.at[k]);
+    pk = anchored ? adamw_decay(s, pk, T(widen(anchor.at[k]))) : adamw_decay(s, pk);
+    adamw_update<kAmsgrad>(s, pk, T(widen(g.at[k])), mk, vk, v_max_k);
+    narrow(pk, splits, p.at[k], low.at[k]);
+    m.at[k] = narrow<S>(mk);
+    v.at[k] = narrow<S>(vk);
+    if (kAmsgrad) v_max.at[k] = narrow<S>(v_max_k);
   }
-  *reinterpret_cast<Pack<P, N>*>(param) = p;
-  *reinterpret_cast<Pack<S, N>*>(exp_avg) = m;
-  *reinterpret_cast<Pack<S, N>*>(exp_avg_sq) = v;
-  if (kAmsgrad) *reinterpret_cast<Pack<S, N>*>(max_exp_avg_sq) = v_max;
+  store_pack(t.param + i, p);
+  store_pack(t.exp_avg + i, m);
+  store_pack(t.exp_avg_sq + i, v);
+  if (kAmsgrad) store_pack(t.max_exp_avg_sq + i, v_max);
+  if (splits) store_pack(t.low_bits + i, low);
+  if (zero_grad) store_pack(t.grad + i, Pack<P, N>{});
 }
 
 // One block updates one chunk of one tensor.
@@ -85,31 +89,25 @@ template <class Table>
 __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Table table) {
   using P = typename Table::Tensor::P;
   using S = typename Table::Tensor::S;
-  constexpr bool kAmsgrad = Table::Tensor::kAmsgrad;
   constexpr int kPack = 16 / (sizeof(P) > sizeof(S) ? sizeof(P) : sizeof(S));
 
   const int chunk = blockIdx.x;
   const int index = table.find(chunk);
-  const auto& tensor = table.tensors[index];
   const auto s = table.scalars[table.scalars_of[index]];
-  const std::int64_t begin = static_cast<std::int64_t>(chunk - table.first_chunk[index]) * kChunk;
-  const int n = static_cast<int>(min(tensor.numel - begin, static_cast<std::int64_t>(kChunk)));
-  P* p = tensor.param + begin;
-  const P* g = tensor.grad + begin;
-  S* m = tensor.exp_avg + begin;
-  S* v = tensor.exp_avg_sq + begin;
-  S* v_max = kAmsgrad ? tensor.max_exp_avg_sq + begin : v;
+  const bool zero_grad = table.zero_grad[index];
+  auto t = table.tensors[index];
+  t.skip(static_cast<std::int64_t>(chunk - table.first_chunk[index]) * kChunk);
+  const int n = static_cast<int>(min(t.numel, static_cast<std::int64_t>(kChunk)));
 
   int packed = 0;  // views into larger buffers may be aligned to an element only
-  if (is_aligned<P>(p, g, g, sizeof(Pack<P, kPack>)) && is_aligned<S>(m, v, v_max, sizeof(Pack<S, kPack>))) {
+  if (is_aligned(sizeof(Pack<P, kPack>), t.param, t.grad, t.anchor) &&
+      is_aligned(sizeof(Pack<S, kPack>), t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq) &&
+      is_aligned(sizeof(Pack<std::uint16_t, kPack>), t.low_bits)) {
     packed = n / kPack * kPack;
   }
-  for (int i = threadIdx.x * kPack; i < packed; i += kThreads * kPack) {
-    update<kAmsgrad, kPack>(s, p + i, g + i, m + i, v + i, v_max + i);
-  }
-  for (int i = packed + threadIdx.x; i < n; i += kThreads) {
-    update<kAmsgrad, 1>(s, p + i, g + i, m + i, v + i, v_max + i);
-  }
+  for (int i = threadIdx.x * kPack; i < packed; i += kThreads * kPack) update<kPack>(s, t, zero_grad, i);
+#pragma unroll 1  // copies of the body would not overlap, as its stores may alias the next loads
+  for (int i = packed + threadIdx.x; i < n; i += kThreads) update<1>(s, t, zero_grad, i);
 }
 
 template <class P, class S, bool kAmsgrad, class Select>

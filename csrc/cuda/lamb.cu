@@ -3,7 +3,8 @@
 // Traffic per fp32 parameter: the first pass reads p, g, m, v and writes m, v (24 bytes), the second reads
 // p, m, v and writes p (16 bytes). Over everything at once that would be 40 bytes from and to memory. A
 // batch is therefore as small as half of the L2 cache, less what the gradients pass through, and its second
-// pass begins with what the first one touched last: 28 bytes then come from memory, as in AdamW.
+// pass begins with what the first one touched last: 28 bytes then come from memory, as in AdamW. An anchor
+// adds a read, hidden bits a read and a write of 2 bytes, and zeros for g a write.
 //
 // What that is worth, computed and not yet measured. On an H100 (50 MB of L2, 3 TB/s) a batch has 2.1 million
 // fp32 elements: 17 us of memory traffic in the first pass, 5 us of reads from L2 in the second, and about 3
@@ -28,30 +29,15 @@ namespace superfine::cuda {
 namespace {
 
 constexpr int kThreads = kLambWarps * kLambLanes;
-constexpr int kRows = 8;  // loads of each tensor in flight a thread: 4 KB a warp in fp32
+// Loads of each tensor in flight a thread. The registers that 4 take leave room for 1024 threads, so 64 KB in
+// flight in fp32 and 32 KB in bf16; latency times bandwidth is about 20 KB a multiprocessor on an H100.
+constexpr int kRows = 4;
 static_assert(kLambLanes == kWarp);
 
-template <class P_, class S_>
-struct Tensor {
-  using P = P_;
-  using S = S_;
-
-  P* param;
-  const P* grad;
-  S* exp_avg;
-  S* exp_avg_sq;
-  std::int64_t numel;
-
-  static Tensor of(const MomentTensor& t) {
-    return {static_cast<P*>(t.param), static_cast<const P*>(t.grad), static_cast<S*>(t.exp_avg),
-            static_cast<S*>(t.exp_avg_sq), t.numel};
-  }
-};
-
 template <class P, class S>
-using SmallTable = MomentTable<Tensor<P, S>, LambScalars<Opmath<P>>, 48, 16>;
+using SmallTable = MomentTable<MomentPointers<P, S>, LambScalars<Opmath<P>>, 40, 16>;
 template <class P, class S>
-using LargeTable = MomentTable<Tensor<P, S>, LambScalars<Opmath<P>>, 512, 48>;
+using LargeTable = MomentTable<MomentPointers<P, S>, LambScalars<Opmath<P>>, 400, 48>;
 static_assert(sizeof(SmallTable<double, double>) + 3 * sizeof(void*) <= 4096);
 static_assert(sizeof(LargeTable<double, double>) + 3 * sizeof(void*) <= 32764);
 constexpr int kMostTensors = LargeTable<float, float>::kTensors;
@@ -85,6 +71,14 @@ __device__ __forceinline__ E load_once(const E* p) {
   return {__ldcs(&p->bits)};
 }
 
+// Zeros that nobody reads soon.
+__device__ __forceinline__ void store_zero(float* p) { __stcs(p, 0.0f); }
+__device__ __forceinline__ void store_zero(double* p) { __stcs(p, 0.0); }
+template <class E>
+__device__ __forceinline__ void store_zero(E* p) {
+  __stcs(&p->bits, static_cast<unsigned short>(0));
+}
+
 // Sums up a tensor's chunks, in the order of the rule, and so finds its step size; called by all threads.
 template <class T>
 __device__ void finish_tensor(const LambScalars<T>& s, const Workspace& workspace, int index, int first, int chunks) {
@@ -110,28 +104,31 @@ __global__ void __launch_bounds__(kThreads)
 
   const int index = table.find(blockIdx.x);
   const int first = table.first_chunk[index];
-  const auto& tensor = table.tensors[index];
   const auto& s = table.scalars[table.scalars_of[index]];
-  const int chunks = static_cast<int>((tensor.numel + kLambChunk - 1) / kLambChunk);
-  const std::int64_t begin = (blockIdx.x - first) * kLambChunk + threadIdx.x / kWarp * kLambBlock;
-  const int n = static_cast<int>(min(tensor.numel - begin, kLambBlock));  // not above 0: nothing for this warp
-  const P* param = tensor.param + begin;
-  const P* grad = tensor.grad + begin;
-  S* exp_avg = tensor.exp_avg + begin;
-  S* exp_avg_sq = tensor.exp_avg_sq + begin;
+  auto t = table.tensors[index];
+  const int chunks = static_cast<int>((t.numel + kLambChunk - 1) / kLambChunk);
+  t.skip((blockIdx.x - first) * kLambChunk + threadIdx.x / kWarp * kLambBlock);
+  const int n = static_cast<int>(min(t.numel, kLambBlock));  // not above 0: nothing for this warp
+  const bool splits = t.splits(), anchored = t.anchored();
+  const bool zero_grad = table.zero_grad[index];
 
   T param_sum = 0, direction_sum = 0;
   for (int row = threadIdx.x % kWarp; row < n; row += kRows * kWarp) {
-    P p[kRows], g[kRows];
+    P p[kRows], g[kRows], a[kRows];
     S m[kRows], v[kRows];
+    std::uint16_t low[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int i = row + r * kWarp;
+      a[r] = {};
+      low[r] = 0;
       if (i < n) {
-        p[r] = param[i];
-        g[r] = load_once(&grad[i]);
-        m[r] = exp_avg[i];
-        v[r] = exp_avg_sq[i];
+        p[r] = t.param[i];
+        g[r] = load_once(&t.grad[i]);
+        m[r] = t.exp_avg[i];
+        v[r] = t.exp_avg_sq[i];
+        if (anchored) a[r] = t.anchor[i];
+        if (splits) low[r] = t.low_bits[i];
       }
     }
 #pragma unroll
@@ -139,11 +136,13 @@ __global__ void __launch_bounds__(kThreads)
       const int i = row + r * kWarp;
       if (i < n) {
         T mi = widen(m[r]), vi = widen(v[r]);
-        const T pi = widen(p[r]);
+        const T pi = widen(p[r], low[r]);
         lamb_moments(s, T(widen(g[r])), mi, vi);
-        exp_avg[i] = m[r] = narrow<S>(mi);
-        exp_avg_sq[i] = v[r] = narrow<S>(vi);
-        const T u = lamb_direction(s, pi, T(widen(m[r])), T(widen(v[r])));  // of the moments as stored
+        t.exp_avg[i] = m[r] = narrow<S>(mi);
+        t.exp_avg_sq[i] = v[r] = narrow<S>(vi);
+        if (zero_grad) store_zero(&t.grad[i]);
+        // Of the moments as stored. Without an anchor, p - 0 is p in every bit.
+        const T u = lamb_direction(s, pi - T(widen(a[r])), T(widen(m[r])), T(widen(v[r])));
         param_sum = std::fma(pi, pi, param_sum);
         direction_sum = std::fma(u, u, direction_sum);
       }
@@ -174,46 +173,60 @@ __global__ void __launch_bounds__(kThreads)
 
   const int chunk = gridDim.x - 1 - blockIdx.x;
   const int index = table.find(chunk);
-  const auto& tensor = table.tensors[index];
   const auto& s = table.scalars[table.scalars_of[index]];
   const T step_size = static_cast<T>(workspace.negative_step_sizes[index]);
-  const std::int64_t begin = (chunk - table.first_chunk[index]) * kLambChunk;
-  const int n = static_cast<int>(min(tensor.numel - begin, kLambChunk));
-  P* param = tensor.param + begin;
-  const S* exp_avg = tensor.exp_avg + begin;
-  const S* exp_avg_sq = tensor.exp_avg_sq + begin;
+  auto t = table.tensors[index];
+  t.skip((chunk - table.first_chunk[index]) * kLambChunk);
+  const int n = static_cast<int>(min(t.numel, kLambChunk));
+  const bool splits = t.splits(), anchored = t.anchored();
 
   for (int row = threadIdx.x; row < n; row += kRows * kThreads) {
-    P p[kRows];
+    P p[kRows], a[kRows];
     S m[kRows], v[kRows];
+    std::uint16_t low[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int i = row + r * kThreads;
+      a[r] = {};
+      low[r] = 0;
       if (i < n) {
-        p[r] = param[i];
-        m[r] = load_once(&exp_avg[i]);
-        v[r] = load_once(&exp_avg_sq[i]);
+        p[r] = t.param[i];
+        m[r] = load_once(&t.exp_avg[i]);
+        v[r] = load_once(&t.exp_avg_sq[i]);
+        if (anchored) a[r] = load_once(&t.anchor[i]);
+        if (splits) low[r] = t.low_bits[i];
       }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int i = row + r * kThreads;
       if (i < n) {
-        const T pi = widen(p[r]);
-        const T u = lamb_direction(s, pi, T(widen(m[r])), T(widen(v[r])));
-        param[i] = narrow<P>(std::fma(step_size, u, pi));
+        const T pi = widen(p[r], low[r]);
+        const T u = lamb_direction(s, pi - T(widen(a[r])), T(widen(m[r])), T(widen(v[r])));
+        narrow(std::fma(step_size, u, pi), splits, p[r], low[r]);
+        t.param[i] = p[r];
+        if (splits) t.low_bits[i] = low[r];
       }
     }
   }
 }
 
-// The elements whose p, m and v fill half of the device's L2 cache.
+// What the second pass reads of an element: p, m and v, and what else some tensor of the call has.
 template <class P, class S>
-std::int64_t batch_elements() {
+std::int64_t bytes_of_element(const LambTensor* tensors, std::int64_t count) {
+  const auto some = [=](const auto& has) { return std::any_of(tensors, tensors + count, has); };
+  std::int64_t bytes = sizeof(P) + 2 * sizeof(S);
+  if (some([](const LambTensor& t) { return t.anchor != nullptr; })) bytes += sizeof(P);
+  if (kMaySplit<P> && some([](const LambTensor& t) { return t.low_bits != nullptr; })) bytes += sizeof(std::uint16_t);
+  return bytes;
+}
+
+// The elements that fill half of the device's L2 cache.
+std::int64_t batch_elements(std::int64_t bytes_of_element) {
   int device = 0, bytes = 0;
   cuda_check(cudaGetDevice(&device), "lamb");
   cuda_check(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device), "lamb");
-  return std::max<std::int64_t>(bytes / 2 / (sizeof(P) + 2 * sizeof(S)), kLambChunk);
+  return std::max<std::int64_t>(bytes / 2 / bytes_of_element, kLambChunk);
 }
 
 }  // namespace
@@ -233,7 +246,8 @@ void lamb(const LambTensor* tensors, std::int64_t count, void* memory, cudaStrea
     using P = decltype(p);
     using S = decltype(s);
     fill_small_or_large_tables<SmallTable<P, S>, LargeTable<P, S>>(
-        tensors, count, has_dtypes, kLambChunk, batch_elements<P, S>(), [=](const auto& table, unsigned chunks) {
+        tensors, count, has_dtypes, kLambChunk, batch_elements(bytes_of_element<P, S>(tensors, count)),
+        [=](const auto& table, unsigned chunks) {
           lamb_moments_kernel<<<chunks, kThreads, 0, stream>>>(table, workspace);
           cuda_check(cudaGetLastError(), "lamb");
           lamb_param_kernel<<<chunks, kThreads, 0, stream>>>(table, workspace);

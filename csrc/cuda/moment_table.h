@@ -1,5 +1,5 @@
-// What the multi-tensor kernels of the optimizers share: the table of a launch's tensors, the search of a
-// block for its tensor, and the loops over dtypes and tables on the host.
+// What the multi-tensor kernels of the optimizers share: a tensor's pointers, the table of a launch's tensors, the
+// search of a block for its tensor, and the loops over dtypes and tables on the host.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,9 +10,49 @@
 #include <limits>
 
 #include "core/dtype.h"
+#include "cuda/pack.h"
 #include "math/moments.h"
 
 namespace superfine::cuda {
+
+// A MomentTensor with its types.
+template <class P_, class S_>
+struct MomentPointers {
+  using P = P_;
+  using S = S_;
+
+  P* param;
+  P* grad;
+  S* exp_avg;
+  S* exp_avg_sq;
+  const P* anchor;          // null, or what weight decay pulls toward
+  std::uint16_t* low_bits;  // null, or the lower bits of param
+  std::int64_t numel;
+
+  static MomentPointers of(const MomentTensor& t) {
+    return {static_cast<P*>(t.param),
+            static_cast<P*>(t.grad),
+            static_cast<S*>(t.exp_avg),
+            static_cast<S*>(t.exp_avg_sq),
+            static_cast<const P*>(t.anchor),
+            t.low_bits,
+            t.numel};
+  }
+
+  __device__ bool anchored() const { return anchor != nullptr; }
+  __device__ bool splits() const { return kMaySplit<P> && low_bits != nullptr; }
+
+  // Leaves the first n elements out.
+  __device__ void skip(std::int64_t n) {
+    param += n;
+    grad += n;
+    exp_avg += n;
+    exp_avg_sq += n;
+    if (anchored()) anchor += n;
+    if (splits()) low_bits += n;
+    numel -= n;
+  }
+};
 
 // A launch's tensors, passed by value. Kernel arguments end at 4 KiB, or at 32,764 bytes from CUDA
 // 12.1 on (nvcc and driver); a table is as large as fits and still holds any mix of scalars.
@@ -26,8 +66,10 @@ struct MomentTable {
   Tensor tensors[kTensors];
   Scalars scalars[kScalars];  // distinct ones: usually one per parameter group
   std::int32_t first_chunk[kTensors];
-  std::uint16_t scalars_of[kTensors];
+  std::uint8_t scalars_of[kTensors];
+  bool zero_grad[kTensors];
   std::int32_t count;
+  static_assert(kScalars <= 256);
 
   // The last tensor whose first chunk is not after this one.
   __device__ int find(int chunk) const {
@@ -59,7 +101,8 @@ class TableBuilder {
     const int i = table_.count++;
     table_.tensors[i] = Table::Tensor::of(t);
     table_.first_chunk[i] = static_cast<std::int32_t>(chunks_);
-    table_.scalars_of[i] = static_cast<std::uint16_t>(scalars);
+    table_.scalars_of[i] = static_cast<std::uint8_t>(scalars);
+    table_.zero_grad[i] = t.zero_grad;
     chunks_ += chunks;
     return true;
   }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/dtype.h"
 
@@ -14,6 +15,15 @@ template <class E, int N>
 struct alignas(sizeof(E) * N) Pack {
   E at[N];
 };
+
+template <int N, class E>
+__device__ __forceinline__ Pack<E, N> load_pack(const E* p) {
+  return *reinterpret_cast<const Pack<E, N>*>(p);
+}
+template <int N, class E>
+__device__ __forceinline__ void store_pack(E* p, const Pack<E, N>& pack) {
+  *reinterpret_cast<Pack<E, N>*>(p) = pack;
+}
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
@@ -39,6 +49,27 @@ __device__ __forceinline__ f16 narrow<f16>(float x) {
   f16 y;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
   return y;
+}
+
+// A parameter whose lower bits may lie in a tensor of their own, which only bf16 has. Without them `low` is 0 and
+// `splits` false.
+template <class P>
+constexpr bool kMaySplit = std::is_same<P, bf16>::value;
+
+template <class P>
+__device__ __forceinline__ Opmath<P> widen(P high, std::uint16_t low) {
+  if constexpr (kMaySplit<P>) {
+    return join(high, low);  // for low = 0 that is `high`
+  } else {
+    return widen(high);
+  }
+}
+template <class P>
+__device__ __forceinline__ void narrow(Opmath<P> x, bool splits, P& high, std::uint16_t& low) {
+  high = narrow<P>(x);
+  if constexpr (kMaySplit<P>) {
+    if (splits) split(x, &high, &low);
+  }
 }
 
 }  // namespace superfine::cuda

@@ -1,6 +1,6 @@
 // AdamW for one element (Loshchilov & Hutter 2019, Algorithm 2), in torch's order of operations:
 //
-//   p <- p * (1 - lr * weight_decay)
+//   p <- p * (1 - lr * weight_decay)                 or a + (p - a) * (1 - lr * weight_decay), a: anchor
 //   m <- m + (1 - beta1) * (g - m)
 //   v <- beta2 * v + (1 - beta2) * g * g
 //   p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
@@ -28,11 +28,11 @@ struct AdamWScalars {
   T eps;
   T negative_step_size;     // -lr / (1 - beta1^t)
   T sqrt_bias_correction2;  // sqrt(1 - beta2^t)
-  T gradient_sign;          // -1 to maximise
+  T gradient_scale;         // for clipping and loss scaling; its sign is -1 to maximise
 };
 
 inline AdamWScalars<double> adamw_scalars(double lr, double beta1, double beta2, double eps, double weight_decay,
-                                          bool maximize, double step) {
+                                          double gradient_scale, double step) {
   AdamWScalars<double> s;
   s.decay = 1.0 - lr * weight_decay;
   s.one_minus_beta1 = 1.0 - beta1;
@@ -41,13 +41,14 @@ inline AdamWScalars<double> adamw_scalars(double lr, double beta1, double beta2,
   s.eps = eps;
   s.negative_step_size = -(lr / (1.0 - std::pow(beta1, step)));
   s.sqrt_bias_correction2 = std::sqrt(1.0 - std::pow(beta2, step));
-  s.gradient_sign = maximize ? -1.0 : 1.0;
+  s.gradient_scale = gradient_scale;
   return s;
 }
 
 // The scalars as a function of the step.
-inline auto adamw_scalars_of(double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize) {
-  return [=](double step) { return adamw_scalars(lr, beta1, beta2, eps, weight_decay, maximize, step); };
+inline auto adamw_scalars_of(double lr, double beta1, double beta2, double eps, double weight_decay,
+                             double gradient_scale) {
+  return [=](double step) { return adamw_scalars(lr, beta1, beta2, eps, weight_decay, gradient_scale, step); };
 }
 
 template <class T>
@@ -59,7 +60,7 @@ inline AdamWScalars<T> round_scalars(const AdamWScalars<double>& s) {
           static_cast<T>(s.eps),
           static_cast<T>(s.negative_step_size),
           static_cast<T>(s.sqrt_bias_correction2),
-          static_cast<T>(s.gradient_sign)};
+          static_cast<T>(s.gradient_scale)};
 }
 
 // x / c for x >= 0 and the same c in every element of a loop. Where there is an fma it costs half a division: the
@@ -78,11 +79,19 @@ SF_HD float divide_by(float x, float c) {
 }
 SF_HD double divide_by(double x, double c) { return x / c; }
 
-// p: parameter, g: gradient, m: exp_avg, v: exp_avg_sq, v_max: max_exp_avg_sq (kAmsgrad only).
+template <class T>
+SF_HD T adamw_decay(const AdamWScalars<T>& s, T p) {
+  return p * s.decay;
+}
+template <class T>
+SF_HD T adamw_decay(const AdamWScalars<T>& s, T p, T anchor) {
+  return std::fma(s.decay, p - anchor, anchor);
+}
+
+// p: decayed parameter, g: gradient, m: exp_avg, v: exp_avg_sq, v_max: max_exp_avg_sq (kAmsgrad only).
 template <bool kAmsgrad, class T>
 SF_HD void adamw_update(const AdamWScalars<T>& s, T& p, T g, T& m, T& v, T& v_max) {
-  g *= s.gradient_sign;
-  p *= s.decay;
+  g *= s.gradient_scale;
   m = std::fma(s.one_minus_beta1, g - m, m);
   v = std::fma(s.one_minus_beta2 * g, g, v * s.beta2);
   T second_moment = v;

@@ -2,7 +2,7 @@
 //
 //   m <- beta1 * m + beta3 * g                      beta3 = 1 - beta1, or 1 without grad_averaging
 //   v <- beta2 * v + (1 - beta2) * g * g
-//   u <- (m / bias1) / (sqrt(v) / sqrt(bias2) + eps) + weight_decay * p
+//   u <- (m / bias1) / (sqrt(v) / sqrt(bias2) + eps) + weight_decay * p            or p - a, toward an anchor a
 //   p <- p - lr * trust_ratio * u                   trust_ratio = |p| / |u| over the tensor
 //
 // Two passes: the moments and both norms first, then the parameter, with u computed again from the
@@ -92,10 +92,11 @@ SF_HD void lamb_moments(const LambScalars<T>& s, T g, T& m, T& v) {
   v = std::fma(s.one_minus_beta2 * g, g, v * s.beta2);
 }
 
+// `distance` is p, or p - a.
 template <class T>
-SF_HD T lamb_direction(const LambScalars<T>& s, T p, T m, T v) {
+SF_HD T lamb_direction(const LambScalars<T>& s, T distance, T m, T v) {
   const T denominator = std::fma(std::sqrt(v), s.inverse_sqrt_bias2, s.eps);
-  return std::fma(s.weight_decay, p, (m * s.inverse_bias1) / denominator);
+  return std::fma(s.weight_decay, distance, (m * s.inverse_bias1) / denominator);
 }
 
 constexpr int kLambLanes = 32;             // a warp; two AVX-512 vectors, so that an addition's latency shows less

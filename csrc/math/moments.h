@@ -7,17 +7,20 @@
 
 namespace superfine {
 
-// All pointers address `numel` dense elements in one order; param and grad are of one type, the moments
+// All pointers address `numel` dense elements in one order; param, grad and anchor are of one type, the moments
 // of another or the same.
 struct MomentTensor {
   void* param;
-  const void* grad;
+  void* grad;
   void* exp_avg;
   void* exp_avg_sq;
-  void* max_exp_avg_sq;  // null without amsgrad
+  void* max_exp_avg_sq;     // null without amsgrad
+  const void* anchor;       // what weight decay pulls toward; null for zero
+  std::uint16_t* low_bits;  // the lower half of an fp32 parameter whose upper half is `param`, in bf16; or null
   std::int64_t numel;
   DType param_dtype;
   DType state_dtype;
+  bool zero_grad;  // leave zeros behind in grad
 };
 
 }  // namespace superfine

@@ -1,6 +1,6 @@
 """The ``superfine`` command: tune, eval, merge, env; cli_bench.py has bench, compare, report, profile.
 
-Each command imports what it needs when it runs, so that ``superfine --help`` is quick.
+Each command imports what it needs when it runs.
 Exit codes: 0 done; 2 the input is wrong (one line on stderr says what); 1 anything else that failed;
 130 or 143 stopped by Ctrl-C or SIGTERM.
 """

@@ -17,9 +17,7 @@ def add_commands(app: typer.Typer) -> None:
 
     @app.command()
     def bench(
-        only: Annotated[
-            str | None, typer.Option(help="One op: adamw, lamb, cross_entropy, train_step.")
-        ] = None,
+        only: Annotated[str | None, typer.Option(help="One op, such as adamw or train_step.")] = None,
         quick: Annotated[
             bool, typer.Option("--quick", help="Under three minutes; no torch.compile.")
         ] = False,
@@ -32,7 +30,9 @@ def add_commands(app: typer.Typer) -> None:
         dry_run: Annotated[
             bool, typer.Option("--dry-run", help="Only compile the GPU kernels; needs no GPU.")
         ] = False,
-        arch: Annotated[str, typer.Option(help="With --dry-run: architectures.")] = ARCHITECTURES,
+        arch: Annotated[
+            str | None, typer.Option(help=f"With --dry-run: architectures; default: {ARCHITECTURES}.")
+        ] = None,
         bandwidth: Annotated[
             float | None, typer.Option(help="With --dry-run: GB/s, for predicted times.")
         ] = None,
@@ -55,8 +55,12 @@ def add_commands(app: typer.Typer) -> None:
                 from superfine_bench.dry_run import dry_run as compile_all
                 from superfine_bench.dry_run import print_dry_run
 
-                print_dry_run(console(), compile_all(arch.split(","), bandwidth))
+                archs = (arch or ARCHITECTURES).split(",")
+                print_dry_run(console(), compile_all(archs, bandwidth))
                 return
+            for option, value in (("--arch", arch), ("--bandwidth", bandwidth)):
+                if value is not None:
+                    raise ValueError(f"bench: {option} is {value}; expected it with --dry-run")
             if quick and full:
                 raise ValueError("bench: --quick and --full are both given; expected one of them")
             if resume and out is None:
@@ -129,11 +133,19 @@ def add_commands(app: typer.Typer) -> None:
     ) -> None:
         """Show where the time of one op, or of one training step, goes."""
         with errors(debug):
+            from superfine_bench import UnavailableError
             from superfine_bench.profile import find_case, print_profile, profile_case
             from superfine_bench.run import find_device
 
-            chosen, who = find_case("train_step" if op == "train" else op, case, provider)
-            print_profile(console(), profile_case(chosen, who, find_device(device), out, ncu=ncu))
+            target = find_device(device)
+            chosen, who = find_case(op, case, provider, target.type)
+            try:
+                profiled = profile_case(chosen, who, target, out, ncu=ncu)
+            except UnavailableError as reason:
+                raise ValueError(
+                    f"profile: provider is {provider!r}; expected one that can run here ({reason})"
+                ) from reason
+            print_profile(console(), profiled)
 
 
 def _new_folder() -> Path:

@@ -1,7 +1,7 @@
 """Multi-tensor AdamW in Triton: one launch for all tensors of one (parameter, state) pair of dtypes.
 
-    g <- -g if maximize
-    p <- p * (1 - lr * weight_decay)
+    g <- gradient_scale * g
+    p <- p * (1 - lr * weight_decay)              or toward an anchor a: a + (p - a) * (1 - lr * weight_decay)
     m <- m + (1 - beta1) * (g - m)
     v <- beta2 * v + (1 - beta2) * g * g
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
@@ -10,7 +10,8 @@ Every rounding is that of csrc/math/adamw.h: contraction is off, two fmas are sp
 root round to nearest. Addresses, sizes and scalars travel in two small tables that the host copies at every
 step, so a step does not belong into a CUDA graph (one of the CUDA kernel does).
 
-Traffic per parameter: 28 bytes in float32, 14 in bfloat16 or float16, 22 there with float32 moments.
+Traffic per parameter: 28 bytes in float32, 14 in bfloat16 or float16, 22 there with float32 moments. Low bits add 4
+bytes, an anchor one element, and zeros for g one.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,16 +19,24 @@ Traffic per parameter: 28 bytes in float32, 14 in bfloat16 or float16, 22 there 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from superfine_kernels._library import opmath_dtype
-from superfine_kernels.triton._moments import TRITON_DTYPES, check, find_tensor, on, pointer
+from superfine_kernels.triton._moments import (
+    COLUMNS,
+    FIRST_CHUNK,
+    NUMEL,
+    find_tensor,
+    load_param,
+    on,
+    pointer,
+    prepare,
+    store_param,
+)
 
 #: Elements per program: enough to amortise the search for its tensor; 1M parameters still make 256 programs.
 CHUNK = 4096
@@ -36,15 +45,14 @@ CHUNK = 4096
 BLOCK = 512
 WARPS = 4
 
-# Columns of the table of addresses (int64) and of the table of scalars.
-TABLE_COLUMNS = 7  # param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, numel, first chunk
-SCALAR_COLUMNS = 8  # in the order of AdamWScalars in csrc/math/adamw.h
+SCALARS = tl.constexpr(8)  # columns of the table of scalars: AdamWScalars of csrc/math/adamw.h, in its order
 
 
 @triton.jit
 def _update(
-    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, offsets, mask, scalars,
-    AMSGRAD: tl.constexpr, OPMATH: tl.constexpr,
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, low_bits, offsets, mask, scalars,
+    AMSGRAD: tl.constexpr, ANCHORED: tl.constexpr, SPLIT: tl.constexpr, ZERO_GRAD: tl.constexpr,
+    OPMATH: tl.constexpr,
 ):  # fmt: skip
     decay = tl.load(scalars)
     one_minus_beta1 = tl.load(scalars + 1)
@@ -53,15 +61,21 @@ def _update(
     eps = tl.load(scalars + 4)
     negative_step_size = tl.load(scalars + 5)
     sqrt_bias_correction2 = tl.load(scalars + 6)
-    gradient_sign = tl.load(scalars + 7)
+    gradient_scale = tl.load(scalars + 7)
 
-    p = tl.load(param + offsets, mask=mask).to(OPMATH)
+    p = load_param(param, low_bits, offsets, mask, SPLIT, OPMATH)
     g = tl.load(grad + offsets, mask=mask).to(OPMATH)
     m = tl.load(exp_avg + offsets, mask=mask).to(OPMATH)
     v = tl.load(exp_avg_sq + offsets, mask=mask).to(OPMATH)
 
-    g = g * gradient_sign
-    p = p * decay
+    if ZERO_GRAD:
+        tl.store(grad + offsets, tl.zeros(g.shape, grad.dtype.element_ty), mask=mask)
+    g = g * gradient_scale
+    if ANCHORED:
+        a = tl.load(anchor + offsets, mask=mask).to(OPMATH)
+        p = tl.fma(decay + tl.zeros_like(p), p - a, a)
+    else:
+        p = p * decay
     m = tl.fma(one_minus_beta1 + tl.zeros_like(m), g - m, m)
     v = tl.fma(one_minus_beta2 * g, g, v * beta2)
     second_moment = v
@@ -76,7 +90,7 @@ def _update(
         denominator = tl.div_rn(tl.sqrt_rn(second_moment), sqrt_bias_correction2 + tl.zeros_like(m)) + eps
         p = p + tl.div_rn(negative_step_size * m, denominator)
 
-    tl.store(param + offsets, p.to(param.dtype.element_ty), mask=mask)
+    store_param(param, low_bits, offsets, p, mask, SPLIT)
     tl.store(exp_avg + offsets, m.to(exp_avg.dtype.element_ty), mask=mask)
     tl.store(exp_avg_sq + offsets, v.to(exp_avg_sq.dtype.element_ty), mask=mask)
 
@@ -84,31 +98,39 @@ def _update(
 @triton.jit(do_not_specialize=["count"])
 def _adamw(
     table, scalars, count,
-    PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, AMSGRAD: tl.constexpr,
-    ALIGNED: tl.constexpr, TABLE_COLUMNS: tl.constexpr, SCALAR_COLUMNS: tl.constexpr,
+    PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, ALIGNED: tl.constexpr,
+    AMSGRAD: tl.constexpr, ANCHORED: tl.constexpr, SPLIT: tl.constexpr, ZERO_GRAD: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
-    index = find_tensor(table, count, chunk, TABLE_COLUMNS)
-    row = table + index * TABLE_COLUMNS
+    index = find_tensor(table, count, chunk)
+    row = table + index * COLUMNS
     param = pointer(row, 0, PARAM, ALIGNED)
     grad = pointer(row, 1, PARAM, ALIGNED)
     exp_avg = pointer(row, 2, STATE, ALIGNED)
     exp_avg_sq = pointer(row, 3, STATE, ALIGNED)
     max_exp_avg_sq = pointer(row, 4, STATE, ALIGNED)
-    numel = tl.load(row + 5)
-    begin = (chunk - tl.load(row + 6)) * CHUNK
-    scalars += index * SCALAR_COLUMNS
+    anchor = pointer(row, 5, PARAM, ALIGNED)
+    low_bits = pointer(row, 6, tl.uint16, ALIGNED)
+    numel = tl.load(row + NUMEL)
+    begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
+    scalars += index * SCALARS
 
     if begin + CHUNK <= numel:  # without a mask, accesses are 16 bytes wide
         for start in range(0, CHUNK, BLOCK):
             offsets = begin + start + tl.arange(0, BLOCK)
-            _update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, offsets, None, scalars, AMSGRAD, OPMATH)
+            _update(
+                param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, low_bits, offsets, None, scalars,
+                AMSGRAD, ANCHORED, SPLIT, ZERO_GRAD, OPMATH,
+            )  # fmt: skip
     else:
         for start in range(0, CHUNK, BLOCK):
             offsets = begin + start + tl.arange(0, BLOCK)
             mask = offsets < numel
-            _update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, offsets, mask, scalars, AMSGRAD, OPMATH)
+            _update(
+                param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, low_bits, offsets, mask, scalars,
+                AMSGRAD, ANCHORED, SPLIT, ZERO_GRAD, OPMATH,
+            )  # fmt: skip
 
 
 def adamw_(
@@ -117,60 +139,45 @@ def adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    low_bits: Sequence[Tensor],
     steps: Sequence[Tensor],
+    *,
+    zero_grads: bool,
+    **hyper: Any,
+) -> list[int]:
+    """One AdamW step over lists of tensors of one device, in place.
+
+    Shapes, dtypes, hyperparameters and errors are those of `superfine_kernels.adamw_`; optional lists are empty where
+    they are absent. Returns the positions that it left alone, steps included: dtypes that it has no kernel for, and
+    tensors that are not dense or lie in another order than their parameter.
+    """
+    rest, launches = prepare(
+        "adamw_",
+        (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps),
+        chunk=CHUNK,
+        scalars_of=lambda step: _scalars(**hyper, step=step),
+        zero_grads=zero_grads,
+    )
+    for launch in launches:
+        with on(launch.table.device):
+            _adamw[(launch.chunks,)](
+                launch.table, launch.scalars, len(launch.table), **launch.constants,
+                AMSGRAD=len(max_exp_avg_sqs) > 0, ZERO_GRAD=zero_grads, CHUNK=CHUNK, BLOCK=BLOCK,
+                num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+    return rest
+
+
+def _scalars(
     *,
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    maximize: bool,
-) -> list[int]:
-    """One AdamW step over lists of tensors of one device, in place.
-
-    Shapes, dtypes and errors are those of `superfine_kernels.adamw_`. Returns the positions that it left
-    alone, steps included: dtypes that it has no kernel for, and tensors that are not dense or lie in another
-    order than their parameter.
-    """
-    tensors = list(zip(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or exp_avg_sqs, strict=False))
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if max_exp_avg_sqs:
-        lists["max_exp_avg_sqs"] = max_exp_avg_sqs
-    rest = check("adamw_", params, lists, steps)
-    launches: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = defaultdict(list)
-    for i in sorted(set(range(len(params))) - set(rest)):
-        aligned = all(t.data_ptr() % 16 == 0 for t in tensors[i])
-        launches[params[i].dtype, exp_avgs[i].dtype, aligned].append(i)
-        steps[i] += 1
-    for (param_dtype, state_dtype, aligned), positions in launches.items():
-        rows: list[list[int]] = []
-        scalars: list[list[float]] = []
-        chunks = 0
-        for i in positions:
-            numel = params[i].numel()
-            if numel > 0:
-                rows.append([*(t.data_ptr() for t in tensors[i]), numel, chunks])
-                scalars.append(_scalars(lr, beta1, beta2, eps, weight_decay, maximize, float(steps[i])))
-                chunks += triton.cdiv(numel, CHUNK)
-        if chunks == 0:
-            continue
-        device, opmath = params[0].device, opmath_dtype(param_dtype)
-        with on(device):
-            _adamw[(chunks,)](
-                torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True),
-                torch.tensor(scalars, dtype=opmath).to(device, non_blocking=True),
-                len(rows),
-                PARAM=TRITON_DTYPES[param_dtype], STATE=TRITON_DTYPES[state_dtype],
-                OPMATH=TRITON_DTYPES[opmath], AMSGRAD=len(max_exp_avg_sqs) > 0, ALIGNED=aligned,
-                TABLE_COLUMNS=TABLE_COLUMNS, SCALAR_COLUMNS=SCALAR_COLUMNS, CHUNK=CHUNK, BLOCK=BLOCK,
-                num_warps=WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
-    torch.autograd.graph.increment_version(params)  # autograd must notice, as after any in-place op
-    return rest
-
-
-def _scalars(
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, maximize: bool, step: float
+    gradient_scale: float,
+    step: float,
 ) -> list[float]:
     """`adamw_scalars` of csrc/math/adamw.h, in double; the table rounds them once."""
     return [
@@ -181,5 +188,5 @@ def _scalars(
         eps,
         -(lr / (1 - beta1**step)),
         math.sqrt(1 - beta2**step),
-        -1.0 if maximize else 1.0,
+        gradient_scale,
     ]

@@ -3,7 +3,7 @@
     g <- gradient_scale * g
     m <- beta1 * m + beta3 * g                             beta3 = 1 - beta1, or 1 without grad_averaging
     v <- beta2 * v + (1 - beta2) * g * g
-    u <- (m / bias1) / (sqrt(v) / sqrt(bias2) + eps) + weight_decay * p
+    u <- (m / bias1) / (sqrt(v) / sqrt(bias2) + eps) + weight_decay * p            or p - a, toward an anchor a
     p <- p - lr * trust_ratio * u                          trust_ratio = |p| / |u|, norms over the tensor
 
 The first launch steps the moments and sums up the squares of each chunk, the second makes step sizes of these sums,
@@ -19,7 +19,6 @@ as long to launch a batch as the GPU to step it.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,8 +27,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from superfine_kernels._library import opmath_dtype
-from superfine_kernels.triton._moments import TRITON_DTYPES, check, find_tensor, on, pointer
+from superfine_kernels.triton._moments import (
+    COLUMNS,
+    FIRST_CHUNK,
+    NUMEL,
+    find_tensor,
+    load_param,
+    on,
+    pointer,
+    prepare,
+    store_param,
+)
 
 # The order of the sums, as in csrc/math/lamb.h.
 LANES = 32
@@ -42,9 +50,9 @@ MOMENTS_WARPS = 1
 BLOCK = 512
 WARPS = 4
 
-# Columns of the table of addresses (int64), of the table of scalars (float64), and of the sums (float64).
-TABLE_COLUMNS = 6  # param, grad, exp_avg, exp_avg_sq, numel, first chunk
-SCALAR_COLUMNS = 12  # in the order of LambScalars in csrc/math/lamb.h; the last is the largest trust ratio
+# Columns of the table of scalars (float64): LambScalars of csrc/math/lamb.h, in its order; the last is the largest
+# trust ratio.
+SCALARS = tl.constexpr(12)
 
 
 @triton.jit
@@ -62,7 +70,10 @@ def _sum_block_lanes(lanes, SUM_BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _direction(p, m, v, scalars, OPMATH: tl.constexpr):
+def _direction(p, anchor, m, v, offsets, mask, scalars, ANCHORED: tl.constexpr, OPMATH: tl.constexpr):
+    distance = p
+    if ANCHORED:
+        distance = p - tl.load(anchor + offsets, mask=mask).to(OPMATH)
     inverse_bias1 = tl.load(scalars + 5).to(OPMATH)
     inverse_sqrt_bias2 = tl.load(scalars + 6).to(OPMATH) + tl.zeros_like(p)
     eps = tl.load(scalars + 7).to(OPMATH) + tl.zeros_like(p)
@@ -71,31 +82,36 @@ def _direction(p, m, v, scalars, OPMATH: tl.constexpr):
         quotient = (m * inverse_bias1) / tl.fma(tl.sqrt(v), inverse_sqrt_bias2, eps)
     else:
         quotient = tl.div_rn(m * inverse_bias1, tl.fma(tl.sqrt_rn(v), inverse_sqrt_bias2, eps))
-    return tl.fma(weight_decay, p, quotient)
+    return tl.fma(weight_decay, distance, quotient)
 
 
 @triton.jit
 def _update_moments(
-    param, grad, exp_avg, exp_avg_sq, offsets, mask, scalars, param_sum, direction_sum, OPMATH: tl.constexpr
-):
+    param, grad, exp_avg, exp_avg_sq, anchor, low_bits, offsets, mask, scalars, param_sum, direction_sum,
+    ANCHORED: tl.constexpr, SPLIT: tl.constexpr, ZERO_GRAD: tl.constexpr, OPMATH: tl.constexpr,
+):  # fmt: skip
     gradient_scale = tl.load(scalars).to(OPMATH)
     beta1 = tl.load(scalars + 1).to(OPMATH)
     beta3 = tl.load(scalars + 2).to(OPMATH)
     beta2 = tl.load(scalars + 3).to(OPMATH)
     one_minus_beta2 = tl.load(scalars + 4).to(OPMATH)
 
-    p = tl.load(param + offsets, mask=mask).to(OPMATH)
+    p = load_param(param, low_bits, offsets, mask, SPLIT, OPMATH)
     g = tl.load(grad + offsets, mask=mask, eviction_policy="evict_first").to(OPMATH)
     m = tl.load(exp_avg + offsets, mask=mask).to(OPMATH)
     v = tl.load(exp_avg_sq + offsets, mask=mask).to(OPMATH)
 
+    if ZERO_GRAD:
+        zeros = tl.zeros(g.shape, grad.dtype.element_ty)
+        tl.store(grad + offsets, zeros, mask=mask, eviction_policy="evict_first")
     g = g * gradient_scale
     m = tl.fma(beta1 + tl.zeros_like(m), m, beta3 * g).to(exp_avg.dtype.element_ty)
     v = tl.fma(one_minus_beta2 * g, g, v * beta2).to(exp_avg_sq.dtype.element_ty)
     tl.store(exp_avg + offsets, m, mask=mask)
     tl.store(exp_avg_sq + offsets, v, mask=mask)
 
-    u = _direction(p, m.to(OPMATH), v.to(OPMATH), scalars, OPMATH)  # of the moments as stored
+    # Of the moments as stored.
+    u = _direction(p, anchor, m.to(OPMATH), v.to(OPMATH), offsets, mask, scalars, ANCHORED, OPMATH)
     param_squares = tl.fma(p, p, param_sum)
     direction_squares = tl.fma(u, u, direction_sum)
     if mask is not None:
@@ -108,19 +124,21 @@ def _update_moments(
 def _lamb_moments(
     table, scalars, count, sums,
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, ALIGNED: tl.constexpr,
-    TABLE_COLUMNS: tl.constexpr, SCALAR_COLUMNS: tl.constexpr,
+    ANCHORED: tl.constexpr, SPLIT: tl.constexpr, ZERO_GRAD: tl.constexpr,
     SUM_BLOCKS: tl.constexpr, SUM_BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
-    index = find_tensor(table, count, chunk, TABLE_COLUMNS)
-    row = table + index * TABLE_COLUMNS
+    index = find_tensor(table, count, chunk)
+    row = table + index * COLUMNS
     param = pointer(row, 0, PARAM, ALIGNED)
     grad = pointer(row, 1, PARAM, ALIGNED)
     exp_avg = pointer(row, 2, STATE, ALIGNED)
     exp_avg_sq = pointer(row, 3, STATE, ALIGNED)
-    numel = tl.load(row + 4)
-    begin = (chunk - tl.load(row + 5)) * (SUM_BLOCKS * SUM_BLOCK)
-    scalars += index * SCALAR_COLUMNS
+    anchor = pointer(row, 5, PARAM, ALIGNED)
+    low_bits = pointer(row, 6, tl.uint16, ALIGNED)
+    numel = tl.load(row + NUMEL)
+    begin = (chunk - tl.load(row + FIRST_CHUNK)) * (SUM_BLOCKS * SUM_BLOCK)
+    scalars += index * SCALARS
 
     first = begin + tl.arange(0, SUM_BLOCKS)[:, None] * SUM_BLOCK + tl.arange(0, LANES)[None, :]
     param_sum = tl.zeros((SUM_BLOCKS, LANES), OPMATH)
@@ -128,32 +146,16 @@ def _lamb_moments(
     if begin + SUM_BLOCKS * SUM_BLOCK <= numel:  # without a mask, accesses are 16 bytes wide
         for start in range(0, SUM_BLOCK, LANES):
             param_sum, direction_sum = _update_moments(
-                param,
-                grad,
-                exp_avg,
-                exp_avg_sq,
-                first + start,
-                None,
-                scalars,
-                param_sum,
-                direction_sum,
-                OPMATH,
-            )
+                param, grad, exp_avg, exp_avg_sq, anchor, low_bits, first + start, None, scalars,
+                param_sum, direction_sum, ANCHORED, SPLIT, ZERO_GRAD, OPMATH,
+            )  # fmt: skip
     else:
         for start in range(0, SUM_BLOCK, LANES):
             mask = first + start < numel
             param_sum, direction_sum = _update_moments(
-                param,
-                grad,
-                exp_avg,
-                exp_avg_sq,
-                first + start,
-                mask,
-                scalars,
-                param_sum,
-                direction_sum,
-                OPMATH,
-            )
+                param, grad, exp_avg, exp_avg_sq, anchor, low_bits, first + start, mask, scalars,
+                param_sum, direction_sum, ANCHORED, SPLIT, ZERO_GRAD, OPMATH,
+            )  # fmt: skip
     one = tl.arange(0, 1)
     tl.store(sums + 2 * chunk + one, _sum_block_lanes(param_sum.to(tl.float64), SUM_BLOCKS))
     tl.store(sums + 2 * chunk + 1 + one, _sum_block_lanes(direction_sum.to(tl.float64), SUM_BLOCKS))
@@ -161,15 +163,13 @@ def _lamb_moments(
 
 @triton.jit
 def _lamb_step_size(
-    table, scalars, sums, step_sizes,
-    TABLE_COLUMNS: tl.constexpr, SCALAR_COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr, SUM_BLOCKS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    table, scalars, sums, step_sizes, CHUNK: tl.constexpr, SUM_BLOCKS: tl.constexpr, LANES: tl.constexpr
+):
     index = tl.program_id(0)
-    row = table + index * TABLE_COLUMNS
-    chunks = (tl.load(row + 4) + CHUNK - 1) // CHUNK
-    sums += 2 * tl.load(row + 5)
-    scalars += index * SCALAR_COLUMNS
+    row = table + index * COLUMNS
+    chunks = (tl.load(row + NUMEL) + CHUNK - 1) // CHUNK
+    sums += 2 * tl.load(row + FIRST_CHUNK)
+    scalars += index * SCALARS
     lr = tl.load(scalars + 9)
     adapt = tl.load(scalars + 10)
     most = tl.load(scalars + 11)  # infinity, or 1 to clip
@@ -191,41 +191,51 @@ def _lamb_step_size(
 
 @triton.jit
 def _update_param(
-    param, exp_avg, exp_avg_sq, offsets, mask, scalars, negative_step_size, OPMATH: tl.constexpr
-):
-    p = tl.load(param + offsets, mask=mask).to(OPMATH)
+    param, exp_avg, exp_avg_sq, anchor, low_bits, offsets, mask, scalars, negative_step_size,
+    ANCHORED: tl.constexpr, SPLIT: tl.constexpr, OPMATH: tl.constexpr,
+):  # fmt: skip
+    p = load_param(param, low_bits, offsets, mask, SPLIT, OPMATH)
     m = tl.load(exp_avg + offsets, mask=mask, eviction_policy="evict_first").to(OPMATH)
     v = tl.load(exp_avg_sq + offsets, mask=mask, eviction_policy="evict_first").to(OPMATH)
-    p = tl.fma(negative_step_size + tl.zeros_like(p), _direction(p, m, v, scalars, OPMATH), p)
-    tl.store(param + offsets, p.to(param.dtype.element_ty), mask=mask)
+    u = _direction(p, anchor, m, v, offsets, mask, scalars, ANCHORED, OPMATH)
+    p = tl.fma(negative_step_size + tl.zeros_like(p), u, p)
+    store_param(param, low_bits, offsets, p, mask, SPLIT)
 
 
 @triton.jit(do_not_specialize=["count"])
 def _lamb_param(
     table, scalars, count, step_sizes,
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, ALIGNED: tl.constexpr,
-    TABLE_COLUMNS: tl.constexpr, SCALAR_COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    ANCHORED: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
-    index = find_tensor(table, count, chunk, TABLE_COLUMNS)
-    row = table + index * TABLE_COLUMNS
+    index = find_tensor(table, count, chunk)
+    row = table + index * COLUMNS
     param = pointer(row, 0, PARAM, ALIGNED)
     exp_avg = pointer(row, 2, STATE, ALIGNED)
     exp_avg_sq = pointer(row, 3, STATE, ALIGNED)
-    numel = tl.load(row + 4)
-    begin = (chunk - tl.load(row + 5)) * CHUNK
-    scalars += index * SCALAR_COLUMNS
+    anchor = pointer(row, 5, PARAM, ALIGNED)
+    low_bits = pointer(row, 6, tl.uint16, ALIGNED)
+    numel = tl.load(row + NUMEL)
+    begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
+    scalars += index * SCALARS
     step_size = tl.load(step_sizes + index).to(OPMATH)
 
     if begin + CHUNK <= numel:
         for start in range(0, CHUNK, BLOCK):
             offsets = begin + start + tl.arange(0, BLOCK)
-            _update_param(param, exp_avg, exp_avg_sq, offsets, None, scalars, step_size, OPMATH)
+            _update_param(
+                param, exp_avg, exp_avg_sq, anchor, low_bits, offsets, None, scalars, step_size,
+                ANCHORED, SPLIT, OPMATH,
+            )  # fmt: skip
     else:
         for start in range(0, CHUNK, BLOCK):
             offsets = begin + start + tl.arange(0, BLOCK)
             mask = offsets < numel
-            _update_param(param, exp_avg, exp_avg_sq, offsets, mask, scalars, step_size, OPMATH)
+            _update_param(
+                param, exp_avg, exp_avg_sq, anchor, low_bits, offsets, mask, scalars, step_size,
+                ANCHORED, SPLIT, OPMATH,
+            )  # fmt: skip
 
 
 def lamb_(
@@ -233,63 +243,46 @@ def lamb_(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    low_bits: Sequence[Tensor],
     steps: Sequence[Tensor],
+    *,
+    zero_grads: bool,
     **hyper: Any,
 ) -> list[int]:
     """One LAMB step over lists of tensors of one device, in place.
 
-    Shapes, dtypes, hyperparameters and errors are those of `superfine_kernels.lamb_`. Returns the positions that it
-    left alone, steps included: dtypes that it has no kernel for, and tensors that are not dense or lie in another
-    order than their parameter.
+    Shapes, dtypes, hyperparameters and errors are those of `superfine_kernels.lamb_`; optional lists are empty where
+    they are absent, as `max_exp_avg_sqs` always is. Returns the positions that it left alone, steps included: dtypes
+    that it has no kernel for, and tensors that are not dense or lie in another order than their parameter.
     """
-    tensors = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=False))
-    rest = check("lamb_", params, {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}, steps)
-    launches: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = defaultdict(list)
-    for i in sorted(set(range(len(params))) - set(rest)):
-        aligned = all(t.data_ptr() % 16 == 0 for t in tensors[i])
-        launches[params[i].dtype, exp_avgs[i].dtype, aligned].append(i)
-        steps[i] += 1
-    for (param_dtype, state_dtype, aligned), positions in launches.items():
-        rows: list[list[int]] = []
-        scalars: list[list[float]] = []
-        chunks = 0
-        for i in positions:
-            numel = params[i].numel()
-            if numel > 0:
-                rows.append([*(t.data_ptr() for t in tensors[i]), numel, chunks])
-                scalars.append(_scalars(step=float(steps[i]), **hyper))
-                chunks += triton.cdiv(numel, CHUNK)
-        if chunks == 0:
-            continue
-        device = params[0].device
-        on_device = (
-            torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True),
-            torch.tensor(scalars, dtype=torch.float64).to(device, non_blocking=True),
-        )
-        sums = torch.empty(chunks, 2, dtype=torch.float64, device=device)
-        step_sizes = torch.empty(len(rows), dtype=torch.float64, device=device)
-        columns = {"TABLE_COLUMNS": TABLE_COLUMNS, "SCALAR_COLUMNS": SCALAR_COLUMNS}
-        dtypes = {
-            "PARAM": TRITON_DTYPES[param_dtype], "STATE": TRITON_DTYPES[state_dtype],
-            "OPMATH": TRITON_DTYPES[opmath_dtype(param_dtype)], "ALIGNED": aligned,
-        }  # fmt: skip
+    rest, launches = prepare(
+        "lamb_",
+        (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps),
+        chunk=CHUNK,
+        scalars_of=lambda step: _scalars(**hyper, step=step),
+        scalar_dtype=torch.float64,
+        zero_grads=zero_grads,
+    )
+    for launch in launches:
+        tables, count, device = (launch.table, launch.scalars), len(launch.table), launch.table.device
+        sums = torch.empty(launch.chunks, 2, dtype=torch.float64, device=device)
+        step_sizes = torch.empty(count, dtype=torch.float64, device=device)
         with on(device):
-            _lamb_moments[(chunks,)](
-                *on_device, len(rows), sums, **dtypes, **columns,
+            _lamb_moments[(launch.chunks,)](
+                *tables, count, sums, **launch.constants, ZERO_GRAD=zero_grads,
                 SUM_BLOCKS=SUM_BLOCKS, SUM_BLOCK=SUM_BLOCK, LANES=LANES,
                 num_warps=MOMENTS_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-            _lamb_step_size[(len(rows),)](
-                *on_device, sums, step_sizes, **columns,
-                CHUNK=CHUNK, SUM_BLOCKS=SUM_BLOCKS, LANES=LANES,
+            _lamb_step_size[(count,)](
+                *tables, sums, step_sizes, CHUNK=CHUNK, SUM_BLOCKS=SUM_BLOCKS, LANES=LANES,
                 num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-            _lamb_param[(chunks,)](
-                *on_device, len(rows), step_sizes, **dtypes, **columns,
-                CHUNK=CHUNK, BLOCK=BLOCK,
+            _lamb_param[(launch.chunks,)](
+                *tables, count, step_sizes, **launch.constants, CHUNK=CHUNK, BLOCK=BLOCK,
                 num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-    torch.autograd.graph.increment_version(params)  # autograd must notice, as after any in-place op
     return rest
 
 

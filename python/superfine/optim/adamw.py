@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from superfine.optim._in_pass import InPass
 from superfine.optim._profile import profiled_on_demand
 from superfine_kernels import adamw_group_
 from superfine_kernels._library import warn_once
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW(InPass, torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter 2019), equal to `torch.optim.AdamW`, which it subclasses.
 
     State and parameter groups have torch's names and meaning, so checkpoints load in both directions. On float32
@@ -26,10 +27,22 @@ class AdamW(torch.optim.AdamW):
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`.
         capturable, differentiable: such groups are stepped by torch's own implementation, with one warning.
         foreach, fused: accepted so that existing calls work; they choose among torch's implementations only.
+        max_grad_norm: clip the norm of all gradients, over all groups, to this, as `clip_grad_norm_` would.
+        zero_grads: step() leaves zeros in the gradients, as `zero_grad(set_to_none=False)` would.
+        anchored: weight decay pulls toward the values that a parameter had at its first step, not toward zero (L2-SP,
+            Li et al. 2018); takes one more copy of the parameters.
+        decouple_lr: weight decay is multiplied by lr / first lr instead of lr, so by the schedule alone.
+        master_weights: "split" gives bfloat16 parameters 16 hidden bits each, so that they follow the float32
+            trajectory bit for bit; their moments are float32 unless `state_dtype` says otherwise.
+        state_dtype: of the moments; None for the parameter's. float32 beside 16-bit parameters, or bfloat16 beside
+            split ones.
+        error_on_nonfinite: raise where a gradient is not finite, which reads all of them once more without
+            `max_grad_norm`. Otherwise a step whose measured norm is not finite is skipped and counted.
 
     Raises:
         ValueError: arguments out of range, as torch; a gradient of another dtype, device or shape; parameters
             that overlap in memory. No parameter of that group has moved then.
+        FloatingPointError: a gradient is not finite, with `error_on_nonfinite`; nothing has moved then.
     """
 
     def __init__(
@@ -46,7 +59,17 @@ class AdamW(torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        zero_grads: bool = False,
+        anchored: bool = False,
+        decouple_lr: bool = False,
+        master_weights: str | None = None,
+        state_dtype: torch.dtype | None = None,
+        error_on_nonfinite: bool = False,
     ) -> None:
+        self._configure(
+            max_grad_norm, zero_grads, anchored, decouple_lr, master_weights, state_dtype, error_on_nonfinite
+        )
         super().__init__(
             params,
             lr,
@@ -82,44 +105,47 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scale = self._gradient_scale()
+        if scale is None:
+            return loss
         for group in self.param_groups:
             reason = next((name for name in ("capturable", "differentiable") if group[name]), None)
             if reason is not None:
+                self._reject_in_pass(reason, group, scale)
                 warn_once(f"AdamW: {reason}=True has no kernel yet; torch's implementation steps this group")
                 self._step_group_with_torch(group)
                 continue
             try:
-                self._step_group(group)
+                self._step_group(group, scale)
             except KeyError:  # nothing has been written: the step looks all state up first
-                if not self._make_missing_state(group):
+                if not self._make_missing_state(group, group["amsgrad"]):
                     raise
-                self._step_group(group)
+                self._step_group(group, scale)
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _reject_in_pass(self, reason: str, group: dict[str, Any], scale: float) -> None:
+        used = [name for name in ("anchored", "decouple_lr") if self._option(group, name)]
+        used += ["zero_grads"] * self.zero_grads + ["master_weights"] * (self.master_weights is not None)
+        used += ["a scale of the gradients"] * (scale != 1.0)
+        if used:
+            raise ValueError(f"AdamW: {reason} is True beside {', '.join(used)}; expected one or the other")
+
+    def _step_group(self, group: dict[str, Any], scale: float) -> None:
         beta1, beta2 = group["betas"]
         adamw_group_(
             group["params"],
             self.state,
             amsgrad=group["amsgrad"],
+            anchored=self._option(group, "anchored"),
             lr=float(group["lr"]),
             beta1=float(beta1),
             beta2=float(beta2),
             eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            weight_decay=self._weight_decay(group),
             maximize=group["maximize"],
+            gradient_scale=scale,
+            zero_grads=self.zero_grads,
         )
-
-    def _make_missing_state(self, group: dict[str, Any]) -> bool:
-        missing = [p for p in group["params"] if p.grad is not None and not self.state.get(p)]
-        for param in missing:
-            state = self.state[param]
-            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-            for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
-                state[name] = torch.zeros_like(
-                    param, memory_format=torch.preserve_format, requires_grad=False
-                )
-        return bool(missing)
 
     def _step_group_with_torch(self, group: dict[str, Any]) -> None:
         lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from superfine.optim._in_pass import InPass
 from superfine.optim._profile import profiled_on_demand
-from superfine_kernels import lamb_
+from superfine_kernels import lamb_group_
 from superfine_kernels._library import reject
-from superfine_kernels._moments import state_lists_by_device
 
 
-class LAMB(torch.optim.Optimizer):
+class LAMB(InPass):
     """LAMB (You et al. 2020, Algorithm 2): AdamW's update, scaled for each tensor by |parameter| / |update|.
 
     A group with `weight_decay` 0 is not adapted, as in NVLAMB: its updates are Adam's. `group["adapt"]`, True or
@@ -29,13 +28,9 @@ class LAMB(torch.optim.Optimizer):
         grad_averaging: weigh the gradient by 1 - beta1 in the first moment, else by 1.
         trust_clip: the factor |parameter| / |update| is at most 1.
         always_adapt: adapt groups without weight decay too.
-        max_grad_norm: clip the norm of all gradients, over all groups, to this. `.grad` is not overwritten; a norm
-            that is not finite scales as `torch.nn.utils.clip_grad_norm_` does: infinity turns finite gradients to
-            zeros and infinite ones to NaN, NaN turns all of them to NaN. On a GPU every step then waits for the norm.
+        max_grad_norm, zero_grads, anchored, decouple_lr, master_weights, state_dtype, error_on_nonfinite: as in
+            `superfine.optim.AdamW`. On a GPU every step waits for the norm where it is measured.
         maximize: ascend instead.
-
-    Attributes:
-        grad_norm: norm of all gradients at the last step, before clipping; None without `max_grad_norm`.
 
     Raises:
         ValueError: arguments out of range; a gradient of another dtype, device or shape; parameters that overlap in
@@ -56,6 +51,12 @@ class LAMB(torch.optim.Optimizer):
         always_adapt: bool = False,
         max_grad_norm: float | None = None,
         maximize: bool = False,
+        zero_grads: bool = False,
+        anchored: bool = False,
+        decouple_lr: bool = False,
+        master_weights: str | None = None,
+        state_dtype: torch.dtype | None = None,
+        error_on_nonfinite: bool = False,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0:
@@ -63,10 +64,9 @@ class LAMB(torch.optim.Optimizer):
         for i, beta in enumerate(betas):
             if not 0 <= beta < 1:
                 reject("LAMB", f"betas[{i}]", beta, "a number in [0, 1)")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            reject("LAMB", "max_grad_norm", max_grad_norm, "a number > 0, or None")
-        self.max_grad_norm = max_grad_norm
-        self.grad_norm: float | None = None
+        self._configure(
+            max_grad_norm, zero_grads, anchored, decouple_lr, master_weights, state_dtype, error_on_nonfinite
+        )
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -81,13 +81,6 @@ class LAMB(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "max_grad_norm": self.max_grad_norm,
-            "grad_norm": self.grad_norm,
-        }
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for saved in self.state.values():
@@ -101,60 +94,34 @@ class LAMB(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradient_scale = self._clipping_scale()
+        scale = self._gradient_scale()
+        if scale is None:
+            return loss
         for group in self.param_groups:
-            self._make_missing_state(group["params"])
-            for lists in state_lists_by_device(
-                group["params"], self.state, ("exp_avg", "exp_avg_sq", "step")
-            ):
-                lamb_(*lists, **_hyperparameters(group), gradient_scale=gradient_scale)
+            try:
+                self._step_group(group, scale)
+            except KeyError:  # nothing has been written: the step looks all state up first
+                if not self._make_missing_state(group):
+                    raise
+                self._step_group(group, scale)
         return loss
 
-    def _make_missing_state(self, params: list[Tensor]) -> None:
-        for param in params:
-            if param.grad is not None and not self.state[param]:
-                self.state[param] = {
-                    "step": torch.zeros((), dtype=torch.float32, device="cpu"),
-                    "exp_avg": torch.zeros_like(param, requires_grad=False),
-                    "exp_avg_sq": torch.zeros_like(param, requires_grad=False),
-                }
-
-    def _clipping_scale(self) -> float:
-        """The factor of the gradients that `torch.nn.utils.clip_grad_norm_` would apply; sets `grad_norm`."""
-        if self.max_grad_norm is None:
-            return 1.0
-        params = [param for group in self.param_groups for param in group["params"]]
-        self.grad_norm = _total_norm([param.grad for param in params if param.grad is not None])
-        scale = self.max_grad_norm / (self.grad_norm + 1e-6)
-        return 1.0 if scale > 1.0 else scale
-
-
-def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    adapt = group["adapt"]
-    return {
-        "lr": float(group["lr"]),
-        "beta1": float(group["betas"][0]),
-        "beta2": float(group["betas"][1]),
-        "eps": group["eps"],
-        "weight_decay": group["weight_decay"],
-        "bias_correction": group["bias_correction"],
-        "grad_averaging": group["grad_averaging"],
-        "adapt": group["weight_decay"] != 0 or group["always_adapt"] if adapt is None else adapt,
-        "trust_clip": group["trust_clip"],
-        "maximize": group["maximize"],
-    }
-
-
-@torch.no_grad()
-def _total_norm(grads: list[Tensor]) -> float:
-    """Norm of all elements: in float32 over a tensor, whatever lower precision it has, in float64 over tensors."""
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for grad in grads:
-        real = torch.view_as_real(grad) if grad.is_complex() else grad
-        by_kind.setdefault((real.device, real.dtype), []).append(real)
-    squares = 0.0
-    for (_, dtype), tensors in by_kind.items():
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        each = torch._foreach_norm(tensors, 2, dtype=wide)
-        squares += torch.stack(each).double().square().sum().item()
-    return math.sqrt(squares)
+    def _step_group(self, group: dict[str, Any], scale: float) -> None:
+        adapt = group["adapt"]
+        lamb_group_(
+            group["params"],
+            self.state,
+            anchored=self._option(group, "anchored"),
+            lr=float(group["lr"]),
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            eps=group["eps"],
+            weight_decay=self._weight_decay(group),
+            bias_correction=group["bias_correction"],
+            grad_averaging=group["grad_averaging"],
+            adapt=group["weight_decay"] != 0 or group["always_adapt"] if adapt is None else adapt,
+            trust_clip=group["trust_clip"],
+            gradient_scale=scale,
+            zero_grads=self.zero_grads,
+            maximize=group["maximize"],
+        )
