@@ -135,7 +135,7 @@ class Settings:
     quick: bool = False
 
 
-QUICK = Settings(seconds=0.8, turns=9, max_calls=60, timeout=90.0, quick=True)
+QUICK = Settings(seconds=0.6, turns=8, max_calls=60, timeout=90.0, quick=True)
 FULL = Settings(seconds=8.0, turns=31)
 
 
