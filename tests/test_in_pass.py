@@ -283,13 +283,16 @@ def test_a_grad_scaler_leaves_unscaling_and_skipping_to_the_step(kind):
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_clipping_measures_unscaled_gradients(kind):
+@pytest.mark.parametrize("apart", [False, True])
+def test_clipping_is_that_of_unscaled_gradients(kind, apart):
     scaled, plain = parameters(), parameters()
-    a, b = kind(scaled, lr=0.1, max_grad_norm=1.0), kind(plain, lr=0.1, max_grad_norm=1.0)
+    a, b = kind(scaled, lr=0.1, max_grad_norm=None if apart else 1.0), kind(plain, lr=0.1, max_grad_norm=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.ones(()))
     set_gradients(plain, 0)
     set_gradients(scaled, 0, 1024.0)
+    if apart:
+        a.clip_grad_norm_(1.0)
     scaler.step(a)
     b.step()
     assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-6)

@@ -5,9 +5,9 @@
 //   u <- (m / bias1) / (sqrt(v) / sqrt(bias2) + eps) + weight_decay * p            or p - a, toward an anchor a
 //   p <- p - lr * trust_ratio * u                   trust_ratio = |p| / |u| over the tensor
 //
-// Two passes: the moments and both norms first, then the parameter, with u computed again from the
-// moments as they are stored, so that the norm is that of the update which is made. Every rounding is
-// spelled out, as in adamw.h.
+// Two passes: the moments and both norms first, then the parameter. u follows from the moments as they
+// are stored, so whether it is kept or computed again, the norm is that of the update which is made.
+// Every rounding is spelled out, as in adamw.h.
 //
 // A norm adds its squares in an order of its own, which is that of a GPU's warps and which vectors follow
 // as well: 32 lanes over each block of 2048 elements, in the type of computation; then, in double, trees

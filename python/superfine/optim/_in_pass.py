@@ -91,10 +91,10 @@ class InPass(torch.optim.Optimizer):
             self._skip()
             return None
         if measured is None and (self.max_grad_norm is not None or self.error_on_nonfinite):
-            self.grad_norm = scale * total_norm(list(self._grads()))
-            measured = self.grad_norm, self.max_grad_norm or math.inf
+            measured = total_norm(list(self._grads())), self.max_grad_norm or math.inf
         if measured is not None:
-            norm, limit = measured
+            norm, limit = scale * measured[0], measured[1]
+            self.grad_norm = norm
             if not math.isfinite(norm):
                 if self.error_on_nonfinite:
                     raise FloatingPointError(
