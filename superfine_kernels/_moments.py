@@ -7,7 +7,7 @@ optional list. `low_bits` hold the lower halves of fp32 parameters whose upper h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,16 +168,18 @@ def _check_lengths(op: str, lists: Lists) -> None:
 
 def state_lists(
     params: Sequence[Tensor], state: dict[Tensor, dict[str, Tensor]], absent: Sequence[str] = ()
-) -> Iterator[Lists]:
+) -> list[Lists]:
     """The op's lists for parameters that have a gradient: one device after the other, apart with hidden bits."""
     groups: dict[tuple[torch.device, bool], list[Tensor]] = {}
     for param in params:
         if param.grad is not None:
             groups.setdefault((param.device, "low_bits" in state[param]), []).append(param)
+    found: list[Lists] = []
     for (_, split), used in groups.items():
         missing = {*absent, *(() if split else ("low_bits",))}
         columns = [[] if name in missing else [state[param][name] for param in used] for name in STATE]
-        yield used, [param.grad for param in used if param.grad is not None], *columns
+        found.append((used, [param.grad for param in used if param.grad is not None], *columns))
+    return found
 
 
 # --- what the references share ----------------------------------------------------------------------
@@ -186,7 +188,8 @@ def state_lists(
 def join(high: Tensor, low: Tensor) -> Tensor:
     """The fp32 numbers whose upper halves are bfloat16 `high` and whose lower ones int16 `low` (core/dtype.h)."""
     low = low.to(torch.int32) & 0xFFFF
-    bits = (high.view(torch.int16).to(torch.int32) << 16 | low) - (low >> 15 << 16)
+    rounded_up = torch.where(high == 0, 0, low >> 15 << 16)  # a zero that was put there since is one
+    bits = (high.view(torch.int16).to(torch.int32) << 16 | low) - rounded_up
     return bits.view(torch.float32)
 
 

@@ -130,6 +130,7 @@ class TensorReader {
       view.strides = t.strides;
       view.ndim = static_cast<int>(t.ndim);
       for (int d = 0; d < view.ndim; ++d) view.numel *= t.shape[d];
+      if (view.data == nullptr && view.numel > 0) return false;  // torch's efficient zeros
       for (const auto& [code, dtype] : codes_) {
         if (t.dtype == code) view.dtype = dtype;
       }

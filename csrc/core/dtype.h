@@ -66,8 +66,9 @@ SF_HD void store(bf16* out, float x) {
 
 // An fp32 number in two halves: `high` is it rounded to bf16 (halves away from zero), `low` its lower 16 bits, so
 // both together are the number. Every NaN becomes the quiet NaN 0x7fc00000, as rounding could turn others to zero.
+// Zeros are not rounded up to: where `high` is one beside such a `low`, somebody has zeroed the parameter.
 SF_HD float join(bf16 high, std::uint16_t low) {
-  const std::uint32_t rounded_up = static_cast<std::uint32_t>(low >> 15) << 16;
+  const std::uint32_t rounded_up = (high.bits & 0x7fffu) != 0 ? static_cast<std::uint32_t>(low >> 15) << 16 : 0u;
   return bits_float((static_cast<std::uint32_t>(high.bits) << 16 | low) - rounded_up);
 }
 SF_HD void split(float x, bf16* high, std::uint16_t* low) {

@@ -67,7 +67,8 @@ def load_param(param, low_bits, offsets, mask, SPLIT: tl.constexpr, OPMATH: tl.c
     if SPLIT:
         low = tl.load(low_bits + offsets, mask=mask).to(tl.uint32)
         bits = (high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16) | low
-        p = (bits - ((low >> 15) << 16)).to(tl.float32, bitcast=True)
+        rounded_up = tl.where((bits & 0x7FFF0000) != 0, (low >> 15) << 16, 0)
+        p = (bits - rounded_up).to(tl.float32, bitcast=True)
     else:
         p = high.to(OPMATH)
     return p

@@ -21,8 +21,6 @@ class InPass(torch.optim.Optimizer):
         skipped_steps: steps not taken, because gradients were not finite or a `GradScaler` said so.
     """
 
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets grad_scale and found_inf around step()
-
     max_grad_norm: float | None = None
     zero_grads: bool = False
     anchored: bool = False
@@ -59,12 +57,18 @@ class InPass(torch.optim.Optimizer):
         self.state_dtype = state_dtype
         self.error_on_nonfinite = error_on_nonfinite
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `torch.amp.GradScaler` sets grad_scale and found_inf around step(), instead of unscaling itself."""
+        return not any(group.get("capturable") or group.get("differentiable") for group in self.param_groups)
+
     # --- gradients ------------------------------------------------------------------------------------
 
     def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
         """Measures the norm of all gradients for the next step, which scales them as it reads them.
 
-        In place of `torch.nn.utils.clip_grad_norm_` over the same parameters; `.grad` itself stays as it is.
+        In place of `torch.nn.utils.clip_grad_norm_` over the same parameters; `.grad` itself stays as it is. That
+        step clips to `max_norm`, whatever `max_grad_norm` is; `zero_grad()` before it takes the measurement back.
 
         Returns:
             The norm before clipping, a scalar tensor.
@@ -82,11 +86,23 @@ class InPass(torch.optim.Optimizer):
         self._measured = self.grad_norm, max_norm
         return torch.tensor(self.grad_norm)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's."""
+        self._measured = None
+        super().zero_grad(set_to_none)
+
     def _gradient_scale(self) -> float | None:
         """The factor of this step's gradients; None for a step that is not to be taken."""
         scaler, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scale = 1.0 if scaler is None else 1.0 / float(scaler)
         measured, self._measured = self._measured, None
+        if self.zero_grads and len(self.param_groups) > 1:
+            places = [grad.data_ptr() for grad in self._grads() if grad.numel() > 0]
+            if len(set(places)) < len(places):
+                raise ValueError(
+                    f"{type(self).__name__}: zero_grads is True and parameters of two groups share a gradient; "
+                    "expected gradients of their own"
+                )
         if found_inf is not None and float(found_inf):
             self._skip()
             return None
@@ -108,6 +124,7 @@ class InPass(torch.optim.Optimizer):
             scale *= min(1.0, limit / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         return scale
 
+    @torch.no_grad()
     def _skip(self) -> None:
         self.skipped_steps += 1
         if self.zero_grads:
@@ -139,12 +156,20 @@ class InPass(torch.optim.Optimizer):
     def _weight_decay(self, group: dict[str, Any]) -> float:
         """What the kernel is to multiply by lr."""
         decay: float = group["weight_decay"]
-        if self._option(group, "decouple_lr") and decay:
-            return decay / float(group.setdefault("decay_lr", float(group["lr"])))
-        return decay
+        if not self._option(group, "decouple_lr"):
+            return decay
+        first = float(group.get("decay_lr", group.get("initial_lr", group["lr"])))
+        return decay / first if first else 0.0
 
     def _is_split(self, param: Tensor) -> bool:
         return self.master_weights == "split" and param.dtype == torch.bfloat16
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; keeps the first lr where weight decay is measured by it: schedulers change lr from now on."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if self._option(group, "decouple_lr"):
+            group.setdefault("decay_lr", float(group["lr"]))
 
     def _moments_dtype(self, group: dict[str, Any], param: Tensor) -> torch.dtype:
         wanted = self._option(group, "state_dtype") or (
@@ -179,7 +204,15 @@ class InPass(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but hidden bits stay integers, and moments have the dtype that this optimizer was made for."""
-        super().load_state_dict(state_dict)
+        loaded: dict[str, Any] = {}
+        hook = self.register_load_state_dict_pre_hook(
+            lambda _, given: loaded.update(given)
+        )  # after all others
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        state_dict = loaded
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [(group, param) for group in self.param_groups for param in group["params"]]
         for saved_id, (group, param) in zip(saved_ids, params, strict=True):
@@ -190,10 +223,15 @@ class InPass(torch.optim.Optimizer):
                 if name in state:  # from what was saved: torch has rounded it to the parameter's dtype
                     dtype = self._moments_dtype(group, param)
                     state[name] = saved[name].to(device=param.device, dtype=dtype, copy=True)
-            if "low_bits" in saved:
-                state["low_bits"] = saved["low_bits"].to(device=param.device, copy=True)
-            elif self._is_split(param):
-                state["low_bits"] = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+            state.pop("low_bits", None)
+            if self._is_split(param):
+                low_bits = saved.get("low_bits")
+                known = low_bits is not None and low_bits.dtype == torch.int16  # torch's optimizers cast them
+                state["low_bits"] = (
+                    low_bits.to(device=param.device, copy=True)
+                    if known
+                    else torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+                )
 
 
 _HALVES = (torch.bfloat16, torch.float16)

@@ -15,7 +15,7 @@ from superfine_kernels import adamw_group_
 from superfine_kernels._library import warn_once
 
 
-class AdamW(InPass, torch.optim.AdamW):
+class AdamW(InPass, torch.optim.AdamW):  # type: ignore[override]
     """AdamW (Loshchilov & Hutter 2019), equal to `torch.optim.AdamW`, which it subclasses.
 
     State and parameter groups have torch's names and meaning, so checkpoints load in both directions. On float32
@@ -105,13 +105,18 @@ class AdamW(InPass, torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        reasons = [
+            next((name for name in ("capturable", "differentiable") if group[name]), None)
+            for group in self.param_groups
+        ]
+        for group, reason in zip(self.param_groups, reasons, strict=True):
+            if reason is not None:
+                self._reject_in_pass(reason, group)
         scale = self._gradient_scale()
         if scale is None:
             return loss
-        for group in self.param_groups:
-            reason = next((name for name in ("capturable", "differentiable") if group[name]), None)
+        for group, reason in zip(self.param_groups, reasons, strict=True):
             if reason is not None:
-                self._reject_in_pass(reason, group, scale)
                 warn_once(f"AdamW: {reason}=True has no kernel yet; torch's implementation steps this group")
                 self._step_group_with_torch(group)
                 continue
@@ -123,10 +128,10 @@ class AdamW(InPass, torch.optim.AdamW):
                 self._step_group(group, scale)
         return loss
 
-    def _reject_in_pass(self, reason: str, group: dict[str, Any], scale: float) -> None:
-        used = [name for name in ("anchored", "decouple_lr") if self._option(group, name)]
-        used += ["zero_grads"] * self.zero_grads + ["master_weights"] * (self.master_weights is not None)
-        used += ["a scale of the gradients"] * (scale != 1.0)
+    def _reject_in_pass(self, reason: str, group: dict[str, Any]) -> None:
+        names = ("max_grad_norm", "zero_grads", "anchored", "decouple_lr", "master_weights")
+        used = [name for name in names if self._option(group, name)]
+        used += ["clip_grad_norm_()"] * (self._measured is not None)
         if used:
             raise ValueError(f"AdamW: {reason} is True beside {', '.join(used)}; expected one or the other")
 
