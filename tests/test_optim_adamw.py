@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from superfine.optim import AdamW
+from superfine.optim import LAMB, AdamW
 from support import one_warning, same_bits
 from torch import Tensor, nn
 
@@ -207,9 +207,10 @@ def test_learning_rate_schedulers(scheduler, lr):
     assert_close(ours, theirs)
 
 
-def test_a_closure_is_called_once_with_gradients_on_and_its_loss_returned():
+@pytest.mark.parametrize("kind", [AdamW, LAMB])
+def test_a_closure_is_called_once_with_gradients_on_and_its_loss_returned(kind):
     weight = nn.Parameter(torch.tensor([2.0]))
-    optimizer, calls = AdamW([weight], lr=0.1), []
+    optimizer, calls = kind([weight], lr=0.1), []
 
     def closure() -> Tensor:
         calls.append(torch.is_grad_enabled())
@@ -226,9 +227,10 @@ def test_a_closure_is_called_once_with_gradients_on_and_its_loss_returned():
     assert optimizer.step() is None
 
 
-def test_step_hooks_run_around_the_step():
+@pytest.mark.parametrize("kind", [AdamW, LAMB])
+def test_step_hooks_run_around_the_step(kind):
     params, seen = parameters(), []
-    optimizer = AdamW(params)
+    optimizer = kind(params)
     optimizer.register_step_pre_hook(lambda opt, args, kwargs: seen.append(("pre", len(opt.state))))
     optimizer.register_step_post_hook(lambda opt, args, kwargs: seen.append(("post", len(opt.state))))
     train(optimizer, params, range(1))

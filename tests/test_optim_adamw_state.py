@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from superfine.optim import AdamW
+from superfine.optim import LAMB, AdamW
 from support import one_warning, run_python, same_bits
 from test_optim_adamw import SHAPES, assert_close, assert_same_bits, parameters, set_gradients, train
 from torch import nn
@@ -109,9 +109,10 @@ def test_moments_in_float32_beside_bfloat16_parameters():
         torch.testing.assert_close(moments["exp_avg"], 0.1 * param.grad.float(), rtol=1e-6, atol=1e-7)
 
 
-def test_steps_of_old_checkpoints_are_numbers():
+@pytest.mark.parametrize("kind", [AdamW, LAMB])
+def test_steps_of_old_checkpoints_are_numbers(kind):
     ours = parameters()
-    a = AdamW(ours)
+    a = kind(ours)
     train(a, ours, range(2))
     state = a.state_dict()
     for entries in state["state"].values():
@@ -121,12 +122,13 @@ def test_steps_of_old_checkpoints_are_numbers():
     assert {float(a.state[p]["step"]) for p in ours} == {3.0}
 
 
+@pytest.mark.parametrize("kind", [AdamW, LAMB])
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
 )
-def test_copies_train_on_their_own(clone):
+def test_copies_train_on_their_own(clone, kind):
     model = nn.Linear(6, 5)
-    optimizer = AdamW(model.parameters(), lr=1e-2)
+    optimizer = kind(model.parameters(), lr=1e-2, max_grad_norm=0.5)
     params = list(model.parameters())
     train(optimizer, params, range(2))
     other_model, other = clone((model, optimizer))
@@ -136,7 +138,8 @@ def test_copies_train_on_their_own(clone):
     assert_same_bits(params, [nn.Parameter(p) for p in before])
     train(optimizer, params, range(2, 5))
     assert_same_bits(params, others)
-    assert type(other) is AdamW
+    assert type(other) is kind
+    assert other.grad_norm == optimizer.grad_norm
 
 
 def test_the_default_device_does_not_decide_where_steps_are_counted():
@@ -359,7 +362,7 @@ def test_state_of_a_subclass_without_memory_of_its_own_is_refused():
     printed = run_python("""
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
-from superfine.optim import AdamW
+from superfine.optim import LAMB, AdamW
 param = torch.nn.Parameter(torch.ones(3))
 param.grad = torch.ones(3)
 optimizer = AdamW([param])
@@ -417,7 +420,7 @@ def test_both_moments_moved_through_data_are_followed_wherever_they_land():
 def test_a_gradient_dropped_by_another_thread_lives_until_the_step_is_done():
     printed = run_python("""
 import threading, time, torch
-from superfine.optim import AdamW
+from superfine.optim import LAMB, AdamW
 torch.set_num_threads(1)
 param = torch.nn.Parameter(torch.ones(10_000_000))
 optimizer = AdamW([param])

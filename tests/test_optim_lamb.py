@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 
 import pytest
 import torch
 from superfine.optim import LAMB
 from support import one_warning, same_bits
 from test_optim_adamw import assert_close, assert_same_bits, parameters, set_gradients, train
-from torch import Tensor, nn
+from torch import nn
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
@@ -199,36 +198,6 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(dtype):
     assert {name for state in second.state.values() for name in state} == {"step", "exp_avg", "exp_avg_sq"}
 
 
-def test_steps_of_other_checkpoints_are_numbers():
-    params = parameters()
-    optimizer = LAMB(params)
-    train(optimizer, params, range(2))
-    state = optimizer.state_dict()
-    for entries in state["state"].values():
-        entries["step"] = 2
-    optimizer.load_state_dict(state)
-    train(optimizer, params, range(2, 3))
-    assert {float(optimizer.state[p]["step"]) for p in params} == {3.0}
-
-
-@pytest.mark.parametrize(
-    "clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
-)
-def test_copies_train_on_their_own(clone):
-    model = nn.Linear(6, 5)
-    optimizer = LAMB(model.parameters(), lr=1e-2, max_grad_norm=0.5)
-    params = list(model.parameters())
-    train(optimizer, params, range(2))
-    other_model, other = clone((model, optimizer))
-    others = list(other_model.parameters())
-    before = [p.detach().clone() for p in params]
-    train(other, others, range(2, 5))
-    assert_same_bits(params, [nn.Parameter(p) for p in before])
-    train(optimizer, params, range(2, 5))
-    assert_same_bits(params, others)
-    assert other.grad_norm == optimizer.grad_norm
-
-
 def test_groups_added_later_have_the_defaults():
     ours, theirs = parameters(), parameters()
     a, b = LAMB(ours[:4], lr=1e-2), PlainLAMB(theirs[:4], lr=1e-2)
@@ -249,34 +218,6 @@ def test_learning_rate_schedulers(lr):
             train(optimizer, params, range(step, step + 1))
             schedule.step()
     assert_close(ours, theirs, 1e-5)
-
-
-def test_a_closure_is_called_once_with_gradients_on_and_its_loss_returned():
-    weight = nn.Parameter(torch.tensor([2.0]))
-    optimizer, calls = LAMB([weight], lr=0.1), []
-
-    def closure() -> Tensor:
-        calls.append(torch.is_grad_enabled())
-        optimizer.zero_grad()
-        loss = (weight**2).sum()
-        loss.backward()
-        return loss
-
-    with torch.no_grad():
-        loss = optimizer.step(closure)
-    assert calls == [True]
-    assert loss == 4
-    assert weight < 2
-    assert optimizer.step() is None
-
-
-def test_step_hooks_run_around_the_step():
-    params, seen = parameters(), []
-    optimizer = LAMB(params)
-    optimizer.register_step_pre_hook(lambda opt, args, kwargs: seen.append(("pre", len(opt.state))))
-    optimizer.register_step_post_hook(lambda opt, args, kwargs: seen.append(("post", len(opt.state))))
-    train(optimizer, params, range(1))
-    assert seen == [("pre", 0), ("post", len(params))]
 
 
 def test_complex_parameters_and_their_norm():
