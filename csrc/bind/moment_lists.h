@@ -28,7 +28,7 @@ struct MomentArguments {
 enum Role : std::size_t { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kLowBits, kStep, kRoles };
 constexpr const char* kLists[kRoles] = {"params",          "grads",   "exp_avgs", "exp_avg_sqs",
                                         "max_exp_avg_sqs", "anchors", "low_bits", "steps"};
-constexpr Role kOptional[] = {kMaxExpAvgSq, kAnchor, kLowBits};
+constexpr bool is_optional(std::size_t role) { return role == kMaxExpAvgSq || role == kAnchor || role == kLowBits; }
 using MomentObjects = std::array<PyObject*, kRoles>;  // borrowed; null where an optional one is absent
 
 inline void prefetch_records(const TensorReader& reader, const MomentObjects& objects) {
@@ -175,12 +175,11 @@ class MomentReader {
   // Whether a kernel takes this parameter; then `tensor` is what it takes.
   bool takes(const Views& views, MomentTensor& tensor) const {
     const TensorView &param = views[kParam], &exp_avg = views[kExpAvg], &step = views[kStep];
-    const auto has = [&](Role role) { return views[role].device != TensorView::Device::other; };
     if (param.device != device_ || !param.dtype || !exp_avg.dtype || !is_dense(param)) return false;
     if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) return false;
     if (!detail::kernel_takes(*param.dtype, *exp_avg.dtype)) return false;
     for (const Role role : {kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kLowBits}) {
-      if (std::find(std::begin(kOptional), std::end(kOptional), role) != std::end(kOptional) && !has(role)) continue;
+      if (is_optional(role) && views[role].device == TensorView::Device::other) continue;
       const TensorView& view = views[role];
       if (!fits(view, param) || !same_order(view, param) || !has_dtype(role, views)) return false;
     }
@@ -276,9 +275,8 @@ inline MomentArguments read_moment_lists(const std::string& op, const TensorRead
   const std::size_t n = lists.at(kParam).size();
   std::vector<MomentObjects> objects(n);
   for (std::size_t role = 0; role < kRoles; ++role) {
-    const bool optional = std::find(std::begin(kOptional), std::end(kOptional), role) != std::end(kOptional);
     const py::list& list = lists.at(role);
-    if (optional && list.empty()) continue;
+    if (is_optional(role) && list.empty()) continue;
     if (list.size() != n) {
       throw py::value_error(op + ": " + std::string(kLists[role]) + " has " + std::to_string(list.size()) +
                             " tensors; expected " + std::to_string(n) + ", one for each of params");
