@@ -72,8 +72,8 @@ def _check(inputs: Inputs, call: _Step, *, clipped: bool) -> float:
     for index, param in enumerate(inputs.params):
         param.copy_(inputs.pooled("param", index))
         state = call.optimizer.state.get(param, {})
-        if "low_bits" in state:
-            state["low_bits"].zero_()
+        if "remainder" in state:
+            state["remainder"].zero_()
         if "anchor" in state:
             state["anchor"].copy_(param)
     call()

@@ -21,7 +21,7 @@ class TensorReader:
         ...
 def adamw(reader: TensorReader, lists: collections.abc.Sequence[list], *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
     """
-    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps. Returns the positions that it left alone.
+    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, steps. Returns the positions that it left alone.
     """
 def adamw_group(reader: TensorReader, params: list, state: dict, *, amsgrad: bool, anchored: bool, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> tuple[list, list[int]] | None:
     """
@@ -49,7 +49,7 @@ def isas() -> list[str]:
     """
 def lamb(reader: TensorReader, lists: collections.abc.Sequence[list], *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, bias_correction: bool, grad_averaging: bool, adapt: bool, trust_clip: bool, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
     """
-    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps. Returns the positions that it left alone.
+    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, steps. Returns the positions that it left alone.
     """
 def lamb_group(reader: TensorReader, params: list, state: dict, *, anchored: bool, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, bias_correction: bool, grad_averaging: bool, adapt: bool, trust_clip: bool, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> tuple[list, list[int]] | None:
     """

@@ -1,7 +1,7 @@
 """What the optimizers' ops share: their lists, checks of hyperparameters, the choice of a backend, the fallback.
 
-An optimizer's op takes eight lists, in the order of `LISTS`: one tensor for each parameter, or none at all in an
-optional list. `low_bits` hold the lower halves of fp32 parameters whose upper halves are bfloat16 `params`.
+An optimizer's op takes nine lists, in the order of `LISTS`: one tensor for each parameter, or none at all in an
+optional list. `remainders` of 16-bit parameters and `scales` of 8-bit moments are those of `_storage.py`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,19 @@ import torch
 from torch import Tensor
 
 from superfine_kernels import _backends, _cpu
-from superfine_kernels._library import LIBRARY, READER, is_plain, opmath_dtype, reject, threads, warn_once
+from superfine_kernels._library import LIBRARY, READER, is_plain, reject, threads, warn_once
+from superfine_kernels._storage import Stored, random_key
 
-LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "anchors", "low_bits", "steps")
-OPTIONAL = ("max_exp_avg_sqs", "anchors", "low_bits")
+LISTS = (
+    "params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "anchors", "remainders", "scales", "steps"
+)  # fmt: skip
+OPTIONAL = ("max_exp_avg_sqs", "anchors", "remainders", "scales")
 
 #: The entries of an optimizer's state that make the lists after params and grads.
-STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor", "low_bits", "step")
+STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor", "remainder", "scales", "step")
+
+#: The hyperparameters of every op that are not its rule's: what a step does beside it, and how it rounds.
+SCHEMA = "float gradient_scale, bool zero_grads, bool stochastic_rounding, int seed"
 
 Lists = tuple[list[Tensor], ...]
 
@@ -35,6 +41,9 @@ def checked_hyperparameters(
     weight_decay: float,
     gradient_scale: float,
     maximize: bool,
+    zero_grads: bool,
+    stochastic_rounding: bool,
+    seed: int,
 ) -> dict[str, Any]:
     """The hyperparameters by name, `maximize` as a sign of `gradient_scale`; ValueError for one out of range."""
     if not (lr >= 0 and math.isfinite(lr)):
@@ -47,6 +56,8 @@ def checked_hyperparameters(
             reject(op, name, value, "a number >= 0")
     if not isinstance(gradient_scale, (int, float)):
         reject(op, "gradient_scale", gradient_scale, "a number", TypeError)
+    if not (isinstance(seed, int) and 0 <= seed < 2**32):
+        reject(op, "seed", seed, "an integer in [0, 2^32)")
     return {
         "lr": lr,
         "beta1": beta1,
@@ -54,6 +65,9 @@ def checked_hyperparameters(
         "eps": eps,
         "weight_decay": weight_decay,
         "gradient_scale": -gradient_scale if maximize else gradient_scale,
+        "zero_grads": zero_grads,
+        "stochastic_rounding": stochastic_rounding,
+        "seed": seed,
     }
 
 
@@ -63,23 +77,24 @@ class MomentOp:
 
     Attributes:
         name: of the op without its underscore, of the functions in the native modules and of the Triton file.
-        reference: takes the lists and the hyperparameters.
-        schema: of the hyperparameters.
+        rule: the step of one parameter in eager torch; takes its `Stored` tensors, the count of steps with this one,
+            and the hyperparameters of `schema`.
+        schema: of the hyperparameters, without those of `SCHEMA`.
         cuda_arguments: what the CUDA kernel needs beyond them, from the parameters' device.
     """
 
     name: str
-    reference: Callable[..., None]
+    rule: Callable[..., None]
     schema: str
     cuda_arguments: Callable[[torch.device], dict[str, Any]] = lambda device: {}
 
     def register(self) -> None:
         """Define the op for torch's dispatcher, which subclasses, modes and traces go through."""
-        alias = iter("abcdefgh")
+        alias = iter("abcdefghi")
         lists = ", ".join(
             f"Tensor[] {name}" if name == "anchors" else f"Tensor({next(alias)}!)[] {name}" for name in LISTS
         )
-        LIBRARY.define(f"{self.name}_({lists}, *, {self.schema}, bool zero_grads, str backend='') -> ()")
+        LIBRARY.define(f"{self.name}_({lists}, *, {self.schema}, {SCHEMA}, str backend='') -> ()")
 
         def dispatched(*lists: list[Tensor], backend: str = "", **hyper: Any) -> None:
             self.run(tuple(map(list, lists)), hyper, backend)
@@ -115,9 +130,27 @@ class MomentOp:
             rest = getattr(kernels, f"{self.name}_")(*lists, **hyper)
         else:
             _check_lengths(f"{self.name}_", lists)
-            self.reference(*lists, **hyper)
+            self.reference(lists, **hyper)
             return
         self.step_rest(rest, lists, hyper)
+
+    def reference(
+        self,
+        lists: Lists,
+        *,
+        gradient_scale: float,
+        zero_grads: bool,
+        stochastic_rounding: bool,
+        seed: int,
+        **hyper: Any,
+    ) -> None:
+        """The step in eager torch; takes every dtype and layout. Complex numbers count as pairs of real ones."""
+        for i in range(len(lists[0])):
+            own = {name: tensors[i] for name, tensors in zip(LISTS, lists, strict=True) if tensors}
+            step = own.pop("steps").add_(1).item()
+            x = Stored(own, gradient_scale, random_key(seed, int(step)))
+            self.rule(x, step, **hyper)
+            x.save_param(zero_grads, stochastic_rounding)
 
     def step_rest(self, rest: Sequence[int], lists: Lists, hyper: dict[str, Any]) -> None:
         """Steps the positions `rest`, which no kernel takes, by the reference, with one warning."""
@@ -130,7 +163,7 @@ class MomentOp:
             "or layout that no kernel takes; eager torch steps them"
         )
         with torch.no_grad():
-            self.reference(*chosen, **hyper)
+            self.reference(tuple(chosen), **hyper)
 
     def step_group(
         self,
@@ -169,76 +202,15 @@ def _check_lengths(op: str, lists: Lists) -> None:
 def state_lists(
     params: Sequence[Tensor], state: dict[Tensor, dict[str, Tensor]], absent: Sequence[str] = ()
 ) -> list[Lists]:
-    """The op's lists for parameters that have a gradient: one device after the other, apart with hidden bits."""
-    groups: dict[tuple[torch.device, bool], list[Tensor]] = {}
+    """The op's lists for parameters that have a gradient: one device after the other, apart by what they lack."""
+    groups: dict[tuple[torch.device, frozenset[str]], list[Tensor]] = {}
     for param in params:
         if param.grad is not None:
-            groups.setdefault((param.device, "low_bits" in state[param]), []).append(param)
+            lacks = frozenset({"remainder", "scales"} - state[param].keys())
+            groups.setdefault((param.device, lacks), []).append(param)
     found: list[Lists] = []
-    for (_, split), used in groups.items():
-        missing = {*absent, *(() if split else ("low_bits",))}
+    for (_, lacks), used in groups.items():
+        missing = {*absent, *lacks}
         columns = [[] if name in missing else [state[param][name] for param in used] for name in STATE]
         found.append((used, [param.grad for param in used if param.grad is not None], *columns))
     return found
-
-
-# --- what the references share ----------------------------------------------------------------------
-
-
-def join(high: Tensor, low: Tensor) -> Tensor:
-    """The fp32 numbers whose upper halves are bfloat16 `high` and whose lower ones int16 `low` (core/dtype.h)."""
-    low = low.to(torch.int32) & 0xFFFF
-    rounded_up = torch.where(high == 0, 0, low >> 15 << 16)  # a zero that was put there since is one
-    bits = (high.view(torch.int16).to(torch.int32) << 16 | low) - rounded_up
-    return bits.view(torch.float32)
-
-
-def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `join`."""
-    bits = torch.where(x.isnan(), torch.nan, x).view(torch.int32)
-    high = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
-    return high, bits.to(torch.int16)
-
-
-class Stored:
-    """One parameter's tensors as real numbers in the type of computation; `save_...` write them back, rounded.
-
-    Attributes:
-        p, g, m, v: parameter, scaled gradient, moments.
-        v_max: maximum of the second moments; None without amsgrad.
-        distance: of the parameter from its anchor.
-    """
-
-    def __init__(self, lists: Sequence[Sequence[Tensor]], i: int, gradient_scale: float) -> None:
-        def real(tensors: Sequence[Tensor]) -> Tensor:
-            return torch.view_as_real(tensors[i]) if tensors[i].is_complex() else tensors[i]
-
-        def wide(tensors: Sequence[Tensor]) -> Tensor:
-            return real(tensors).to(opmath_dtype(tensors[i].dtype))
-
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, _ = lists
-        self.p = join(params[i], low_bits[i]) if low_bits else wide(params)
-        self.g = wide(grads) * gradient_scale
-        self.m, self.v = wide(exp_avgs), wide(exp_avg_sqs)
-        self.v_max = wide(max_exp_avg_sqs) if max_exp_avg_sqs else None
-        self.distance = self.p - wide(anchors) if anchors else self.p
-        self._param, self._grad = real(params), real(grads)
-        self._low_bits = low_bits[i] if low_bits else None
-        self.exp_avg, self.exp_avg_sq = real(exp_avgs), real(exp_avg_sqs)
-        self._max_exp_avg_sq = real(max_exp_avg_sqs) if max_exp_avg_sqs else None
-
-    def save_moments(self) -> None:
-        self.exp_avg.copy_(self.m)
-        self.exp_avg_sq.copy_(self.v)
-        if self._max_exp_avg_sq is not None and self.v_max is not None:
-            self._max_exp_avg_sq.copy_(self.v_max)
-
-    def save_param(self, zero_grad: bool) -> None:
-        if self._low_bits is None:
-            self._param.copy_(self.p)
-        else:
-            high, low = split(self.p)
-            self._param.copy_(high)
-            self._low_bits.copy_(low)
-        if zero_grad:
-            self._grad.zero_()

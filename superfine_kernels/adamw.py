@@ -6,7 +6,7 @@
     v <- beta2 * v + (1 - beta2) * g * g
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-for every element of every tensor in one parallel region (CPU) or launch (GPU). The rule for one element is
+and Adam (Kingma & Ba 2015), which adds weight_decay * p to g instead of the second line; for every element of every tensor in one parallel region (CPU) or launch (GPU). The rule for one element is
 csrc/math/adamw.h; low-precision elements are computed in float32 and rounded once per store.
 """
 
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from superfine_kernels import _cpu
 from superfine_kernels._library import Cost
-from superfine_kernels._moments import MomentOp, Stored, checked_hyperparameters
+from superfine_kernels._moments import MomentOp, checked_hyperparameters
+from superfine_kernels._storage import Stored
 
 
 def cost(
@@ -31,59 +32,45 @@ def cost(
     amsgrad: bool = False,
     *,
     anchored: bool = False,
-    low_bits: bool = False,
+    remainders: bool = False,
     zero_grads: bool = False,
 ) -> Cost:
     """Bytes and flops of one step over `numel` elements: reads p, g, m, v; writes p, m, v; and what is asked for."""
     param, state = param_dtype.itemsize, (state_dtype or param_dtype).itemsize
     params = 3 + anchored + zero_grads  # tensors of the parameter's dtype that are read or written
-    moved = params * param + (6 if amsgrad else 4) * state + 4 * low_bits
+    moved = params * param + (6 if amsgrad else 4) * state + 4 * remainders
     return Cost(bytes=numel * moved, flops=numel * (15 + amsgrad + 2 * anchored))
 
 
 # --- reference ------------------------------------------------------------------------------------
 
 
-def reference(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    low_bits: Sequence[Tensor],
-    steps: Sequence[Tensor],
+def rule(
+    x: Stored,
+    step: float,
     *,
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    gradient_scale: float,
-    zero_grads: bool,
+    decoupled: bool,
 ) -> None:
-    """The step in eager torch; takes every dtype and layout. Complex numbers count as pairs of real ones."""
-    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps)
-    for i in range(len(params)):
-        steps[i].add_(1)
-        step = steps[i].item()
-        x = Stored(lists, i, gradient_scale)
+    """The step of one parameter in eager torch."""
+    if decoupled:
         x.p = x.p - lr * weight_decay * x.distance
-        x.m = x.m.lerp(x.g, 1 - beta1)
-        x.v = x.v.mul(beta2).addcmul(x.g, x.g, value=1 - beta2)
-        x.v_max = None if x.v_max is None else torch.maximum(x.v_max, x.v)
-        second_moment = x.v if x.v_max is None else x.v_max
-        denominator = second_moment.sqrt() / math.sqrt(1 - beta2**step) + eps
-        x.p = x.p.addcdiv(x.m, denominator, value=-lr / (1 - beta1**step))
-        x.save_moments()
-        x.save_param(zero_grads)
+    else:
+        x.g = x.g + weight_decay * x.distance
+    x.m = x.m.lerp(x.g, 1 - beta1)
+    x.v = x.v.mul(beta2).addcmul(x.g, x.g, value=1 - beta2)
+    x.v_max = None if x.v_max is None else torch.maximum(x.v_max, x.v)
+    second_moment = x.v if x.v_max is None else x.v_max
+    denominator = second_moment.sqrt() / math.sqrt(1 - beta2**step) + eps
+    x.p = x.p.addcdiv(x.m, denominator, value=-lr / (1 - beta1**step))
+    x.save_moments()
 
 
-OP = MomentOp(
-    "adamw",
-    reference,
-    "float lr, float beta1, float beta2, float eps, float weight_decay, float gradient_scale",
-)
+OP = MomentOp("adamw", rule, "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled")
 OP.register()
 
 
@@ -103,11 +90,15 @@ def adamw_(
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
+    decoupled: bool = True,
     maximize: bool = False,
     gradient_scale: float = 1.0,
     zero_grads: bool = False,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
     anchors: Sequence[Tensor] = (),
-    low_bits: Sequence[Tensor] = (),
+    remainders: Sequence[Tensor] = (),
+    scales: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> None:
     """One AdamW step over lists of tensors, in place; equal to `torch.optim.AdamW`'s.
@@ -116,53 +107,69 @@ def adamw_(
         params: parameters on one device; float32, bfloat16, float16 or float64, any dense layout. Other dtypes
             (complex) and layouts (slices) take the eager reference, with one warning.
         grads: one per parameter, same shape, dtype and device.
-        exp_avgs, exp_avg_sqs: first and second moments, of the parameter's shape and its dtype or float32.
+        exp_avgs, exp_avg_sqs: first and second moments, of the parameter's shape and its dtype; float32 beside 16-bit
+            parameters, bfloat16 beside float32 ones, or uint8 with `scales`.
         max_exp_avg_sqs: running maxima of the second moments for AMSGrad; empty without.
         steps: float32 scalars on the CPU, the steps taken so far; each grows by one.
         lr, beta1, beta2, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
+        decoupled: False adds weight_decay * parameter to the gradient instead, as `torch.optim.Adam` does.
         gradient_scale: factor of the gradients, for clipping and loss scaling; NaN and infinity are taken.
         zero_grads: leave zeros in `grads`, which the kernel has in its cache; else they are not written.
+        stochastic_rounding: round bfloat16 parameters that have no remainder at random, so that they are right on
+            average (Gupta et al. 2015, "Deep Learning with Limited Numerical Precision").
+        seed: of all that is rounded at random, in [0, 2^32); the bits follow from it, the step, and an element's place
+            and value.
         anchors: where weight decay pulls to (L2-SP, Li et al. 2018), of the parameters' shapes and dtypes; empty for
             zero.
-        low_bits: int16, beside bfloat16 parameters: their lower 16 bits, so that both are float32 parameters and
-            follow the float32 trajectory bit for bit. Zeros to begin with; empty without.
+        remainders: what rounding takes from 16-bit parameters, zeros to begin with; empty without. int16 beside
+            bfloat16: their lower 16 bits, so that both are float32 parameters and follow the float32 trajectory bit for
+            bit. The parameter's own dtype: its Kahan compensation.
+        scales: float32 of shape (2, ceil(numel / 256)) beside uint8 moments: for each block of 256 elements in the
+            order of memory the scales of the first moment, then of the second. Zeros to begin with.
         backend: None for the best one; see `superfine_kernels.backends()`.
 
     Raises:
         ValueError: lists of unequal length, tensors of the wrong shape, dtype or device, tensors that overlap in
             memory, hyperparameters out of range. Nothing has been written then.
     """
-    hyper = checked_hyperparameters("adamw_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize)
-    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps)
-    OP(tuple(map(list, lists)), {**hyper, "zero_grads": zero_grads}, backend)
+    hyper = checked_hyperparameters(
+        "adamw_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize, zero_grads, stochastic_rounding, seed
+    )
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps)
+    OP(tuple(map(list, lists)), {**hyper, "decoupled": decoupled}, backend)
 
 
 def adamw_group_(
     params: list[Tensor],
     state: dict[Tensor, dict[str, Tensor]],
     *,
-    amsgrad: bool = False,
-    anchored: bool = False,
     lr: float,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 1e-2,
-    maximize: bool = False,
-    gradient_scale: float = 1.0,
-    zero_grads: bool = False,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    gradient_scale: float,
+    zero_grads: bool,
+    stochastic_rounding: bool,
+    seed: int,
+    amsgrad: bool,
+    anchored: bool,
 ) -> None:
     """`adamw_` over the parameters of an optimizer's group that have a gradient, with their `state`.
 
     Args:
         params: the group's parameters.
         state: for each parameter with a gradient a dict of `exp_avg`, `exp_avg_sq`, `step`; with amsgrad
-            `max_exp_avg_sq`; with anchored `anchor`; and `low_bits` where the parameter has some.
+            `max_exp_avg_sq`; with anchored `anchor`; and `remainder` and `scales` where the parameter has some.
 
     Raises:
         KeyError: a parameter with a gradient has no state. Otherwise as `adamw_`.
     """
-    hyper = checked_hyperparameters("adamw_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize)
+    hyper = checked_hyperparameters(
+        "adamw_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize, zero_grads, stochastic_rounding, seed
+    )
     native = functools.partial(_cpu.adamw_group, amsgrad=amsgrad, anchored=anchored)
     absent = (*(() if amsgrad else ("max_exp_avg_sq",)), *(() if anchored else ("anchor",)))
-    OP.step_group(params, state, absent, native, {**hyper, "zero_grads": zero_grads})
+    OP.step_group(params, state, absent, native, {**hyper, "decoupled": decoupled})

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from superfine_kernels import _cpu
 from superfine_kernels._library import Cost
-from superfine_kernels._moments import MomentOp, Stored, checked_hyperparameters
+from superfine_kernels._moments import MomentOp, checked_hyperparameters
+from superfine_kernels._storage import Stored
 
 
 def cost(
@@ -40,15 +41,9 @@ def cost(
 # --- reference ------------------------------------------------------------------------------------
 
 
-def reference(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    low_bits: Sequence[Tensor],
-    steps: Sequence[Tensor],
+def rule(
+    x: Stored,
+    step: float,
     *,
     lr: float,
     beta1: float,
@@ -59,27 +54,18 @@ def reference(
     grad_averaging: bool,
     adapt: bool,
     trust_clip: bool,
-    gradient_scale: float,
-    zero_grads: bool,
 ) -> None:
-    """The step in eager torch; takes every dtype and layout. Complex numbers count as pairs of real ones."""
-    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps)
-    for i in range(len(params)):
-        steps[i].add_(1)
-        step = steps[i].item()
-        x = Stored(lists, i, gradient_scale)
-        x.m = x.m * beta1 + x.g * (1 - beta1 if grad_averaging else 1.0)
-        x.v = x.v.mul(beta2).addcmul(x.g, x.g, value=1 - beta2)
-        x.save_moments()
-        m, v = x.exp_avg.to(x.p.dtype), x.exp_avg_sq.to(x.p.dtype)  # as they are stored
-        bias1, bias2 = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
-        update = (m / bias1) / (v.sqrt() / math.sqrt(bias2) + eps) + weight_decay * x.distance
-        if adapt:
-            param_norm, update_norm = torch.linalg.vector_norm(x.p), torch.linalg.vector_norm(update)
-            trust_ratio = torch.where((param_norm > 0) & (update_norm > 0), param_norm / update_norm, 1.0)
-            update = update * (trust_ratio.clamp(max=1.0) if trust_clip else trust_ratio)
-        x.p = x.p.sub(update, alpha=lr)
-        x.save_param(zero_grads)
+    """The step of one parameter in eager torch."""
+    x.m = x.m * beta1 + x.g * (1 - beta1 if grad_averaging else 1.0)
+    x.v = x.v.mul(beta2).addcmul(x.g, x.g, value=1 - beta2)
+    x.save_moments(reload=True)
+    bias1, bias2 = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
+    update = (x.m / bias1) / (x.v.sqrt() / math.sqrt(bias2) + eps) + weight_decay * x.distance
+    if adapt:
+        param_norm, update_norm = torch.linalg.vector_norm(x.p), torch.linalg.vector_norm(update)
+        trust_ratio = torch.where((param_norm > 0) & (update_norm > 0), param_norm / update_norm, 1.0)
+        update = update * (trust_ratio.clamp(max=1.0) if trust_clip else trust_ratio)
+    x.p = x.p.sub(update, alpha=lr)
 
 
 def _workspace(device: torch.device) -> dict[str, Any]:
@@ -94,9 +80,9 @@ def _workspace(device: torch.device) -> dict[str, Any]:
 
 OP = MomentOp(
     "lamb",
-    reference,
+    rule,
     "float lr, float beta1, float beta2, float eps, float weight_decay, bool bias_correction, bool grad_averaging, "
-    "bool adapt, bool trust_clip, float gradient_scale",
+    "bool adapt, bool trust_clip",
     cuda_arguments=_workspace,
 )
 OP.register()
@@ -121,11 +107,14 @@ def lamb_(
     grad_averaging: bool = True,
     adapt: bool = True,
     trust_clip: bool = False,
+    maximize: bool = False,
     gradient_scale: float = 1.0,
     zero_grads: bool = False,
-    maximize: bool = False,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
     anchors: Sequence[Tensor] = (),
-    low_bits: Sequence[Tensor] = (),
+    remainders: Sequence[Tensor] = (),
+    scales: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> None:
     """One LAMB step over lists of tensors, in place.
@@ -135,7 +124,7 @@ def lamb_(
             (complex, whose norms are over real and imaginary parts) and layouts (slices) take the eager reference,
             with one warning.
         grads: one per parameter, same shape, dtype and device.
-        exp_avgs, exp_avg_sqs: first and second moments, of the parameter's shape and its dtype or float32.
+        exp_avgs, exp_avg_sqs: first and second moments, of the parameter's shape and the dtypes of `adamw_`.
         steps: float32 scalars on the CPU, the steps taken so far; each grows by one.
         lr, beta1, beta2, eps, weight_decay: as in AdamW.
         bias_correction: divide the moments by 1 - beta^t.
@@ -143,20 +132,21 @@ def lamb_(
         adapt: scale each tensor's update by its trust ratio, which is 1 where a norm is zero or NaN.
         trust_clip: trust ratios are at most 1.
         maximize: ascend; the same as a gradient_scale of the other sign.
-        gradient_scale, zero_grads, anchors, low_bits: as in `adamw_`; norms are those of the parameters, not of their
-            distances from the anchors.
+        gradient_scale, zero_grads, stochastic_rounding, seed, anchors, remainders, scales: as in `adamw_`; norms are
+            those of the parameters, not of their distances from the anchors.
         backend: None for the best one; see `superfine_kernels.backends()`.
 
     Raises:
         ValueError: lists of unequal length, tensors of the wrong shape, dtype or device, tensors that overlap in
             memory, hyperparameters out of range. Nothing has been written then.
     """
-    hyper = _hyperparameters(
-        lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize,
-        bias_correction=bias_correction, grad_averaging=grad_averaging, adapt=adapt, trust_clip=trust_clip,
-        zero_grads=zero_grads,
-    )  # fmt: skip
-    lists = (params, grads, exp_avgs, exp_avg_sqs, (), anchors, low_bits, steps)
+    hyper = checked_hyperparameters(
+        "lamb_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize, zero_grads, stochastic_rounding, seed
+    )
+    hyper |= {
+        "bias_correction": bias_correction, "grad_averaging": grad_averaging, "adapt": adapt, "trust_clip": trust_clip,
+    }  # fmt: skip
+    lists = (params, grads, exp_avgs, exp_avg_sqs, (), anchors, remainders, scales, steps)
     OP(tuple(map(list, lists)), hyper, backend)
 
 
@@ -164,30 +154,23 @@ def lamb_group_(
     params: list[Tensor],
     state: dict[Tensor, dict[str, Tensor]],
     *,
-    anchored: bool = False,
     lr: float,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-6,
-    weight_decay: float = 1e-2,
-    bias_correction: bool = True,
-    grad_averaging: bool = True,
-    adapt: bool = True,
-    trust_clip: bool = False,
-    gradient_scale: float = 1.0,
-    zero_grads: bool = False,
-    maximize: bool = False,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    gradient_scale: float,
+    zero_grads: bool,
+    stochastic_rounding: bool,
+    seed: int,
+    anchored: bool,
+    **flags: bool,
 ) -> None:
     """`lamb_` over the parameters of an optimizer's group that have a gradient; as `adamw_group_`."""
-    hyper = _hyperparameters(
-        lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize,
-        bias_correction=bias_correction, grad_averaging=grad_averaging, adapt=adapt, trust_clip=trust_clip,
-        zero_grads=zero_grads,
-    )  # fmt: skip
+    hyper = checked_hyperparameters(
+        "lamb_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize, zero_grads, stochastic_rounding, seed
+    )
     native = functools.partial(_cpu.lamb_group, anchored=anchored)
     absent = ("max_exp_avg_sq", *(() if anchored else ("anchor",)))
-    OP.step_group(params, state, absent, native, hyper)
-
-
-def _hyperparameters(*common: float, **flags: bool) -> dict[str, Any]:
-    return checked_hyperparameters("lamb_", *common) | flags  # type: ignore[arg-type]
+    OP.step_group(params, state, absent, native, hyper | flags)

@@ -11,10 +11,10 @@ from kernel_cases import AdamWCase
 OPTIONS = [
     (torch.float32, torch.float32, ("anchors",)),
     (torch.float32, torch.float32, ("zero_grads",)),
-    (torch.bfloat16, torch.bfloat16, ("low_bits",)),
-    (torch.bfloat16, torch.float32, ("low_bits",)),
-    (torch.bfloat16, torch.bfloat16, ("low_bits", "anchors", "zero_grads")),
-    (torch.bfloat16, torch.float32, ("low_bits", "anchors", "zero_grads")),
+    (torch.bfloat16, torch.bfloat16, ("remainders",)),
+    (torch.bfloat16, torch.float32, ("remainders",)),
+    (torch.bfloat16, torch.bfloat16, ("remainders", "anchors", "zero_grads")),
+    (torch.bfloat16, torch.float32, ("remainders", "anchors", "zero_grads")),
     (torch.float16, torch.float16, ("anchors", "zero_grads")),
     (torch.float16, torch.float32, ("anchors", "zero_grads")),
 ]
@@ -28,8 +28,8 @@ def random_options(case: AdamWCase, names: tuple[str, ...]) -> dict[str, Any]:
         made["anchors"] = [
             torch.randn(p.shape, generator=generator).to(p.dtype).to(p.device) for p in case.params
         ]
-    if "low_bits" in names:
-        made["low_bits"] = [
+    if "remainders" in names:
+        made["remainders"] = [
             torch.randint(-(2**15), 2**15, p.shape, generator=generator, dtype=torch.int16).to(p.device)
             for p in case.params
         ]
@@ -46,6 +46,6 @@ def on_cpu(options: dict[str, Any]) -> dict[str, Any]:
 
 def assert_same_options(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """Equal bits; the optimizer writes the lower bits, and leaves the anchors alone."""
-    for name in ("anchors", "low_bits"):
+    for name in ("anchors", "remainders"):
         for i, (a, b) in enumerate(zip(actual.get(name, []), expected.get(name, []), strict=True)):
             assert torch.equal(a.cpu(), b), f"{name}[{i}] of {a.numel()} elements differs"

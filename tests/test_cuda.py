@@ -155,7 +155,7 @@ def test_adamw_options_give_the_bits_of_the_cpu_kernel(backend, param, state, na
         assert_same_options(options, expected_options)
 
 
-@pytest.mark.parametrize("name", ["anchors", "low_bits"])
+@pytest.mark.parametrize("name", ["anchors", "remainders"])
 def test_adamw_minds_the_alignment_of_options(backend, name):
     case = AdamWCase.random([9001], torch.bfloat16, torch.bfloat16, device="cuda")
     options = random_options(case, (name,))

@@ -15,7 +15,7 @@ from support import ISAS, assert_same_bits_in_lists, one_warning, same_bits, thr
 from torch import nn
 
 from superfine_kernels import adamw_, lamb_, total_norm
-from superfine_kernels._moments import join, split
+from superfine_kernels._storage import join, split
 
 OPS = [(adamw_, AdamWCase, {}), (lamb_, LambCase, {"trust_clip": True})]
 OPTIMIZERS = [AdamW, LAMB]
@@ -94,14 +94,14 @@ def test_parameters_at_their_anchor_do_not_decay(op, kind, hyper):
 @pytest.mark.parametrize("backend", [*(f"cpu:{isa}" for isa in ISAS), "reference"])
 def test_hidden_bits_follow_the_float32_trajectory(op, kind, hyper, backend):
     halves = kind.random(SIZES, torch.bfloat16, torch.float32)
-    low_bits = [torch.zeros_like(p, dtype=torch.int16) for p in halves.params]
+    remainders = [torch.zeros_like(p, dtype=torch.int16) for p in halves.params]
     whole = halves.to("cpu")
     whole.params = [p.float() for p in whole.params]
     whole.grads = [g.float() for g in whole.grads]
     for _ in range(5):
-        op(*halves.lists(), lr=0.01, low_bits=low_bits, **hyper, backend=backend)
+        op(*halves.lists(), lr=0.01, remainders=remainders, **hyper, backend=backend)
         op(*whole.lists(), lr=0.01, **hyper, backend=backend)
-    joined = [join(high, low) for high, low in zip(halves.params, low_bits, strict=True)]
+    joined = [join(high, low) for high, low in zip(halves.params, remainders, strict=True)]
     assert_same_bits_in_lists([joined, halves.exp_avgs], [whole.params, whole.exp_avgs])
     for high, exact in zip(halves.params, whole.params, strict=True):
         assert ((high.double() - exact).abs() <= 2**-8 * exact.abs()).all()  # rounded, not cut off
@@ -126,13 +126,13 @@ def test_same_bits_with_everything_on_every_instruction_set_and_thread_count(op,
     for isa in ISAS:
         for count in (1, 2, 3):
             copied = case.to("cpu")
-            low_bits = [torch.zeros_like(p, dtype=torch.int16) for p in copied.params]
+            remainders = [torch.zeros_like(p, dtype=torch.int16) for p in copied.params]
             with threads(count):
                 op(
-                    *copied.lists(), lr=0.1, anchors=anchors, low_bits=low_bits, zero_grads=True, gradient_scale=0.3,
+                    *copied.lists(), lr=0.1, anchors=anchors, remainders=remainders, zero_grads=True, gradient_scale=0.3,
                     backend=f"cpu:{isa}", **hyper,
                 )  # fmt: skip
-            results.append([*copied.lists(), low_bits])
+            results.append([*copied.lists(), remainders])
     for other in results[1:]:
         assert_same_bits_in_lists(other, results[0])
 
@@ -141,7 +141,7 @@ def test_same_bits_with_everything_on_every_instruction_set_and_thread_count(op,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"low_bits": [torch.zeros(3, dtype=torch.int16)]}, "beside a bfloat16 parameter"),
+        ({"remainders": [torch.zeros(3, dtype=torch.int16)]}, "beside a bfloat16 parameter"),
         ({"anchors": [torch.zeros(4)]}, "anchors[0] is float32 (4,) on cpu; expected float32 (3,)"),
         ({"anchors": [torch.zeros(3, dtype=torch.float64)]}, "anchors[0] is float64"),
         ({"anchors": [torch.zeros(3)] * 2}, "anchors has 2 tensors; expected 1"),
@@ -388,13 +388,13 @@ def test_hidden_bits_that_another_optimizer_has_no_use_for_are_dropped(kind):
         b.load_state_dict(a.state_dict())
         set_gradients(params, 1)
         b.step()
-        assert "low_bits" not in b.state[params[0]]
+        assert "remainder" not in b.state[params[0]]
     through = torch.optim.AdamW(parameters(torch.bfloat16))
     through.load_state_dict(a.state_dict() if kind is AdamW else AdamW(parameters()).state_dict())
     c = kind(halves, master_weights="split")
     if kind is AdamW:
         c.load_state_dict(through.state_dict())
-        assert c.state[halves[0]]["low_bits"].dtype == torch.int16
+        assert c.state[halves[0]]["remainder"].dtype == torch.int16
     set_gradients(halves, 1)
     c.step()
 
@@ -434,11 +434,11 @@ def test_split_parameters_train_as_float32_ones_do_and_survive_a_checkpoint(kind
     resumed = [nn.Parameter(p.detach().clone()) for p in halves]
     c = kind(resumed, lr=1e-3, master_weights="split")
     c.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
-    assert c.state[resumed[0]]["low_bits"].dtype == torch.int16
+    assert c.state[resumed[0]]["remainder"].dtype == torch.int16
     assert c.state[resumed[0]]["exp_avg"].dtype == torch.float32
     train(c, resumed, range(3, 6))
     for p, q in zip(resumed, whole, strict=True):
-        assert same_bits(join(p.detach(), c.state[p]["low_bits"]), q.detach())
+        assert same_bits(join(p.detach(), c.state[p]["remainder"]), q.detach())
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -452,7 +452,7 @@ def test_a_checkpoint_without_hidden_bits_begins_with_zeros(kind):
     set_gradients(split_ones, 1)
     b.step()
     assert b.state[split_ones[0]]["exp_avg"].dtype == torch.float32
-    assert (b.state[split_ones[0]]["low_bits"] != 0).any()
+    assert (b.state[split_ones[0]]["remainder"] != 0).any()
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -105,8 +105,8 @@ def test_ops_are_registered_under_one_namespace_with_their_mutations():
     }
     written = {name: [a.name for a in s.arguments if a.is_write] for name, s in schemas.items()}
     assert written == {
-        "adamw_": ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "low_bits", "steps"],
-        "lamb_": ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "low_bits", "steps"],
+        "adamw_": ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "remainders", "steps"],
+        "lamb_": ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "remainders", "steps"],
         "cross_entropy": [],
         "cross_entropy_": ["input"],
         "cross_entropy_backward": [],

@@ -61,21 +61,21 @@ def test_options_give_the_bits_of_the_cpu_kernel(param, state, names, amsgrad):
     assert_same_options(options, expected_options)
 
 
-def test_low_bits_at_the_ends_of_their_range_as_on_the_cpu():
+def test_remainders_at_the_ends_of_their_range_as_on_the_cpu():
     # Rounding up carries into the exponent, past the largest number, and below zero; NaN stays one.
     high = torch.tensor([1.0, -1.0, 0.0, -0.0, 2.0**-126, 3e38, float("inf"), float("nan")])
     case = AdamWCase.random([4 * len(high)], torch.bfloat16, torch.float32)
     case.params[0] = high.bfloat16().repeat_interleave(4)
-    low_bits = torch.tensor([0, 1, 2**15 - 1, -(2**15)], dtype=torch.int16).repeat(len(high))
+    remainders = torch.tensor([0, 1, 2**15 - 1, -(2**15)], dtype=torch.int16).repeat(len(high))
     case.grads[0].zero_()
     case.exp_avgs[0].zero_()
-    expected, options = case.to("cpu"), {"low_bits": [low_bits.clone()], "weight_decay": 0.0}
+    expected, options = case.to("cpu"), {"remainders": [remainders.clone()], "weight_decay": 0.0}
     superfine_kernels.adamw_(*expected.lists(), **{**HYPER, **options}, backend="cpu")
     superfine_kernels.adamw_(
-        *case.lists(), **{**HYPER, "weight_decay": 0.0}, low_bits=[low_bits], backend="triton"
+        *case.lists(), **{**HYPER, "weight_decay": 0.0}, remainders=[remainders], backend="triton"
     )
     assert torch.equal(case.params[0].view(torch.int16), expected.params[0].view(torch.int16))
-    assert torch.equal(low_bits, options["low_bits"][0])
+    assert torch.equal(remainders, options["remainders"][0])
 
 
 def test_float64_agrees_to_the_last_digits():
@@ -124,16 +124,16 @@ def test_misaligned_views_leave_their_neighbours_alone():
     # Views at 2-byte offsets, as in gradient buckets: no 16-byte access may be used.
     whole = AdamWCase.random([5000], torch.bfloat16, torch.bfloat16)
     expected = whole.to("cpu")
-    anchors, low_bits = torch.randn(5000).bfloat16(), torch.full((5000,), -3, dtype=torch.int16)
-    low_bits_of = {"triton": low_bits, "cpu": low_bits.clone()}
+    anchors, remainders = torch.randn(5000).bfloat16(), torch.full((5000,), -3, dtype=torch.int16)
+    remainders_of = {"triton": remainders, "cpu": remainders.clone()}
     for case, backend in ((whole, "triton"), (expected, "cpu")):
         views = [[t[1:4999] for t in tensors] for tensors in case.lists()[:4]]
         superfine_kernels.adamw_(
-            *views, [], case.steps, **HYPER, anchors=[anchors[1:4999]], low_bits=[low_bits_of[backend][1:4999]],
+            *views, [], case.steps, **HYPER, anchors=[anchors[1:4999]], remainders=[remainders_of[backend][1:4999]],
             zero_grads=True, backend=backend,
         )  # fmt: skip
     assert_same_bits(whole, expected)
-    assert torch.equal(low_bits, low_bits_of["cpu"])
+    assert torch.equal(remainders, remainders_of["cpu"])
 
 
 def test_transposed_parameters_are_stepped_in_place():
@@ -224,8 +224,8 @@ def test_bad_lists_are_refused_before_anything_is_written(spoil, message):
     ("options", "message"),
     [
         (
-            {"low_bits": [torch.zeros(9, dtype=torch.int16)]},
-            r"low_bits\[0\] is int16 \(9,\) on cpu; expected int16 \(9,\) on cpu beside a bfloat16 parameter",
+            {"remainders": [torch.zeros(9, dtype=torch.int16)]},
+            r"remainders\[0\] is int16 \(9,\) on cpu; expected int16 \(9,\) on cpu beside a bfloat16 parameter",
         ),
         (
             {"anchors": [torch.zeros(8)]},

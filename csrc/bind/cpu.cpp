@@ -44,8 +44,8 @@ std::vector<std::string> isas() {
 // Steps what `arguments` hold and says in torch's way what was written.
 template <class Tensor, class ScalarsOf>
 void step(const TensorReader& reader, MomentArguments& arguments, const ScalarsOf& scalars_of, const py::list& params,
-          const py::list& zeroed, void (*kernel)(const Tensor*, std::int64_t, int), int threads) {
-  const auto tensors = advance<Tensor>(arguments, scalars_of);
+          const py::list& zeroed, std::uint32_t seed, void (*kernel)(const Tensor*, std::int64_t, int), int threads) {
+  const auto tensors = advance<Tensor>(arguments, scalars_of, seed);
   reader.increment_version(params);
   if (!zeroed.empty()) reader.increment_version(zeroed);
   const py::gil_scoped_release release;
@@ -54,10 +54,12 @@ void step(const TensorReader& reader, MomentArguments& arguments, const ScalarsO
 
 template <class Tensor, class ScalarsOf>
 std::vector<std::size_t> step_lists(const std::string& op, const TensorReader& reader,
-                                    const std::vector<py::list>& lists, bool zero_grads, const ScalarsOf& scalars_of,
-                                    void (*kernel)(const Tensor*, std::int64_t, int), int threads) {
-  MomentArguments arguments = read_moment_lists(op, reader, TensorView::Device::cpu, lists, zero_grads, threads);
-  step(reader, arguments, scalars_of, lists[kParam], zero_grads ? lists[kGrad] : py::list(), kernel, threads);
+                                    const std::vector<py::list>& lists, const MomentOptions& options,
+                                    const ScalarsOf& scalars_of, void (*kernel)(const Tensor*, std::int64_t, int),
+                                    int threads) {
+  MomentArguments arguments = read_moment_lists(op, reader, TensorView::Device::cpu, lists, options, threads);
+  step(reader, arguments, scalars_of, lists[kParam], options.zero_grads ? lists[kGrad] : py::list(), options.seed,
+       kernel, threads);
   return arguments.rest;
 }
 
@@ -72,32 +74,33 @@ std::optional<std::pair<py::list, std::vector<std::size_t>>> step_group(
   if (options.zero_grads) {
     for (const py::object& grad : arguments->grads) zeroed.append(grad);
   }
-  step(reader, *arguments, scalars_of, used, zeroed, kernel, threads);
+  step(reader, *arguments, scalars_of, used, zeroed, options.seed, kernel, threads);
   return std::make_pair(std::move(used), std::move(arguments->rest));
 }
 
 std::vector<std::size_t> adamw(const TensorReader& reader, const std::vector<py::list>& lists, double lr, double beta1,
-                               double beta2, double eps, double weight_decay, double gradient_scale, bool zero_grads,
-                               int threads, const std::string& isa) {
-  return step_lists("adamw_", reader, lists, zero_grads,
-                    adamw_scalars_of(lr, beta1, beta2, eps, weight_decay, gradient_scale), kernels_for(isa).adamw,
-                    threads);
+                               double beta2, double eps, double weight_decay, bool decoupled, double gradient_scale,
+                               bool zero_grads, bool stochastic_rounding, std::uint32_t seed, int threads,
+                               const std::string& isa) {
+  return step_lists("adamw_", reader, lists, {false, false, zero_grads, stochastic_rounding, seed},
+                    adamw_scalars_of({lr, beta1, beta2, eps, weight_decay, decoupled, gradient_scale}),
+                    kernels_for(isa).adamw, threads);
 }
 
 std::optional<std::pair<py::list, std::vector<std::size_t>>> adamw_group(
     const TensorReader& reader, const py::list& params, const py::dict& state, bool amsgrad, bool anchored, double lr,
-    double beta1, double beta2, double eps, double weight_decay, double gradient_scale, bool zero_grads, int threads,
-    const std::string& isa) {
-  return step_group("adamw_", reader, params, state, {amsgrad, anchored, zero_grads},
-                    adamw_scalars_of(lr, beta1, beta2, eps, weight_decay, gradient_scale), kernels_for(isa).adamw,
-                    threads);
+    double beta1, double beta2, double eps, double weight_decay, bool decoupled, double gradient_scale, bool zero_grads,
+    bool stochastic_rounding, std::uint32_t seed, int threads, const std::string& isa) {
+  return step_group("adamw_", reader, params, state, {amsgrad, anchored, zero_grads, stochastic_rounding, seed},
+                    adamw_scalars_of({lr, beta1, beta2, eps, weight_decay, decoupled, gradient_scale}),
+                    kernels_for(isa).adamw, threads);
 }
 
 std::vector<std::size_t> lamb(const TensorReader& reader, const std::vector<py::list>& lists, double lr, double beta1,
                               double beta2, double eps, double weight_decay, bool bias_correction, bool grad_averaging,
-                              bool adapt, bool trust_clip, double gradient_scale, bool zero_grads, int threads,
-                              const std::string& isa) {
-  return step_lists("lamb_", reader, lists, zero_grads,
+                              bool adapt, bool trust_clip, double gradient_scale, bool zero_grads,
+                              bool stochastic_rounding, std::uint32_t seed, int threads, const std::string& isa) {
+  return step_lists("lamb_", reader, lists, {false, false, zero_grads, stochastic_rounding, seed},
                     lamb_scalars_of({lr, beta1, beta2, eps, weight_decay, bias_correction, grad_averaging, adapt,
                                      trust_clip, gradient_scale}),
                     kernels_for(isa).lamb, threads);
@@ -106,8 +109,9 @@ std::vector<std::size_t> lamb(const TensorReader& reader, const std::vector<py::
 std::optional<std::pair<py::list, std::vector<std::size_t>>> lamb_group(
     const TensorReader& reader, const py::list& params, const py::dict& state, bool anchored, double lr, double beta1,
     double beta2, double eps, double weight_decay, bool bias_correction, bool grad_averaging, bool adapt,
-    bool trust_clip, double gradient_scale, bool zero_grads, int threads, const std::string& isa) {
-  return step_group("lamb_", reader, params, state, {false, anchored, zero_grads},
+    bool trust_clip, double gradient_scale, bool zero_grads, bool stochastic_rounding, std::uint32_t seed, int threads,
+    const std::string& isa) {
+  return step_group("lamb_", reader, params, state, {false, anchored, zero_grads, stochastic_rounding, seed},
                     lamb_scalars_of({lr, beta1, beta2, eps, weight_decay, bias_correction, grad_averaging, adapt,
                                      trust_clip, gradient_scale}),
                     kernels_for(isa).lamb, threads);
@@ -122,7 +126,7 @@ std::optional<double> sum_of_squares(const TensorReader& reader, const py::list&
   std::int64_t pieces = 0;
   for (const py::handle object : list) {
     TensorView view;
-    if (!reader.read_fast(object.ptr(), view) || view.device != TensorView::Device::cpu || !view.dtype ||
+    if (!reader.read_fast(object.ptr(), view) || view.device != TensorView::Device::cpu || !is_floating(view.dtype) ||
         !is_dense(view)) {
       return std::nullopt;
     }
@@ -182,25 +186,28 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("uses_shim", &TensorReader::uses_shim);
 
   constexpr const char* kListsDoc =
-      "lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps. Returns the positions "
+      "lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the "
+      "positions "
       "that it left alone.";
   constexpr const char* kGroupDoc =
       "One step over an optimizer's group. Returns the parameters with a gradient and the positions among them that "
       "it left alone; None where a parameter is a tensor subclass or lies elsewhere.";
   m.def("adamw", &adamw, kListsDoc, py::arg("reader"), py::arg("lists"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
-        py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("gradient_scale"), py::arg("zero_grads"),
-        py::arg("threads"), py::arg("isa"));
+        py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("decoupled"), py::arg("gradient_scale"),
+        py::arg("zero_grads"), py::arg("stochastic_rounding"), py::arg("seed"), py::arg("threads"), py::arg("isa"));
   m.def("adamw_group", &adamw_group, kGroupDoc, py::arg("reader"), py::arg("params"), py::arg("state"), py::kw_only(),
         py::arg("amsgrad"), py::arg("anchored"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-        py::arg("weight_decay"), py::arg("gradient_scale"), py::arg("zero_grads"), py::arg("threads"), py::arg("isa"));
+        py::arg("weight_decay"), py::arg("decoupled"), py::arg("gradient_scale"), py::arg("zero_grads"),
+        py::arg("stochastic_rounding"), py::arg("seed"), py::arg("threads"), py::arg("isa"));
   m.def("lamb", &lamb, kListsDoc, py::arg("reader"), py::arg("lists"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
         py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("bias_correction"),
         py::arg("grad_averaging"), py::arg("adapt"), py::arg("trust_clip"), py::arg("gradient_scale"),
-        py::arg("zero_grads"), py::arg("threads"), py::arg("isa"));
+        py::arg("zero_grads"), py::arg("stochastic_rounding"), py::arg("seed"), py::arg("threads"), py::arg("isa"));
   m.def("lamb_group", &lamb_group, kGroupDoc, py::arg("reader"), py::arg("params"), py::arg("state"), py::kw_only(),
         py::arg("anchored"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
         py::arg("bias_correction"), py::arg("grad_averaging"), py::arg("adapt"), py::arg("trust_clip"),
-        py::arg("gradient_scale"), py::arg("zero_grads"), py::arg("threads"), py::arg("isa"));
+        py::arg("gradient_scale"), py::arg("zero_grads"), py::arg("stochastic_rounding"), py::arg("seed"),
+        py::arg("threads"), py::arg("isa"));
 
   m.def("sum_of_squares", &sum_of_squares,
         "Of all elements of all tensors; None where one of them is not dense on the CPU, or has no kernel.",

@@ -138,11 +138,12 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("device_count", &device_count, "The number of GPUs; 0 without a driver.");
   m.def("why_unavailable", &why_unavailable, "Why no kernel can run on this machine, or None where one can.");
 
-  m.def("adamw", &adamw,
-        "lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps. Returns the positions "
-        "that it left alone.",
-        py::arg("reader"), py::arg("lists"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-        py::arg("eps"), py::arg("weight_decay"), py::arg("gradient_scale"), py::arg("zero_grads"), py::arg("stream"));
+  m.def(
+      "adamw", &adamw,
+      "lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, steps. Returns the positions "
+      "that it left alone.",
+      py::arg("reader"), py::arg("lists"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
+      py::arg("eps"), py::arg("weight_decay"), py::arg("gradient_scale"), py::arg("zero_grads"), py::arg("stream"));
 
   m.def("lamb", &lamb,
         "As adamw. `allocate` takes bytes and returns the address of that much memory on the device, which stays until "

@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <utility>
@@ -14,6 +15,8 @@
 #include "bind/tensor_list.h"
 #include "core/parallel_for.h"
 #include "math/moments.h"
+#include "math/quantized.h"
+#include "math/random.h"
 
 namespace superfine {
 
@@ -25,11 +28,28 @@ struct MomentArguments {
 };
 
 // A parameter and what belongs to it.
-enum Role : std::size_t { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kLowBits, kStep, kRoles };
-constexpr const char* kLists[kRoles] = {"params",          "grads",   "exp_avgs", "exp_avg_sqs",
-                                        "max_exp_avg_sqs", "anchors", "low_bits", "steps"};
-constexpr bool is_optional(std::size_t role) { return role == kMaxExpAvgSq || role == kAnchor || role == kLowBits; }
+enum Role : std::size_t {
+  kParam,
+  kGrad,
+  kExpAvg,
+  kExpAvgSq,
+  kMaxExpAvgSq,
+  kAnchor,
+  kRemainder,
+  kScales,
+  kStep,
+  kRoles
+};
+constexpr const char* kLists[kRoles] = {"params",  "grads",      "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs",
+                                        "anchors", "remainders", "scales",   "steps"};
+constexpr bool is_optional(std::size_t role) { return role >= kMaxExpAvgSq && role <= kScales; }
 using MomentObjects = std::array<PyObject*, kRoles>;  // borrowed; null where an optional one is absent
+
+// What a step takes part in. In lists, amsgrad and anchors are there or are not.
+struct MomentOptions {
+  bool amsgrad, anchored, zero_grads, stochastic_rounding;
+  std::uint32_t seed;
+};
 
 inline void prefetch_records(const TensorReader& reader, const MomentObjects& objects) {
   for (PyObject* object : objects) reader.prefetch_record(object);
@@ -50,8 +70,12 @@ inline std::string describe(py::handle tensor) {
 
 namespace detail {
 
-inline bool kernel_takes(DType param, DType state) {
-  return state == param || (state == DType::f32 && (param == DType::bf16 || param == DType::f16));
+inline bool kernel_takes(const std::optional<DType>& param, const std::optional<DType>& state) {
+  if (!is_floating(param) || !state) return false;
+  if (*state == *param) return true;
+  if (*param == DType::f64) return false;
+  if (*param == DType::f32) return *state == DType::bf16 || *state == DType::u8;
+  return *state == DType::f32 || *state == DType::u8;
 }
 
 // Every byte may be written through one tensor only.
@@ -65,7 +89,11 @@ inline void reject_overlap(const std::string& op, const std::vector<MomentTensor
     };
     writes(t.param, t.param_dtype);
     for (const void* state : {t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq}) writes(state, t.state_dtype);
-    writes(t.low_bits, DType::bf16);
+    if (t.remainder != nullptr) writes(t.remainder, DType::i16);
+    if (t.scales != nullptr) {
+      const char* scales = reinterpret_cast<const char*>(t.scales);
+      ranges.emplace_back(scales, scales + 2 * quant_blocks(t.numel) * element_size(DType::f32));
+    }
     if (t.zero_grad) writes(t.grad, t.param_dtype);
   }
   std::sort(ranges.begin(), ranges.end());
@@ -87,7 +115,8 @@ inline std::uint64_t hash(const MomentTensor& t) {
     h = (h ^ (h >> 32) ^ reinterpret_cast<std::uintptr_t>(data)) * 0x9e3779b97f4a7c15u;
   };
   for (const void* data : {t.param, t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq}) mix(data);
-  if (t.low_bits != nullptr) mix(t.low_bits);
+  if (t.remainder != nullptr) mix(t.remainder);
+  if (t.scales != nullptr) mix(t.scales);
   if (t.zero_grad) mix(t.grad);
   return (h ^ (h >> 32)) * 0xd6e8feb86659fd93u;
 }
@@ -109,9 +138,9 @@ inline void reject_new_overlap(const std::string& op, const std::vector<MomentTe
 // Reads and checks the arguments of every parameter, or throws.
 class MomentReader {
  public:
-  MomentReader(std::string op, const TensorReader& reader, TensorView::Device device, bool zero_grads,
+  MomentReader(std::string op, const TensorReader& reader, TensorView::Device device, const MomentOptions& options,
                const std::vector<MomentObjects>& objects)
-      : op_(std::move(op)), reader_(reader), device_(device), zero_grads_(zero_grads), objects_(objects) {}
+      : op_(std::move(op)), reader_(reader), device_(device), options_(options), objects_(objects) {}
 
   // Nothing for parameters on another device, where those are allowed.
   std::optional<MomentArguments> read(bool may_span_devices, int threads) {
@@ -175,11 +204,11 @@ class MomentReader {
   // Whether a kernel takes this parameter; then `tensor` is what it takes.
   bool takes(const Views& views, MomentTensor& tensor) const {
     const TensorView &param = views[kParam], &exp_avg = views[kExpAvg], &step = views[kStep];
-    if (param.device != device_ || !param.dtype || !exp_avg.dtype || !is_dense(param)) return false;
+    if (param.device != device_ || !detail::kernel_takes(param.dtype, exp_avg.dtype) || !is_dense(param)) return false;
     if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) return false;
-    if (!detail::kernel_takes(*param.dtype, *exp_avg.dtype)) return false;
-    for (const Role role : {kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kLowBits}) {
-      if (is_optional(role) && views[role].device == TensorView::Device::other) continue;
+    if (!scales_fit(views) || (is_quantized(views) && is_present(views, kMaxExpAvgSq))) return false;
+    for (const Role role : {kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kRemainder}) {
+      if (is_optional(role) && !is_present(views, role)) continue;
       const TensorView& view = views[role];
       if (!fits(view, param) || !same_order(view, param) || !has_dtype(role, views)) return false;
     }
@@ -189,17 +218,43 @@ class MomentReader {
               views[kExpAvgSq].data,
               views[kMaxExpAvgSq].data,
               views[kAnchor].data,
-              static_cast<std::uint16_t*>(views[kLowBits].data),
+              views[kRemainder].data,
+              static_cast<float*>(views[kScales].data),
               param.numel,
               *param.dtype,
               *exp_avg.dtype,
-              zero_grads_};
+              master(views),
+              options_.zero_grads,
+              0};
     return true;
+  }
+
+  static bool is_present(const Views& views, Role role) { return views[role].device != TensorView::Device::other; }
+  static bool is_quantized(const Views& views) { return views[kExpAvg].dtype == DType::u8; }
+
+  Master master(const Views& views) const {
+    if (!is_present(views, kRemainder)) {
+      return options_.stochastic_rounding && views[kParam].dtype == DType::bf16 ? Master::stochastic : Master::none;
+    }
+    return views[kRemainder].dtype == DType::i16 ? Master::split : Master::kahan;
+  }
+
+  // 8-bit moments have scales, and no others.
+  static bool scales_fit(const Views& views) {
+    const TensorView& scales = views[kScales];
+    if (!is_present(views, kScales) || !is_quantized(views)) return is_present(views, kScales) == is_quantized(views);
+    return scales.dtype == DType::f32 && scales.device == views[kParam].device &&
+           scales.device_index == views[kParam].device_index && scales.ndim == 2 && scales.shape[0] == 2 &&
+           scales.shape[1] == quant_blocks(views[kParam].numel) && is_contiguous(scales);
   }
 
   // That the tensor of a role is of the dtype which belongs to its parameter's, or its moments'.
   static bool has_dtype(Role role, const Views& views) {
-    if (role == kLowBits) return views[kLowBits].is_int16 && views[kParam].dtype == DType::bf16;
+    if (role == kRemainder) {
+      const auto param = views[kParam].dtype, remainder = views[kRemainder].dtype;
+      if (param == DType::bf16 && remainder == DType::i16) return true;
+      return (param == DType::bf16 || param == DType::f16) && remainder == param;
+    }
     const Role like = role == kGrad || role == kAnchor ? kParam : kExpAvg;
     return views[role].dtype == views[like].dtype;
   }
@@ -243,19 +298,32 @@ class MomentReader {
     if (param.device != device_) {
       reject(kParam, device_ == TensorView::Device::cpu ? "a tensor on cpu" : "a tensor on cuda");
     }
-    if (!param.dtype && !py::handle(objects_[i][kParam]).attr("is_complex")().cast<bool>()) {
+    if (!is_floating(param.dtype) && !py::handle(objects_[i][kParam]).attr("is_complex")().cast<bool>()) {
       reject(kParam, "a float32, bfloat16, float16, float64 or complex tensor");
     }
     const bool state_dtype_fits = param.dtype.has_value() == exp_avg.dtype.has_value() &&
-                                  (!param.dtype || detail::kernel_takes(*param.dtype, *exp_avg.dtype));
+                                  (!param.dtype || detail::kernel_takes(param.dtype, exp_avg.dtype));
     if (!fits(exp_avg, param) || !state_dtype_fits) reject(kExpAvg, describe(objects_[i][kParam]));
-    for (const Role role : {kGrad, kExpAvgSq, kMaxExpAvgSq, kAnchor, kLowBits}) {
+    for (const Role role : {kGrad, kExpAvgSq, kMaxExpAvgSq, kAnchor, kRemainder}) {
       if (objects_[i][role] == nullptr || (fits(views[role], param) && has_dtype(role, views))) continue;
-      if (role == kLowBits) {
+      if (role == kRemainder) {
         const std::string like = describe(objects_[i][kParam]);
-        reject(role, "int16" + like.substr(like.find(' ')) + " beside a bfloat16 parameter");
+        reject(role, "int16" + like.substr(like.find(' ')) +
+                         " beside a bfloat16 parameter, or the dtype of a bfloat16 or float16 one");
       }
       reject(role, describe(objects_[i][role == kGrad || role == kAnchor ? kParam : kExpAvg]));
+    }
+    if (!scales_fit(views)) {
+      const std::string blocks = std::to_string(quant_blocks(param.numel));
+      const std::string expected = is_quantized(views) ? "a contiguous float32 (2, " + blocks +
+                                                             ") on the device of the "
+                                                             "parameter, for uint8 moments"
+                                                       : "none beside moments that are not uint8";
+      if (objects_[i][kScales] != nullptr) reject(kScales, expected);
+      reject_tensor(op_, kScales, i, "missing", expected);
+    }
+    if (is_quantized(views) && objects_[i][kMaxExpAvgSq] != nullptr) {
+      reject(kMaxExpAvgSq, "none beside uint8 moments, which AMSGrad does not have");
     }
     if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) {
       reject(kStep, "float32 () on cpu");
@@ -265,13 +333,14 @@ class MomentReader {
   std::string op_;
   const TensorReader& reader_;
   TensorView::Device device_;
-  bool zero_grads_;
+  MomentOptions options_;
   const std::vector<MomentObjects>& objects_;
 };
 
 // Arguments from parallel lists, one for each role, in that order; optional ones are empty.
 inline MomentArguments read_moment_lists(const std::string& op, const TensorReader& reader, TensorView::Device device,
-                                         const std::vector<py::list>& lists, bool zero_grads, int threads) {
+                                         const std::vector<py::list>& lists, const MomentOptions& options,
+                                         int threads) {
   const std::size_t n = lists.at(kParam).size();
   std::vector<MomentObjects> objects(n);
   for (std::size_t role = 0; role < kRoles; ++role) {
@@ -283,7 +352,7 @@ inline MomentArguments read_moment_lists(const std::string& op, const TensorRead
     }
     for (std::size_t i = 0; i < n; ++i) objects[i][role] = PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
   }
-  return *MomentReader(op, reader, device, zero_grads, objects).read(false, threads);
+  return *MomentReader(op, reader, device, options, objects).read(false, threads);
 }
 
 // A walk through an optimizer's state in the order of its parameters, which is the order in which the
@@ -334,11 +403,6 @@ inline void look_up(PyObject* entries, PyObject* const names[kRoles], MomentObje
   }
 }
 
-// What a group's step takes part in.
-struct MomentOptions {
-  bool amsgrad, anchored, zero_grads;
-};
-
 // Arguments from an optimizer's parameter group and state. For some hundred small tensors, collecting
 // lists in Python would cost more than the step. `used` receives the parameters that have a gradient.
 // Nothing is returned for tensor subclasses, whose ops have to go through torch's dispatcher, and for
@@ -353,7 +417,8 @@ inline std::optional<MomentArguments> read_moment_group(const std::string& op, c
                                           PyUnicode_InternFromString("exp_avg_sq"),
                                           PyUnicode_InternFromString("max_exp_avg_sq"),
                                           PyUnicode_InternFromString("anchor"),
-                                          PyUnicode_InternFromString("low_bits"),
+                                          PyUnicode_InternFromString("remainder"),
+                                          PyUnicode_InternFromString("scales"),
                                           PyUnicode_InternFromString("step")};
   const std::size_t n = params.size();
   std::vector<MomentObjects> objects;
@@ -393,14 +458,14 @@ inline std::optional<MomentArguments> read_moment_group(const std::string& op, c
     grads.push_back(std::move(grad));
     used.append(params[i]);
   }
-  auto arguments = MomentReader(op, reader, device, options.zero_grads, objects).read(true, threads);
+  auto arguments = MomentReader(op, reader, device, options, objects).read(true, threads);
   if (arguments) arguments->grads = std::move(grads);
   return arguments;
 }
 
 // Counts one step more for every tensor; what a kernel takes is the tensor with the scalars of its step.
 template <class Tensor, class ScalarsOf>
-std::vector<Tensor> advance(MomentArguments& arguments, const ScalarsOf& scalars_of) {
+std::vector<Tensor> advance(MomentArguments& arguments, const ScalarsOf& scalars_of, std::uint32_t seed) {
   std::vector<Tensor> tensors;
   tensors.reserve(arguments.tensors.size());
   float last = -1;
@@ -409,6 +474,7 @@ std::vector<Tensor> advance(MomentArguments& arguments, const ScalarsOf& scalars
     Tensor tensor{};
     static_cast<MomentTensor&>(tensor) = arguments.tensors[i];
     tensor.scalars = step == last ? tensors.back().scalars : scalars_of(step);
+    tensor.random_key = step == last ? tensors.back().random_key : random_key(seed, step);
     tensors.push_back(tensor);
     last = step;
   }

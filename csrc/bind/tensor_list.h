@@ -28,13 +28,17 @@ struct TensorView {
   const std::int64_t* strides = nullptr;
   int ndim = 0;
   std::int64_t numel = 1;
-  std::optional<DType> dtype;  // none for types without a kernel (integers, complex, ...)
-  bool is_int16 = false;
+  std::optional<DType> dtype;  // none for types without a kernel (complex, other integers, ...)
   Device device = Device::other;
   int device_index = 0;
 };
 
-inline std::int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+inline std::int64_t element_size(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2;
+}
+
+// Of numbers, as opposed to bits.
+inline bool is_floating(const std::optional<DType>& dtype) { return dtype && *dtype <= DType::f64; }
 
 inline bool same_shape(const TensorView& a, const TensorView& b) {
   return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
@@ -44,6 +48,14 @@ inline bool same_shape(const TensorView& a, const TensorView& b) {
 inline bool same_order(const TensorView& a, const TensorView& b) {
   for (int d = 0; d < a.ndim; ++d) {
     if (a.shape[d] != 1 && a.strides[d] != b.strides[d]) return false;
+  }
+  return true;
+}
+
+inline bool is_contiguous(const TensorView& t) {
+  std::int64_t expected = 1;
+  for (int d = t.ndim - 1; d >= 0; expected *= t.shape[d--]) {
+    if (t.shape[d] != 1 && t.strides[d] != expected) return false;
   }
   return true;
 }
@@ -77,16 +89,20 @@ class TensorReader {
   explicit TensorReader(const py::module_& torch)
       : tensor_(torch.attr("Tensor")),
         parameter_(torch.attr("nn").attr("Parameter")),
-        int16_(torch.attr("int16")),
         grad_(tensor_.attr("grad")),
         increment_version_(torch.attr("autograd").attr("graph").attr("increment_version")) {
-    const char* names[] = {"float32", "bfloat16", "float16", "float64"};
+    const char* names[] = {"float32", "bfloat16", "float16", "float64", "int16", "uint8"};
     for (const char* name : names) dtypes_.push_back(torch.attr(name));
     const py::object tensor = torch.attr("empty")(1);
     shim_ = TorchShim::find(tensor, parameter_(tensor));
     if (shim_) {
       const TorchShim::Dtypes& d = shim_->dtypes;
-      codes_ = {{{d.f32, DType::f32}, {d.bf16, DType::bf16}, {d.f16, DType::f16}, {d.f64, DType::f64}}};
+      codes_ = {{{d.f32, DType::f32},
+                 {d.bf16, DType::bf16},
+                 {d.f16, DType::f16},
+                 {d.f64, DType::f64},
+                 {d.i16, DType::i16},
+                 {d.u8, DType::u8}}};
     }
   }
 
@@ -134,7 +150,6 @@ class TensorReader {
       for (const auto& [code, dtype] : codes_) {
         if (t.dtype == code) view.dtype = dtype;
       }
-      view.is_int16 = t.dtype == shim_->dtypes.i16;
       view.device = t.on_cuda ? TensorView::Device::cuda : TensorView::Device::cpu;
       view.device_index = t.device_index;
       return true;
@@ -164,7 +179,6 @@ class TensorReader {
     for (std::size_t i = 0; i < dtypes_.size(); ++i) {
       if (dtype.is(dtypes_[i])) view.dtype = static_cast<DType>(i);
     }
-    view.is_int16 = dtype.is(int16_);
     const py::object device = object.attr("device");
     const std::string type = py::str(device.attr("type"));
     view.device = type == "cpu"    ? TensorView::Device::cpu
@@ -176,8 +190,8 @@ class TensorReader {
   }
 
   std::optional<TorchShim> shim_;
-  std::array<std::pair<std::int32_t, DType>, 4> codes_{};
-  py::object tensor_, parameter_, int16_, grad_, increment_version_;
+  std::array<std::pair<std::int32_t, DType>, 6> codes_{};
+  py::object tensor_, parameter_, grad_, increment_version_;
   std::vector<py::object> dtypes_;
 };
 

@@ -28,7 +28,7 @@ class TorchShim {
   }
 
   struct Dtypes {
-    std::int32_t f32, bf16, f16, f64, i16;
+    std::int32_t f32, bf16, f16, f64, i16, u8;
   };
 
   struct Tensor {
@@ -108,6 +108,7 @@ class TorchShim {
     code("aoti_torch_dtype_float16", dtypes.f16);
     code("aoti_torch_dtype_float64", dtypes.f64);
     code("aoti_torch_dtype_int16", dtypes.i16);
+    code("aoti_torch_dtype_uint8", dtypes.u8);
     return found;
 #else
     return false;

@@ -9,7 +9,7 @@
 
 namespace superfine {
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, i16 = 4, u8 = 5 };  // the last two hold bits
 
 struct bf16 {
   std::uint16_t bits;
@@ -75,6 +75,15 @@ SF_HD void split(float x, bf16* high, std::uint16_t* low) {
   const std::uint32_t u = x != x ? 0x7fc00000u : float_bits(x);
   high->bits = static_cast<std::uint16_t>((u + 0x8000u) >> 16);
   *low = static_cast<std::uint16_t>(u);
+}
+
+// Rounds, and keeps what that took away: two numbers of the narrow type whose sum is x to twice its precision
+// (the compensation of Kahan 1965, "Further remarks on reducing truncation errors").
+template <class E>
+SF_HD void store_compensated(float x, E* high, E* low) {
+  store(high, x);
+  const float rest = x - load(*high);
+  store(low, rest == rest ? rest : 0.0f);  // infinity leaves nothing
 }
 
 SF_HD void store(f16* out, float x) {

@@ -4,8 +4,11 @@
 // floor is memory bandwidth, and the loop below is plain scalar code that the compiler vectorises.
 #include "cpu/adamw.h"
 
+#include <algorithm>
+
 #include "core/parallel_for.h"
 #include "cpu/moments.h"
+#include "cpu/staging.h"
 
 namespace superfine::cpu::SF_ISA {
 namespace {
@@ -44,7 +47,7 @@ void update_range(const AdamWTensor& t, const Param param, S, std::int64_t begin
   }
 }
 
-void update(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {
+void update_directly(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {
   with_types(t, [&](const auto& param, auto s) {
     if (t.max_exp_avg_sq != nullptr) {
       t.anchor != nullptr ? update_range<true, true>(t, param, s, begin, end)
@@ -54,6 +57,70 @@ void update(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {
                           : update_range<false, false>(t, param, s, begin, end);
     }
   });
+}
+
+// Adam's decay is part of the gradient; what remains of the step is that of AdamW without decay.
+template <class T>
+void add_decay(AdamWTensor& t, T* __restrict g, const T* __restrict p, const T* __restrict anchor, std::int64_t n) {
+  const AdamWScalars<T> s = round_scalars<T>(t.scalars);
+  for (std::int64_t i = 0; i < n; ++i) g[i] = adam_gradient(s, g[i], anchor != nullptr ? p[i] - anchor[i] : p[i]);
+  t.scalars.gradient_scale = 1;
+  t.grad = g;
+  t.anchor = nullptr;
+}
+
+void update_staged(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {
+  Stage stage;
+  for (std::int64_t strip = begin; strip < end; strip += kStage) {
+    const std::int64_t n = strip + kStage < end ? kStage : end - strip;
+    load_stage(t, strip, n, stage);
+    AdamWTensor whole = staged(t, n, stage);
+    if (t.scalars.coupled_decay != 0) {
+      add_decay(whole, stage.grad, stage.param, t.anchor != nullptr ? stage.anchor : nullptr, n);
+    }
+    update_directly(whole, 0, n);
+    store_param(t, strip, n, stage);
+    store_moments(t, strip, n, stage);
+    if (t.zero_grad) zero_grad(t, strip, n);
+  }
+}
+
+// Adam in double.
+void update_coupled(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {
+  double grad[kStage];
+  const double* anchor = static_cast<const double*>(t.anchor);
+  for (std::int64_t strip = begin; strip < end; strip += kStage) {
+    const std::int64_t n = strip + kStage < end ? kStage : end - strip;
+    std::copy_n(static_cast<const double*>(t.grad) + strip, n, grad);
+    AdamWTensor part = t;
+    part.param = static_cast<double*>(t.param) + strip;
+    part.exp_avg = static_cast<double*>(t.exp_avg) + strip;
+    part.exp_avg_sq = static_cast<double*>(t.exp_avg_sq) + strip;
+    if (t.max_exp_avg_sq != nullptr) part.max_exp_avg_sq = static_cast<double*>(t.max_exp_avg_sq) + strip;
+    part.zero_grad = false;
+    add_decay(part, grad, static_cast<const double*>(part.param), anchor != nullptr ? anchor + strip : nullptr, n);
+    update_directly(part, 0, n);
+    if (t.zero_grad) zero(static_cast<double*>(t.grad), strip, strip + n);
+  }
+}
+
+// What lies between `begin` and `end`. Strips are not divided: the one that `end` lies in belongs to this range, the
+// one that `begin` lies in to the range before.
+template <class Update>
+void update_strips(const AdamWTensor& t, std::int64_t begin, std::int64_t end, const Update& update) {
+  const auto next_strip = [&](std::int64_t i) { return std::min((i + kStage - 1) / kStage * kStage, t.numel); };
+  update(t, next_strip(begin), next_strip(end));
+}
+
+void update(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {
+  const bool coupled = t.scalars.coupled_decay != 0;
+  if (coupled && t.param_dtype == DType::f64) {
+    update_strips(t, begin, end, update_coupled);
+  } else if (coupled || is_staged(t)) {
+    update_strips(t, begin, end, update_staged);
+  } else {
+    update_directly(t, begin, end);
+  }
 }
 
 }  // namespace

@@ -19,6 +19,7 @@
 #include "core/parallel_for.h"
 #include "cpu/memory.h"
 #include "cpu/moments.h"
+#include "cpu/staging.h"
 
 namespace superfine::cpu::SF_ISA {
 namespace {
@@ -113,6 +114,16 @@ LambNorms sum_blocks(const LambNorms* blocks, std::int64_t count) {
   return tree_sum(warps, kLambWarps);
 }
 
+void find_directions(const LambTensor& t, const LambScalars<float>& s, std::int64_t n, const Stage& stage,
+                     float* __restrict out) {
+  const bool anchored = t.anchor != nullptr;
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float distance = anchored ? stage.param[i] - stage.anchor[i] : stage.param[i];
+    out[i] = lamb_direction(s, distance, stage.exp_avg[i], stage.exp_avg_sq[i]);
+  }
+}
+
 template <bool kAnchor, class Param, class S>
 LambNorms update_moments(const LambTensor& t, const Param param, S, std::int64_t begin, std::int64_t end,
                          typename Param::Math* __restrict place) {
@@ -154,6 +165,55 @@ LambNorms update_moments(const LambTensor& t, const Param param, S, std::int64_t
   for (int lane = 0; i < end; ++i, ++lane) element(i, lane);
   if (t.zero_grad) zero(g, begin, end);
   return {sum_lanes(params), sum_lanes(directions)};
+}
+
+// Both for a block that has to be staged. Moments are stored before they make the direction, as above.
+LambNorms update_moments_staged(const LambTensor& t, std::int64_t begin, std::int64_t end, float* __restrict place) {
+  const LambScalars<float> s = round_scalars<float>(t.scalars);
+  Stage stage;
+  float params[kLanes] = {}, directions[kLanes] = {};
+  for (std::int64_t strip = begin; strip < end; strip += kStage) {
+    const std::int64_t n = std::min(kStage, end - strip);
+    load_stage(t, strip, n, stage);
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) lamb_moments(s, stage.grad[i], stage.exp_avg[i], stage.exp_avg_sq[i]);
+    store_moments(t, strip, n, stage);
+    load_moments(t, strip, n, stage);
+    float* __restrict out = place + (strip - begin);
+    find_directions(t, s, n, stage, out);
+    std::int64_t i = 0;
+    const auto add = [&](std::int64_t i, int lane) __attribute__((always_inline)) {
+      params[lane] = std::fma(stage.param[i], stage.param[i], params[lane]);
+      directions[lane] = std::fma(out[i], out[i], directions[lane]);
+    };
+    for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+      for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+    }
+    for (int lane = 0; i < n; ++i, ++lane) add(i, lane);
+    if (t.zero_grad) zero_grad(t, strip, n);
+  }
+  return {sum_lanes(params), sum_lanes(directions)};
+}
+
+void update_param_staged(const LambTensor& t, double negative_step_size, std::int64_t begin, std::int64_t end,
+                         const float* __restrict kept) {
+  const LambScalars<float> s = round_scalars<float>(t.scalars);
+  const float step_size = static_cast<float>(negative_step_size);
+  Stage stage;
+  for (std::int64_t strip = begin; strip < end; strip += kStage) {
+    const std::int64_t n = std::min(kStage, end - strip);
+    const float* __restrict u = kept != nullptr ? kept + (strip - begin) : stage.grad;
+    if (kept != nullptr) {
+      load_param(t, strip, n, stage);
+    } else {
+      load_stage(t, strip, n, stage);
+      find_directions(t, s, n, stage, stage.grad);
+    }
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) stage.param[i] = std::fma(step_size, u[i], stage.param[i]);
+    store_param(t, strip, n, stage);
+  }
 }
 
 // With directions computed again.
@@ -227,6 +287,11 @@ void lamb(const LambTensor* tensors, std::int64_t count, int threads) {
       const auto [begin, end] = team.share(first, last);
       for (std::int64_t b = begin; b < end; ++b) {
         const LambTensor& t = tensors[blocks[b].tensor];
+        if (is_staged(t)) {
+          float* place = directions.place<float>(end - 1 - b);
+          norms[b] = update_moments_staged(t, blocks[b].begin, blocks[b].end, place);
+          continue;
+        }
         norms[b] = with_types(t, [&, n = end - 1 - b](const auto& param, auto s) {
           const auto place = directions.place<typename std::decay_t<decltype(param)>::Math>(n);
           return t.anchor != nullptr ? update_moments<true>(t, param, s, blocks[b].begin, blocks[b].end, place)
@@ -241,6 +306,11 @@ void lamb(const LambTensor* tensors, std::int64_t count, int threads) {
         if (blocks[b].tensor != tensor) {
           tensor = blocks[b].tensor;
           step_size = negative_step_size(b);
+        }
+        if (is_staged(t)) {
+          const float* kept = directions.find<float>(end - 1 - b);
+          update_param_staged(t, step_size, blocks[b].begin, blocks[b].end, kept);
+          continue;
         }
         with_types(t, [&, n = end - 1 - b](const auto& param, auto s) {
           const auto kept = directions.find<typename std::decay_t<decltype(param)>::Math>(n);

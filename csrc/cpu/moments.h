@@ -38,7 +38,8 @@ struct Split {
   using Element = bf16;
   using Math = float;
 
-  explicit Split(const MomentTensor& t) : high(static_cast<bf16*>(t.param)), low(t.low_bits) {}
+  explicit Split(const MomentTensor& t)
+      : high(static_cast<bf16*>(t.param)), low(static_cast<std::uint16_t*>(t.remainder)) {}
   float get(std::int64_t i) const { return join(high[i], low[i]); }
   void set(std::int64_t i, float x) const { split(x, &high[i], &low[i]); }
   void prefetch_next_page(std::int64_t i) const {
@@ -50,19 +51,19 @@ struct Split {
   std::uint16_t* low;
 };
 
-// Calls f(parameter, S{}), S being the moments' type, for the combinations that bind/moment_lists.h lets through.
+// Calls f(parameter, S{}), S being the moments' type, for the combinations that bind/moment_lists.h lets through and
+// that are not staged (cpu/staging.h).
 template <class F>
 inline auto with_types(const MomentTensor& t, const F& f) {
   const bool wide_state = t.state_dtype == DType::f32;
   switch (t.param_dtype) {
     case DType::bf16:
-      if (t.low_bits != nullptr) return wide_state ? f(Split(t), float{}) : f(Split(t), bf16{});
+      if (t.master == Master::split) return wide_state ? f(Split(t), float{}) : f(Split(t), bf16{});
       return wide_state ? f(Whole<bf16>(t), float{}) : f(Whole<bf16>(t), bf16{});
     case DType::f16: return wide_state ? f(Whole<f16>(t), float{}) : f(Whole<f16>(t), f16{});
     case DType::f64: return f(Whole<double>(t), double{});
-    case DType::f32: break;
+    default: return wide_state ? f(Whole<float>(t), float{}) : f(Whole<float>(t), bf16{});
   }
-  return f(Whole<float>(t), float{});
 }
 
 template <class E>

@@ -40,7 +40,7 @@ double sum_block(const DenseTensor& t, std::int64_t begin, std::int64_t n) {
     case DType::bf16: return sum_block(static_cast<const bf16*>(t.data) + begin, n);
     case DType::f16: return sum_block(static_cast<const f16*>(t.data) + begin, n);
     case DType::f64: return sum_block(static_cast<const double*>(t.data) + begin, n);
-    case DType::f32: break;
+    default: break;
   }
   return sum_block(static_cast<const float*>(t.data) + begin, n);
 }

@@ -65,7 +65,7 @@ __device__ __forceinline__ void update(const AdamWScalars<T>& s, const Tensor& t
   Pack<P, N> anchor = {};
   if (anchored) anchor = load_pack<N>(t.anchor + i);
   Pack<std::uint16_t, N> low = {};
-  if (splits) low = load_pack<N>(t.low_bits + i);
+  if (splits) low = load_pack<N>(t.remainders + i);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     T pk = widen(p.at[k], low.at[k]), mk = widen(m.at[k]), vk = widen(v.at[k]), v_max_k = widen(v_max.at[k]);
@@ -80,7 +80,7 @@ __device__ __forceinline__ void update(const AdamWScalars<T>& s, const Tensor& t
   store_pack(t.exp_avg + i, m);
   store_pack(t.exp_avg_sq + i, v);
   if (kAmsgrad) store_pack(t.max_exp_avg_sq + i, v_max);
-  if (splits) store_pack(t.low_bits + i, low);
+  if (splits) store_pack(t.remainders + i, low);
   if (zero_grad) store_pack(t.grad + i, Pack<P, N>{});
 }
 
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
   int packed = 0;  // views into larger buffers may be aligned to an element only
   if (is_aligned(sizeof(Pack<P, kPack>), t.param, t.grad, t.anchor) &&
       is_aligned(sizeof(Pack<S, kPack>), t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq) &&
-      is_aligned(sizeof(Pack<std::uint16_t, kPack>), t.low_bits)) {
+      is_aligned(sizeof(Pack<std::uint16_t, kPack>), t.remainders)) {
     packed = n / kPack * kPack;
   }
   for (int i = threadIdx.x * kPack; i < packed; i += kThreads * kPack) update<kPack>(s, t, zero_grad, i);

@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
         m[r] = t.exp_avg[i];
         v[r] = t.exp_avg_sq[i];
         if (anchored) a[r] = t.anchor[i];
-        if (splits) low[r] = t.low_bits[i];
+        if (splits) low[r] = t.remainders[i];
       }
     }
 #pragma unroll
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads)
         m[r] = load_once(&t.exp_avg[i]);
         v[r] = load_once(&t.exp_avg_sq[i]);
         if (anchored) a[r] = load_once(&t.anchor[i]);
-        if (splits) low[r] = t.low_bits[i];
+        if (splits) low[r] = t.remainders[i];
       }
     }
 #pragma unroll
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kThreads)
         const T u = lamb_direction(s, pi - T(widen(a[r])), T(widen(m[r])), T(widen(v[r])));
         narrow(std::fma(step_size, u, pi), splits, p[r], low[r]);
         t.param[i] = p[r];
-        if (splits) t.low_bits[i] = low[r];
+        if (splits) t.remainders[i] = low[r];
       }
     }
   }
@@ -217,7 +217,7 @@ std::int64_t bytes_of_element(const LambTensor* tensors, std::int64_t count) {
   const auto some = [=](const auto& has) { return std::any_of(tensors, tensors + count, has); };
   std::int64_t bytes = sizeof(P) + 2 * sizeof(S);
   if (some([](const LambTensor& t) { return t.anchor != nullptr; })) bytes += sizeof(P);
-  if (kMaySplit<P> && some([](const LambTensor& t) { return t.low_bits != nullptr; })) bytes += sizeof(std::uint16_t);
+  if (kMaySplit<P> && some([](const LambTensor& t) { return t.remainders != nullptr; })) bytes += sizeof(std::uint16_t);
   return bytes;
 }
 

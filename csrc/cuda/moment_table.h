@@ -25,8 +25,8 @@ struct MomentPointers {
   P* grad;
   S* exp_avg;
   S* exp_avg_sq;
-  const P* anchor;          // null, or what weight decay pulls toward
-  std::uint16_t* low_bits;  // null, or the lower bits of param
+  const P* anchor;            // null, or what weight decay pulls toward
+  std::uint16_t* remainders;  // null, or the lower bits of param
   std::int64_t numel;
 
   static MomentPointers of(const MomentTensor& t) {
@@ -35,12 +35,12 @@ struct MomentPointers {
             static_cast<S*>(t.exp_avg),
             static_cast<S*>(t.exp_avg_sq),
             static_cast<const P*>(t.anchor),
-            t.low_bits,
+            t.remainders,
             t.numel};
   }
 
   __device__ bool anchored() const { return anchor != nullptr; }
-  __device__ bool splits() const { return kMaySplit<P> && low_bits != nullptr; }
+  __device__ bool splits() const { return kMaySplit<P> && remainders != nullptr; }
 
   // Leaves the first n elements out.
   __device__ void skip(std::int64_t n) {
@@ -49,7 +49,7 @@ struct MomentPointers {
     exp_avg += n;
     exp_avg_sq += n;
     if (anchored()) anchor += n;
-    if (splits()) low_bits += n;
+    if (splits()) remainders += n;
     numel -= n;
   }
 };

@@ -5,6 +5,8 @@
 //   v <- beta2 * v + (1 - beta2) * g * g
 //   p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //
+// Adam (Kingma & Ba 2015) instead begins with g <- g + weight_decay * p, or * (p - a), and does not decay p.
+//
 // Every rounding is spelled out (two fmas, the rest separate), so that all instruction sets and CUDA
 // (-fmad=false) give the same bits; on fp32 they are also those of torch's fused CPU step, except for
 // its scalar tail of a few elements.
@@ -29,26 +31,33 @@ struct AdamWScalars {
   T negative_step_size;     // -lr / (1 - beta1^t)
   T sqrt_bias_correction2;  // sqrt(1 - beta2^t)
   T gradient_scale;         // for clipping and loss scaling; its sign is -1 to maximise
+  T coupled_decay;          // weight decay of Adam's kind; then `decay` is 1
 };
 
-inline AdamWScalars<double> adamw_scalars(double lr, double beta1, double beta2, double eps, double weight_decay,
-                                          double gradient_scale, double step) {
+// What the scalars of every step follow from.
+struct AdamWOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled;  // AdamW; else Adam
+  double gradient_scale;
+};
+
+inline AdamWScalars<double> adamw_scalars(const AdamWOptions& o, double step) {
   AdamWScalars<double> s;
-  s.decay = 1.0 - lr * weight_decay;
-  s.one_minus_beta1 = 1.0 - beta1;
-  s.beta2 = beta2;
-  s.one_minus_beta2 = 1.0 - beta2;
-  s.eps = eps;
-  s.negative_step_size = -(lr / (1.0 - std::pow(beta1, step)));
-  s.sqrt_bias_correction2 = std::sqrt(1.0 - std::pow(beta2, step));
-  s.gradient_scale = gradient_scale;
+  s.decay = o.decoupled ? 1.0 - o.lr * o.weight_decay : 1.0;
+  s.one_minus_beta1 = 1.0 - o.beta1;
+  s.beta2 = o.beta2;
+  s.one_minus_beta2 = 1.0 - o.beta2;
+  s.eps = o.eps;
+  s.negative_step_size = -(o.lr / (1.0 - std::pow(o.beta1, step)));
+  s.sqrt_bias_correction2 = std::sqrt(1.0 - std::pow(o.beta2, step));
+  s.gradient_scale = o.gradient_scale;
+  s.coupled_decay = o.decoupled ? 0.0 : o.weight_decay;
   return s;
 }
 
 // The scalars as a function of the step.
-inline auto adamw_scalars_of(double lr, double beta1, double beta2, double eps, double weight_decay,
-                             double gradient_scale) {
-  return [=](double step) { return adamw_scalars(lr, beta1, beta2, eps, weight_decay, gradient_scale, step); };
+inline auto adamw_scalars_of(const AdamWOptions& options) {
+  return [=](double step) { return adamw_scalars(options, step); };
 }
 
 template <class T>
@@ -60,7 +69,8 @@ inline AdamWScalars<T> round_scalars(const AdamWScalars<double>& s) {
           static_cast<T>(s.eps),
           static_cast<T>(s.negative_step_size),
           static_cast<T>(s.sqrt_bias_correction2),
-          static_cast<T>(s.gradient_scale)};
+          static_cast<T>(s.gradient_scale),
+          static_cast<T>(s.coupled_decay)};
 }
 
 // x / c for x >= 0 and the same c in every element of a loop. Where there is an fma it costs half a division: the
@@ -86,6 +96,12 @@ SF_HD T adamw_decay(const AdamWScalars<T>& s, T p) {
 template <class T>
 SF_HD T adamw_decay(const AdamWScalars<T>& s, T p, T anchor) {
   return std::fma(s.decay, p - anchor, anchor);
+}
+
+// Adam's gradient, scaled already; `distance` is p, or p - a.
+template <class T>
+SF_HD T adam_gradient(const AdamWScalars<T>& s, T g, T distance) {
+  return std::fma(s.coupled_decay, distance, g * s.gradient_scale);
 }
 
 // p: decayed parameter, g: gradient, m: exp_avg, v: exp_avg_sq, v_max: max_exp_avg_sq (kAmsgrad only).

@@ -61,11 +61,11 @@ def find_tensor(table, count, chunk):
 
 
 @triton.jit
-def load_param(param, low_bits, offsets, mask, SPLIT: tl.constexpr, OPMATH: tl.constexpr):
+def load_param(param, remainders, offsets, mask, SPLIT: tl.constexpr, OPMATH: tl.constexpr):
     """The parameter; with SPLIT joined with its lower bits, as `join` of csrc/core/dtype.h does."""
     high = tl.load(param + offsets, mask=mask)
     if SPLIT:
-        low = tl.load(low_bits + offsets, mask=mask).to(tl.uint32)
+        low = tl.load(remainders + offsets, mask=mask).to(tl.uint32)
         bits = (high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16) | low
         rounded_up = tl.where((bits & 0x7FFF0000) != 0, (low >> 15) << 16, 0)
         p = (bits - rounded_up).to(tl.float32, bitcast=True)
@@ -75,14 +75,14 @@ def load_param(param, low_bits, offsets, mask, SPLIT: tl.constexpr, OPMATH: tl.c
 
 
 @triton.jit
-def store_param(param, low_bits, offsets, p, mask, SPLIT: tl.constexpr):
+def store_param(param, remainders, offsets, p, mask, SPLIT: tl.constexpr):
     """Stores the parameter rounded; with SPLIT in two halves, as `split` of csrc/core/dtype.h does."""
     if SPLIT:
         bits = p.to(tl.uint32, bitcast=True)
         bits = tl.where(p != p, tl.full(bits.shape, 0x7FC00000, tl.uint32), bits)
         high = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         tl.store(param + offsets, high, mask=mask)
-        tl.store(low_bits + offsets, (bits & 0xFFFF).to(tl.uint16), mask=mask)
+        tl.store(remainders + offsets, (bits & 0xFFFF).to(tl.uint16), mask=mask)
     else:
         tl.store(param + offsets, p.to(param.dtype.element_ty), mask=mask)
 
@@ -162,7 +162,7 @@ def prepare(
                     {
                         "PARAM": TRITON_DTYPES[param_dtype], "STATE": TRITON_DTYPES[state_dtype],
                         "OPMATH": TRITON_DTYPES[opmath], "ALIGNED": aligned,
-                        "ANCHORED": len(named["anchors"]) > 0, "SPLIT": len(named["low_bits"]) > 0,
+                        "ANCHORED": len(named["anchors"]) > 0, "SPLIT": len(named["remainders"]) > 0,
                     },
                 )
             )  # fmt: skip
@@ -191,7 +191,7 @@ def check(op: str, lists: Mapping[str, Sequence[Tensor]], zero_grads: bool) -> l
         own = {name: tensors[i] for name, tensors in present.items() if name != "steps"}
         for name, t in own.items():
             fits = t.shape == param.shape and t.device == param.device
-            if name == "low_bits":
+            if name == "remainders":
                 if not fits or t.dtype != torch.int16 or param.dtype != torch.bfloat16:
                     place = describe(param).partition(" ")[2]
                     reject(op, f"{name}[{i}]", t, f"int16 {place} beside a bfloat16 parameter")

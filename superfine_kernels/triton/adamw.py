@@ -50,7 +50,7 @@ SCALARS = tl.constexpr(8)  # columns of the table of scalars: AdamWScalars of cs
 
 @triton.jit
 def _update(
-    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, low_bits, offsets, mask, scalars,
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, offsets, mask, scalars,
     AMSGRAD: tl.constexpr, ANCHORED: tl.constexpr, SPLIT: tl.constexpr, ZERO_GRAD: tl.constexpr,
     OPMATH: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,7 @@ def _update(
     sqrt_bias_correction2 = tl.load(scalars + 6)
     gradient_scale = tl.load(scalars + 7)
 
-    p = load_param(param, low_bits, offsets, mask, SPLIT, OPMATH)
+    p = load_param(param, remainders, offsets, mask, SPLIT, OPMATH)
     g = tl.load(grad + offsets, mask=mask).to(OPMATH)
     m = tl.load(exp_avg + offsets, mask=mask).to(OPMATH)
     v = tl.load(exp_avg_sq + offsets, mask=mask).to(OPMATH)
@@ -90,7 +90,7 @@ def _update(
         denominator = tl.div_rn(tl.sqrt_rn(second_moment), sqrt_bias_correction2 + tl.zeros_like(m)) + eps
         p = p + tl.div_rn(negative_step_size * m, denominator)
 
-    store_param(param, low_bits, offsets, p, mask, SPLIT)
+    store_param(param, remainders, offsets, p, mask, SPLIT)
     tl.store(exp_avg + offsets, m.to(exp_avg.dtype.element_ty), mask=mask)
     tl.store(exp_avg_sq + offsets, v.to(exp_avg_sq.dtype.element_ty), mask=mask)
 
@@ -111,7 +111,7 @@ def _adamw(
     exp_avg_sq = pointer(row, 3, STATE, ALIGNED)
     max_exp_avg_sq = pointer(row, 4, STATE, ALIGNED)
     anchor = pointer(row, 5, PARAM, ALIGNED)
-    low_bits = pointer(row, 6, tl.uint16, ALIGNED)
+    remainders = pointer(row, 6, tl.uint16, ALIGNED)
     numel = tl.load(row + NUMEL)
     begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
     scalars += index * SCALARS
@@ -120,7 +120,7 @@ def _adamw(
         for start in range(0, CHUNK, BLOCK):
             offsets = begin + start + tl.arange(0, BLOCK)
             _update(
-                param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, low_bits, offsets, None, scalars,
+                param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, offsets, None, scalars,
                 AMSGRAD, ANCHORED, SPLIT, ZERO_GRAD, OPMATH,
             )  # fmt: skip
     else:
@@ -128,7 +128,7 @@ def _adamw(
             offsets = begin + start + tl.arange(0, BLOCK)
             mask = offsets < numel
             _update(
-                param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, low_bits, offsets, mask, scalars,
+                param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, offsets, mask, scalars,
                 AMSGRAD, ANCHORED, SPLIT, ZERO_GRAD, OPMATH,
             )  # fmt: skip
 
@@ -140,7 +140,7 @@ def adamw_(
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor],
     anchors: Sequence[Tensor],
-    low_bits: Sequence[Tensor],
+    remainders: Sequence[Tensor],
     steps: Sequence[Tensor],
     *,
     zero_grads: bool,
@@ -154,7 +154,7 @@ def adamw_(
     """
     rest, launches = prepare(
         "adamw_",
-        (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps),
+        (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, steps),
         chunk=CHUNK,
         scalars_of=lambda step: _scalars(**hyper, step=step),
         zero_grads=zero_grads,

@@ -87,7 +87,7 @@ def _direction(p, anchor, m, v, offsets, mask, scalars, ANCHORED: tl.constexpr, 
 
 @triton.jit
 def _update_moments(
-    param, grad, exp_avg, exp_avg_sq, anchor, low_bits, offsets, mask, scalars, param_sum, direction_sum,
+    param, grad, exp_avg, exp_avg_sq, anchor, remainders, offsets, mask, scalars, param_sum, direction_sum,
     ANCHORED: tl.constexpr, SPLIT: tl.constexpr, ZERO_GRAD: tl.constexpr, OPMATH: tl.constexpr,
 ):  # fmt: skip
     gradient_scale = tl.load(scalars).to(OPMATH)
@@ -96,7 +96,7 @@ def _update_moments(
     beta2 = tl.load(scalars + 3).to(OPMATH)
     one_minus_beta2 = tl.load(scalars + 4).to(OPMATH)
 
-    p = load_param(param, low_bits, offsets, mask, SPLIT, OPMATH)
+    p = load_param(param, remainders, offsets, mask, SPLIT, OPMATH)
     g = tl.load(grad + offsets, mask=mask, eviction_policy="evict_first").to(OPMATH)
     m = tl.load(exp_avg + offsets, mask=mask).to(OPMATH)
     v = tl.load(exp_avg_sq + offsets, mask=mask).to(OPMATH)
@@ -135,7 +135,7 @@ def _lamb_moments(
     exp_avg = pointer(row, 2, STATE, ALIGNED)
     exp_avg_sq = pointer(row, 3, STATE, ALIGNED)
     anchor = pointer(row, 5, PARAM, ALIGNED)
-    low_bits = pointer(row, 6, tl.uint16, ALIGNED)
+    remainders = pointer(row, 6, tl.uint16, ALIGNED)
     numel = tl.load(row + NUMEL)
     begin = (chunk - tl.load(row + FIRST_CHUNK)) * (SUM_BLOCKS * SUM_BLOCK)
     scalars += index * SCALARS
@@ -146,14 +146,14 @@ def _lamb_moments(
     if begin + SUM_BLOCKS * SUM_BLOCK <= numel:  # without a mask, accesses are 16 bytes wide
         for start in range(0, SUM_BLOCK, LANES):
             param_sum, direction_sum = _update_moments(
-                param, grad, exp_avg, exp_avg_sq, anchor, low_bits, first + start, None, scalars,
+                param, grad, exp_avg, exp_avg_sq, anchor, remainders, first + start, None, scalars,
                 param_sum, direction_sum, ANCHORED, SPLIT, ZERO_GRAD, OPMATH,
             )  # fmt: skip
     else:
         for start in range(0, SUM_BLOCK, LANES):
             mask = first + start < numel
             param_sum, direction_sum = _update_moments(
-                param, grad, exp_avg, exp_avg_sq, anchor, low_bits, first + start, mask, scalars,
+                param, grad, exp_avg, exp_avg_sq, anchor, remainders, first + start, mask, scalars,
                 param_sum, direction_sum, ANCHORED, SPLIT, ZERO_GRAD, OPMATH,
             )  # fmt: skip
     one = tl.arange(0, 1)
@@ -191,15 +191,15 @@ def _lamb_step_size(
 
 @triton.jit
 def _update_param(
-    param, exp_avg, exp_avg_sq, anchor, low_bits, offsets, mask, scalars, negative_step_size,
+    param, exp_avg, exp_avg_sq, anchor, remainders, offsets, mask, scalars, negative_step_size,
     ANCHORED: tl.constexpr, SPLIT: tl.constexpr, OPMATH: tl.constexpr,
 ):  # fmt: skip
-    p = load_param(param, low_bits, offsets, mask, SPLIT, OPMATH)
+    p = load_param(param, remainders, offsets, mask, SPLIT, OPMATH)
     m = tl.load(exp_avg + offsets, mask=mask, eviction_policy="evict_first").to(OPMATH)
     v = tl.load(exp_avg_sq + offsets, mask=mask, eviction_policy="evict_first").to(OPMATH)
     u = _direction(p, anchor, m, v, offsets, mask, scalars, ANCHORED, OPMATH)
     p = tl.fma(negative_step_size + tl.zeros_like(p), u, p)
-    store_param(param, low_bits, offsets, p, mask, SPLIT)
+    store_param(param, remainders, offsets, p, mask, SPLIT)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -215,7 +215,7 @@ def _lamb_param(
     exp_avg = pointer(row, 2, STATE, ALIGNED)
     exp_avg_sq = pointer(row, 3, STATE, ALIGNED)
     anchor = pointer(row, 5, PARAM, ALIGNED)
-    low_bits = pointer(row, 6, tl.uint16, ALIGNED)
+    remainders = pointer(row, 6, tl.uint16, ALIGNED)
     numel = tl.load(row + NUMEL)
     begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
     scalars += index * SCALARS
@@ -225,7 +225,7 @@ def _lamb_param(
         for start in range(0, CHUNK, BLOCK):
             offsets = begin + start + tl.arange(0, BLOCK)
             _update_param(
-                param, exp_avg, exp_avg_sq, anchor, low_bits, offsets, None, scalars, step_size,
+                param, exp_avg, exp_avg_sq, anchor, remainders, offsets, None, scalars, step_size,
                 ANCHORED, SPLIT, OPMATH,
             )  # fmt: skip
     else:
@@ -233,7 +233,7 @@ def _lamb_param(
             offsets = begin + start + tl.arange(0, BLOCK)
             mask = offsets < numel
             _update_param(
-                param, exp_avg, exp_avg_sq, anchor, low_bits, offsets, mask, scalars, step_size,
+                param, exp_avg, exp_avg_sq, anchor, remainders, offsets, mask, scalars, step_size,
                 ANCHORED, SPLIT, OPMATH,
             )  # fmt: skip
 
@@ -245,7 +245,7 @@ def lamb_(
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor],
     anchors: Sequence[Tensor],
-    low_bits: Sequence[Tensor],
+    remainders: Sequence[Tensor],
     steps: Sequence[Tensor],
     *,
     zero_grads: bool,
@@ -259,7 +259,7 @@ def lamb_(
     """
     rest, launches = prepare(
         "lamb_",
-        (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, low_bits, steps),
+        (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, steps),
         chunk=CHUNK,
         scalars_of=lambda step: _scalars(**hyper, step=step),
         scalar_dtype=torch.float64,

@@ -1,6 +1,6 @@
 """Optimizers with torch's names, arguments and checkpoints, stepping through Superfine's kernels."""
 
-from superfine.optim.adamw import AdamW
+from superfine.optim.adamw import Adam, AdamW
 from superfine.optim.lamb import LAMB
 
-__all__ = ["LAMB", "AdamW"]
+__all__ = ["LAMB", "Adam", "AdamW"]

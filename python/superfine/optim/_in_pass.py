@@ -4,17 +4,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from superfine.optim._layout import Layout
 from superfine_kernels import total_norm
 from superfine_kernels._library import reject, warn_once
 
 
+class InPassOptions(TypedDict, total=False):
+    """Keyword arguments of our optimizers beside torch's; `InPass` says what they do."""
+
+    max_grad_norm: float | None
+    zero_grads: bool
+    anchored: bool
+    decouple_lr: bool
+    master_weights: str | None
+    stochastic_rounding: bool
+    state_dtype: torch.dtype | str | None
+    error_on_nonfinite: bool
+    seed: int
+
+
 class InPass(torch.optim.Optimizer):
-    """Base of our optimizers. A group may have its own `anchored`, `decouple_lr` and `state_dtype`.
+    """Base of our optimizers: what every one of them takes along.
+
+    A group may have its own `anchored`, `decouple_lr`, `master_weights`, `stochastic_rounding` and `state_dtype`.
+
+    Args:
+        max_grad_norm: clip the norm of all gradients, over all groups, to this, as `clip_grad_norm_` would.
+        zero_grads: step() leaves zeros in the gradients, as `zero_grad(set_to_none=False)` would.
+        anchored: weight decay pulls toward the values that a parameter had at its first step, not toward zero (L2-SP,
+            Li et al. 2018); takes one more copy of the parameters.
+        decouple_lr: weight decay is multiplied by lr / first lr instead of lr, so by the schedule alone.
+        master_weights: "split" gives bfloat16 parameters 16 hidden bits each, so that they follow the float32
+            trajectory bit for bit; their moments are float32 unless `state_dtype` says otherwise. "kahan" gives
+            bfloat16 and float16 parameters a second number of their dtype, which keeps what rounding takes.
+        stochastic_rounding: round bfloat16 parameters at random, right on average; takes no memory.
+        state_dtype: of the moments; None for the parameter's. torch.float32 ("fp32") beside 16-bit parameters,
+            torch.bfloat16 ("bf16") beside float32 ones, or torch.uint8 ("8bit"): 8-bit codes, of which blocks of 256
+            share a scale.
+        error_on_nonfinite: raise where a gradient is not finite, which reads all of them once more without
+            `max_grad_norm`. Otherwise a step whose measured norm is not finite is skipped and counted.
+        seed: of what is rounded at random: stochastic rounding and 8-bit second moments. Bits follow from it, the
+            step, and an element's place and value, so a resumed run has those of one that was not cut off.
 
     Attributes:
         grad_norm: norm of all gradients, before clipping, when it was last measured; None before.
@@ -26,36 +62,31 @@ class InPass(torch.optim.Optimizer):
     anchored: bool = False
     decouple_lr: bool = False
     master_weights: str | None = None
+    stochastic_rounding: bool = False
     state_dtype: torch.dtype | None = None
     error_on_nonfinite: bool = False
+    seed: int = 0
     grad_norm: float | None = None
     skipped_steps: int = 0
     _measured: tuple[float, float] | None = None  # by clip_grad_norm_: norm and limit
 
-    def _configure(
-        self,
-        max_grad_norm: float | None,
-        zero_grads: bool,
-        anchored: bool,
-        decouple_lr: bool,
-        master_weights: str | None,
-        state_dtype: torch.dtype | None,
-        error_on_nonfinite: bool,
-    ) -> None:
+    def _configure(self, **options: Unpack[InPassOptions]) -> None:
         name = type(self).__name__
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            reject(name, "max_grad_norm", max_grad_norm, "a number > 0, or None")
-        if master_weights not in (None, "split"):
-            reject(name, "master_weights", master_weights, "'split' or None")
-        if state_dtype not in (None, torch.float32, torch.bfloat16):
-            reject(name, "state_dtype", state_dtype, "torch.float32, torch.bfloat16 or None")
-        self.max_grad_norm = max_grad_norm
-        self.zero_grads = zero_grads
-        self.anchored = anchored
-        self.decouple_lr = decouple_lr
-        self.master_weights = master_weights
-        self.state_dtype = state_dtype
-        self.error_on_nonfinite = error_on_nonfinite
+        if unknown := options.keys() - InPassOptions.__annotations__.keys():
+            raise TypeError(f"{name}() got an unexpected keyword argument {min(unknown)!r}")
+        for option, value in options.items():
+            setattr(self, option, value)
+        self.state_dtype = _STATE_DTYPES.get(self.state_dtype, self.state_dtype)  # type: ignore[call-overload]
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            reject(name, "max_grad_norm", self.max_grad_norm, "a number > 0, or None")
+        if self.master_weights not in (None, "split", "kahan"):
+            reject(name, "master_weights", self.master_weights, "'split', 'kahan' or None")
+        if self.master_weights is not None and self.stochastic_rounding:
+            reject(name, "stochastic_rounding", True, "False beside master_weights, which lose nothing")
+        if self.state_dtype not in _STATE_DTYPES.values():
+            reject(name, "state_dtype", self.state_dtype, "torch.float32, torch.bfloat16, torch.uint8 or None")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            reject(name, "seed", self.seed, "an integer in [0, 2^32)")
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -161,9 +192,6 @@ class InPass(torch.optim.Optimizer):
         first = float(group.get("decay_lr", group.get("initial_lr", group["lr"])))
         return decay / first if first else 0.0
 
-    def _is_split(self, param: Tensor) -> bool:
-        return self.master_weights == "split" and param.dtype == torch.bfloat16
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; keeps the first lr where weight decay is measured by it: schedulers change lr from now on."""
         super().add_param_group(param_group)
@@ -171,15 +199,34 @@ class InPass(torch.optim.Optimizer):
         if self._option(group, "decouple_lr"):
             group.setdefault("decay_lr", float(group["lr"]))
 
-    def _moments_dtype(self, group: dict[str, Any], param: Tensor) -> torch.dtype:
-        wanted = self._option(group, "state_dtype") or (
-            torch.float32 if self._is_split(param) else param.dtype
-        )
-        if wanted != param.dtype and (wanted != torch.float32 or param.dtype not in _HALVES):
-            reject(type(self).__name__, "state_dtype", wanted, f"None beside {param.dtype} parameters")
-        return wanted
+    def _hyperparameters(self, group: dict[str, Any], scale: float) -> dict[str, Any]:
+        """What every op takes."""
+        return {
+            "lr": float(group["lr"]),
+            "beta1": float(group["betas"][0]),
+            "beta2": float(group["betas"][1]),
+            "eps": group["eps"],
+            "weight_decay": self._weight_decay(group),
+            "maximize": group["maximize"],
+            "gradient_scale": scale,
+            "zero_grads": self.zero_grads,
+            "stochastic_rounding": self._option(group, "stochastic_rounding"),
+            "seed": self.seed,
+            "anchored": self._option(group, "anchored"),
+        }
 
-    def _make_missing_state(self, group: dict[str, Any], amsgrad: bool = False) -> bool:
+    def _layout(self, group: dict[str, Any], param: Tensor) -> Layout:
+        """How this parameter's state is to be stored."""
+        wanted = self._option(group, "state_dtype")
+        return Layout.of(
+            type(self).__name__,
+            param,
+            self._option(group, "master_weights"),
+            _STATE_DTYPES.get(wanted, wanted),
+            group.get("amsgrad", False),
+        )
+
+    def _make_missing_state(self, group: dict[str, Any]) -> bool:
         """Gives parameters with a gradient the state, or the anchor, that they lack; returns whether any did."""
         added = False
         for param in group["params"]:
@@ -188,12 +235,7 @@ class InPass(torch.optim.Optimizer):
             state = self.state[param]
             before = len(state)
             if not state:
-                dtype = self._moments_dtype(group, param)
-                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-                for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])):
-                    state[name] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-                if self._is_split(param):
-                    state["low_bits"] = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+                state.update(self._layout(group, param).new(param))
             if self._option(group, "anchored") and "anchor" not in state:
                 state["anchor"] = param.detach().clone()
             added |= len(state) > before
@@ -203,7 +245,13 @@ class InPass(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _ATTRIBUTES}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but hidden bits stay integers, and moments have the dtype that this optimizer was made for."""
+        """As torch's, but what is saved is converted to the layout of state that this optimizer was made for.
+
+        Hidden bits begin anew where the checkpoint has none of the kind.
+
+        Raises:
+            ValueError: 8-bit moments, or their scales, that another optimizer has converted to another dtype.
+        """
         loaded: dict[str, Any] = {}
         hook = self.register_load_state_dict_pre_hook(
             lambda _, given: loaded.update(given)
@@ -212,32 +260,20 @@ class InPass(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        state_dict = loaded
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
         params = [(group, param) for group in self.param_groups for param in group["params"]]
         for saved_id, (group, param) in zip(saved_ids, params, strict=True):
-            saved, state = state_dict["state"].get(saved_id, {}), self.state.get(param)
-            if not state:
-                continue
-            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-                if name in state:  # from what was saved: torch has rounded it to the parameter's dtype
-                    dtype = self._moments_dtype(group, param)
-                    state[name] = saved[name].to(device=param.device, dtype=dtype, copy=True)
-            state.pop("low_bits", None)
-            if self._is_split(param):
-                low_bits = saved.get("low_bits")
-                known = low_bits is not None and low_bits.dtype == torch.int16  # torch's optimizers cast them
-                state["low_bits"] = (
-                    low_bits.to(device=param.device, copy=True)
-                    if known
-                    else torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
-                )
+            state = self.state.get(param)
+            if state:  # from what was saved: torch has rounded it to the parameter's dtype
+                state.update(self._layout(group, param).convert(param, loaded["state"][saved_id], state))
 
 
-_HALVES = (torch.bfloat16, torch.float16)
+_STATE_DTYPES: dict[object, torch.dtype | None] = {
+    None: None,
+    torch.float32: torch.float32, "fp32": torch.float32,
+    torch.bfloat16: torch.bfloat16, "bf16": torch.bfloat16,
+    torch.uint8: torch.uint8, "8bit": torch.uint8,
+}  # fmt: skip
 
 #: What copies and pickles take along.
-_ATTRIBUTES = (
-    "max_grad_norm", "zero_grads", "anchored", "decouple_lr", "master_weights", "state_dtype", "error_on_nonfinite",
-    "grad_norm", "skipped_steps",
-)  # fmt: skip
+_ATTRIBUTES = (*InPassOptions.__annotations__, "grad_norm", "skipped_steps")

@@ -1,4 +1,4 @@
-"""AdamW as a drop-in for `torch.optim.AdamW`: same arguments, same state, one kernel call a step and group."""
+"""AdamW and Adam as drop-ins for torch's: same arguments, same state, one kernel call a step and group."""
 
 from __future__ import annotations
 
@@ -8,80 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
+from typing_extensions import Unpack
 
-from superfine.optim._in_pass import InPass
+from superfine.optim._in_pass import InPass, InPassOptions
 from superfine.optim._profile import profiled_on_demand
 from superfine_kernels import adamw_group_
 from superfine_kernels._library import warn_once
 
 
-class AdamW(InPass, torch.optim.AdamW):  # type: ignore[override]
-    """AdamW (Loshchilov & Hutter 2019), equal to `torch.optim.AdamW`, which it subclasses.
-
-    State and parameter groups have torch's names and meaning, so checkpoints load in both directions. On float32
-    CPU parameters the bits are those of torch's fused implementation, except for its scalar tail of a few
-    elements a tensor; lower precision is computed in float32
-    and rounded once per store, as there.
-
-    Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`.
-        capturable, differentiable: such groups are stepped by torch's own implementation, with one warning.
-        foreach, fused: accepted so that existing calls work; they choose among torch's implementations only.
-        max_grad_norm: clip the norm of all gradients, over all groups, to this, as `clip_grad_norm_` would.
-        zero_grads: step() leaves zeros in the gradients, as `zero_grad(set_to_none=False)` would.
-        anchored: weight decay pulls toward the values that a parameter had at its first step, not toward zero (L2-SP,
-            Li et al. 2018); takes one more copy of the parameters.
-        decouple_lr: weight decay is multiplied by lr / first lr instead of lr, so by the schedule alone.
-        master_weights: "split" gives bfloat16 parameters 16 hidden bits each, so that they follow the float32
-            trajectory bit for bit; their moments are float32 unless `state_dtype` says otherwise.
-        state_dtype: of the moments; None for the parameter's. float32 beside 16-bit parameters, or bfloat16 beside
-            split ones.
-        error_on_nonfinite: raise where a gradient is not finite, which reads all of them once more without
-            `max_grad_norm`. Otherwise a step whose measured norm is not finite is skipped and counted.
-
-    Raises:
-        ValueError: arguments out of range, as torch; a gradient of another dtype, device or shape; parameters
-            that overlap in memory. No parameter of that group has moved then.
-        FloatingPointError: a gradient is not finite, with `error_on_nonfinite`; nothing has moved then.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        max_grad_norm: float | None = None,
-        zero_grads: bool = False,
-        anchored: bool = False,
-        decouple_lr: bool = False,
-        master_weights: str | None = None,
-        state_dtype: torch.dtype | None = None,
-        error_on_nonfinite: bool = False,
-    ) -> None:
-        self._configure(
-            max_grad_norm, zero_grads, anchored, decouple_lr, master_weights, state_dtype, error_on_nonfinite
-        )
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-        )
+class _Adam(InPass):
+    """The step of both; a group's `decoupled_weight_decay` tells them apart, as in torch."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -117,39 +53,34 @@ class AdamW(InPass, torch.optim.AdamW):  # type: ignore[override]
             return loss
         for group, reason in zip(self.param_groups, reasons, strict=True):
             if reason is not None:
-                warn_once(f"AdamW: {reason}=True has no kernel yet; torch's implementation steps this group")
+                warn_once(f"{type(self).__name__}: {reason}=True has no kernel yet; torch's implementation steps this group")
                 self._step_group_with_torch(group)
                 continue
             try:
                 self._step_group(group, scale)
             except KeyError:  # nothing has been written: the step looks all state up first
-                if not self._make_missing_state(group, group["amsgrad"]):
+                if not self._make_missing_state(group):
                     raise
                 self._step_group(group, scale)
         return loss
 
     def _reject_in_pass(self, reason: str, group: dict[str, Any]) -> None:
-        names = ("max_grad_norm", "zero_grads", "anchored", "decouple_lr", "master_weights")
+        names = (
+            "max_grad_norm", "zero_grads", "anchored", "decouple_lr", "master_weights", "stochastic_rounding",
+            "state_dtype",
+        )  # fmt: skip
         used = [name for name in names if self._option(group, name)]
         used += ["clip_grad_norm_()"] * (self._measured is not None)
         if used:
-            raise ValueError(f"AdamW: {reason} is True beside {', '.join(used)}; expected one or the other")
+            raise ValueError(f"{type(self).__name__}: {reason} is True beside {', '.join(used)}; expected one or the other")
 
     def _step_group(self, group: dict[str, Any], scale: float) -> None:
-        beta1, beta2 = group["betas"]
         adamw_group_(
             group["params"],
             self.state,
+            **self._hyperparameters(group, scale),
+            decoupled=group["decoupled_weight_decay"],
             amsgrad=group["amsgrad"],
-            anchored=self._option(group, "anchored"),
-            lr=float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=group["eps"],
-            weight_decay=self._weight_decay(group),
-            maximize=group["maximize"],
-            gradient_scale=scale,
-            zero_grads=self.zero_grads,
         )
 
     def _step_group_with_torch(self, group: dict[str, Any]) -> None:
@@ -175,5 +106,109 @@ class AdamW(InPass, torch.optim.AdamW):  # type: ignore[override]
                 foreach=group["foreach"],
                 capturable=group["capturable"],
                 differentiable=group["differentiable"],
-                decoupled_weight_decay=True,
+                decoupled_weight_decay=group["decoupled_weight_decay"],
             )
+
+
+class AdamW(_Adam, torch.optim.AdamW):  # type: ignore[override]
+    """AdamW (Loshchilov & Hutter 2019), equal to `torch.optim.AdamW`, which it subclasses.
+
+    State and parameter groups have torch's names and meaning, so checkpoints load in both directions. On float32
+    CPU parameters the bits are those of torch's fused implementation, except for its scalar tail of a few
+    elements a tensor; lower precision is computed in float32 and rounded once per store, as there.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`.
+        capturable, differentiable: such groups are stepped by torch's own implementation, with one warning.
+        foreach, fused: accepted so that existing calls work; they choose among torch's implementations only.
+        max_grad_norm: clip the norm of all gradients, over all groups, to this, as `clip_grad_norm_` would.
+        zero_grads: step() leaves zeros in the gradients, as `zero_grad(set_to_none=False)` would.
+        anchored: weight decay pulls toward the values that a parameter had at its first step, not toward zero.
+        decouple_lr: weight decay is multiplied by lr / first lr instead of lr, so by the schedule alone.
+        master_weights: "split" or "kahan": what keeps the rounding of 16-bit parameters.
+        stochastic_rounding: round bfloat16 parameters at random.
+        state_dtype: of the moments: torch.float32, torch.bfloat16, or torch.uint8 for 8-bit blockwise ones.
+        error_on_nonfinite: raise where a gradient is not finite.
+        seed: of what is rounded at random.
+
+    Those after `fused` are explained at `superfine.optim._in_pass.InPass`.
+
+    Raises:
+        ValueError: arguments out of range, as torch; a gradient of another dtype, device or shape; parameters
+            that overlap in memory. No parameter of that group has moved then.
+        FloatingPointError: a gradient is not finite, with `error_on_nonfinite`; nothing has moved then.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **options: Unpack[InPassOptions],
+    ) -> None:
+        self._configure(**options)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+        )
+
+
+class Adam(_Adam, torch.optim.Adam):  # type: ignore[override]
+    """Adam (Kingma & Ba 2015), equal to `torch.optim.Adam`: weight decay is part of the gradient.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`.
+        options: and all else as in `superfine.optim.AdamW`.
+
+    Raises:
+        ValueError, FloatingPointError: as `superfine.optim.AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        **options: Unpack[InPassOptions],
+    ) -> None:
+        self._configure(**options)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from superfine.optim._in_pass import InPass
+from superfine.optim._in_pass import InPass, InPassOptions
 from superfine.optim._profile import profiled_on_demand
 from superfine_kernels import lamb_group_
 from superfine_kernels._library import reject
@@ -28,9 +29,9 @@ class LAMB(InPass):
         grad_averaging: weigh the gradient by 1 - beta1 in the first moment, else by 1.
         trust_clip: the factor |parameter| / |update| is at most 1.
         always_adapt: adapt groups without weight decay too.
-        max_grad_norm, zero_grads, anchored, decouple_lr, master_weights, state_dtype, error_on_nonfinite: as in
-            `superfine.optim.AdamW`. On a GPU every step waits for the norm where it is measured.
         maximize: ascend instead.
+        options: max_grad_norm and all others of `superfine.optim.AdamW`. On a GPU every step waits for the norm where
+            it is measured.
 
     Raises:
         ValueError: arguments out of range; a gradient of another dtype, device or shape; parameters that overlap in
@@ -49,14 +50,8 @@ class LAMB(InPass):
         grad_averaging: bool = True,
         trust_clip: bool = False,
         always_adapt: bool = False,
-        max_grad_norm: float | None = None,
         maximize: bool = False,
-        zero_grads: bool = False,
-        anchored: bool = False,
-        decouple_lr: bool = False,
-        master_weights: str | None = None,
-        state_dtype: torch.dtype | None = None,
-        error_on_nonfinite: bool = False,
+        **options: Unpack[InPassOptions],
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0:
@@ -64,9 +59,7 @@ class LAMB(InPass):
         for i, beta in enumerate(betas):
             if not 0 <= beta < 1:
                 reject("LAMB", f"betas[{i}]", beta, "a number in [0, 1)")
-        self._configure(
-            max_grad_norm, zero_grads, anchored, decouple_lr, master_weights, state_dtype, error_on_nonfinite
-        )
+        self._configure(**options)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -111,17 +104,9 @@ class LAMB(InPass):
         lamb_group_(
             group["params"],
             self.state,
-            anchored=self._option(group, "anchored"),
-            lr=float(group["lr"]),
-            beta1=float(group["betas"][0]),
-            beta2=float(group["betas"][1]),
-            eps=group["eps"],
-            weight_decay=self._weight_decay(group),
+            **self._hyperparameters(group, scale),
             bias_correction=group["bias_correction"],
             grad_averaging=group["grad_averaging"],
             adapt=group["weight_decay"] != 0 or group["always_adapt"] if adapt is None else adapt,
             trust_clip=group["trust_clip"],
-            gradient_scale=scale,
-            zero_grads=self.zero_grads,
-            maximize=group["maximize"],
         )

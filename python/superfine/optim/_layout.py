@@ -1,0 +1,105 @@
+"""How a parameter's optimizer state is stored: dtypes, hidden bits, 8-bit codes. Makes it, and converts checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from superfine_kernels import _storage
+from superfine_kernels._library import describe, reject
+
+_HALVES = (torch.bfloat16, torch.float16)
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The state of one parameter.
+
+    Attributes:
+        moments: their dtype; uint8 for codes with scales.
+        remainder: dtype of what rounding takes from the parameter; None: that is lost.
+        amsgrad: whether there are maxima of the second moments.
+    """
+
+    moments: torch.dtype
+    remainder: torch.dtype | None
+    amsgrad: bool
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        param: Tensor,
+        master_weights: str | None,
+        state_dtype: torch.dtype | None,
+        amsgrad: bool,
+    ) -> Self:
+        """That of `param` in an optimizer with these options; ValueError where they do not go together."""
+        remainder = None
+        if master_weights == "split" and param.dtype == torch.bfloat16:
+            remainder = torch.int16
+        elif master_weights == "kahan" and param.dtype in _HALVES:
+            remainder = param.dtype
+        default = torch.float32 if remainder == torch.int16 else param.dtype
+        wanted = state_dtype or default
+        halves = param.dtype in _HALVES
+        if wanted != param.dtype and not (
+            (wanted == torch.float32 and halves)
+            or (wanted == torch.bfloat16 and param.dtype == torch.float32)
+            or (wanted == torch.uint8 and (halves or param.dtype == torch.float32))
+        ):
+            reject(op, "state_dtype", wanted, f"None beside {param.dtype} parameters")
+        if wanted == torch.uint8 and amsgrad:
+            reject(op, "state_dtype", wanted, "None beside amsgrad, whose maxima have no 8-bit form")
+        return cls(wanted, remainder, amsgrad)
+
+    def new(self, param: Tensor) -> dict[str, Tensor]:
+        """State before the first step."""
+        state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+        for name in _MOMENTS[: 3 if self.amsgrad else 2]:
+            state[name] = torch.zeros_like(param, dtype=self.moments, requires_grad=False)
+        if self.moments == torch.uint8:
+            state["scales"] = torch.zeros(_storage.scales_shape(param.numel()), device=param.device)
+        if self.remainder is not None:
+            state["remainder"] = torch.zeros_like(param, dtype=self.remainder, requires_grad=False)
+        return state
+
+    def convert(self, param: Tensor, saved: Mapping[str, Any], state: dict[str, Any]) -> dict[str, Tensor]:
+        """The entries of `saved` state in this layout; removes from `state` what the layout does not have."""
+        moments = {name: saved[name].to(param.device) for name in _MOMENTS if name in saved}
+        if "scales" in saved:
+            moments = _dequantized(moments, saved["scales"].to(param.device))
+        found: dict[str, Tensor] = {}
+        if self.moments == torch.uint8 and moments:
+            pair = [moments[name].float() for name in _MOMENTS[:2]]
+            found["exp_avg"], found["exp_avg_sq"], found["scales"] = _storage.quantize(*pair)
+        else:
+            found = {name: t.to(dtype=self.moments, copy=True) for name, t in moments.items()}
+        if self.remainder is not None:
+            low = saved.get("remainder")
+            if low is not None and low.dtype == self.remainder:  # torch's optimizers convert them
+                found["remainder"] = low.to(device=param.device, copy=True)
+            else:
+                found["remainder"] = torch.zeros_like(param, dtype=self.remainder, requires_grad=False)
+        for name in {"scales", "remainder"} - found.keys():
+            state.pop(name, None)
+        return found
+
+
+def _dequantized(moments: dict[str, Tensor], scales: Tensor) -> dict[str, Tensor]:
+    first, second = (moments[name] for name in _MOMENTS[:2])
+    for name, t, dtype in (("exp_avg", first, torch.uint8), ("exp_avg_sq", second, torch.uint8),
+                           ("scales", scales, torch.float32)):  # fmt: skip
+        if t.dtype != dtype:
+            raise ValueError(
+                f"load_state_dict: {name} is {describe(t)} beside scales of 8-bit moments; expected {dtype}. Another "
+                "optimizer has converted it; load the checkpoint that was saved by Superfine's"
+            )
+    m, v = _storage.dequantize(first, second, scales)
+    return {"exp_avg": m, "exp_avg_sq": v}
