@@ -10,8 +10,10 @@
 #include "cuda/adamw.h"
 
 #include <limits>
+#include <type_traits>
 
 #include "core/cuda_check.h"
+#include "cuda/moment_piece.h"
 #include "cuda/moment_table.h"
 #include "cuda/pack.h"
 
@@ -23,102 +25,103 @@ constexpr int kThreads = 256;
 // binary search in constant memory) stays small against moving 115 KB.
 constexpr int kChunk = 4096;
 
-template <class P, class S, bool kAmsgrad_>
-struct Tensor : MomentPointers<P, S> {
-  static constexpr bool kAmsgrad = kAmsgrad_;
-
-  S* max_exp_avg_sq;
-
-  static Tensor of(const MomentTensor& t) { return {MomentPointers<P, S>::of(t), static_cast<S*>(t.max_exp_avg_sq)}; }
-  __device__ void skip(std::int64_t n) {
-    MomentPointers<P, S>::skip(n);
-    if (kAmsgrad) max_exp_avg_sq += n;
-  }
-};
-
-template <class P, class S, bool kAmsgrad>
-using SmallTable = MomentTable<Tensor<P, S, kAmsgrad>, AdamWScalars<Opmath<P>>, 40, 16>;
-template <class P, class S, bool kAmsgrad>
-using LargeTable = MomentTable<Tensor<P, S, kAmsgrad>, AdamWScalars<Opmath<P>>, 400, 64>;
-static_assert(sizeof(SmallTable<double, double, true>) <= 4096);
-static_assert(sizeof(LargeTable<double, double, true>) <= 32764);
-
 // Whether accesses of that many bytes may start at each of these addresses; they may at null.
 template <class... E>
 __device__ __forceinline__ bool is_aligned(int bytes, const E*... p) {
   return ((reinterpret_cast<std::uintptr_t>(p) | ...) & (bytes - 1)) == 0;
 }
 
-// Updates N elements from the i-th on. What is absent is so for all threads of a block.
-template <int N, class Tensor, class T>
-__device__ __forceinline__ void update(const AdamWScalars<T>& s, const Tensor& t, bool zero_grad, int i) {
-  using P = typename Tensor::P;
-  using S = typename Tensor::S;
-  constexpr bool kAmsgrad = Tensor::kAmsgrad;
-  const bool splits = t.splits(), anchored = t.anchored();
-  auto p = load_pack<N>(t.param + i);
-  const auto g = load_pack<N>(t.grad + i);
-  auto m = load_pack<N>(t.exp_avg + i);
-  auto v = load_pack<N>(t.exp_avg_sq + i);
-  auto v_max = v;
-  if (kAmsgrad) v_max = load_pack<N>(t.max_exp_avg_sq + i);
-  Pack<P, N> anchor = {};
-  if (anchored) anchor = load_pack<N>(t.anchor + i);
-  Pack<std::uint16_t, N> low = {};
-  if (splits) low = load_pack<N>(t.remainders + i);
+// What is absent (anchors, remainders) is so for all threads of a block.
+template <bool kAmsgrad, class Piece, class Tile, class T>
+__device__ __forceinline__ void update(const AdamWScalars<T>& s, const Piece& t, const Tile& tile) {
+  using S = typename Piece::S;
+  constexpr int kElements = Tile::kElements;
+  const bool anchored = t.anchor != nullptr;
+  const auto param = tile.read(t.param), grad = tile.read(t.grad);
+  auto moments = t.read_moments(tile, [&](const S* x) { return tile.read(x); });
+  [[maybe_unused]] typename Tile::template Elements<S> v_max;
+  if constexpr (kAmsgrad) v_max = tile.read(t.max_exp_avg_sq());
+  const auto anchor = tile.read(t.anchor, anchored);
+  const auto low = tile.read(t.remainder, t.has_remainder());
+
+  const bool coupled = s.coupled_decay != 0;
+  AdamWScalars<T> scaled = s;
+  scaled.gradient_scale = 1;  // of gradients that are scaled already
+  T p[kElements], m[kElements], v[kElements];
 #pragma unroll
-  for (int k = 0; k < N; ++k) {
-    T pk = widen(p.at[k], low.at[k]), mk = widen(m.at[k]), vk = widen(v.at[k]), v_max_k = widen(v_max.at[k]);
-    pk = anchored ? adamw_decay(s, pk, T(widen(anchor.at[k]))) : adamw_decay(s, pk);
-    adamw_update<kAmsgrad>(s, pk, T(widen(g.at[k])), mk, vk, v_max_k);
-    narrow(pk, splits, p.at[k], low.at[k]);
-    m.at[k] = narrow<S>(mk);
-    v.at[k] = narrow<S>(vk);
-    if (kAmsgrad) v_max.at[k] = narrow<S>(v_max_k);
+  for (int k = 0; k < kElements; ++k) {
+    p[k] = t.widen_param(param[k], low[k]);
+    m[k] = moments.exp_avg(k);
+    v[k] = moments.exp_avg_sq(k);
+    const T a = widen(anchor[k]);
+    T g = widen(grad[k]);
+    if (coupled) {
+      g = adam_gradient(s, g, anchored ? p[k] - a : p[k]);
+    } else {
+      g *= s.gradient_scale;
+      p[k] = anchored ? adamw_decay(s, p[k], a) : adamw_decay(s, p[k]);
+    }
+    T largest = v[k];
+    if constexpr (kAmsgrad) largest = widen(v_max[k]);
+    adamw_update<kAmsgrad>(scaled, p[k], g, m[k], v[k], largest);
+    if constexpr (kAmsgrad) v_max[k] = narrow<S>(largest);
   }
-  store_pack(t.param + i, p);
-  store_pack(t.exp_avg + i, m);
-  store_pack(t.exp_avg_sq + i, v);
-  if (kAmsgrad) store_pack(t.max_exp_avg_sq + i, v_max);
-  if (splits) store_pack(t.remainders + i, low);
-  if (zero_grad) store_pack(t.grad + i, Pack<P, N>{});
+  moments.round(tile, m, v, t.random_key, t.begin);
+  t.write_moments(tile, moments);
+  if constexpr (kAmsgrad) tile.write(t.max_exp_avg_sq(), v_max);
+  t.write_params(tile, p);
+  if (t.zero_grad) tile.write(t.grad, {});
 }
 
 // One block updates one chunk of one tensor.
-template <class Table>
+template <bool kAmsgrad, class Table>
 __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Table table) {
-  using P = typename Table::Tensor::P;
-  using S = typename Table::Tensor::S;
-  constexpr int kPack = 16 / (sizeof(P) > sizeof(S) ? sizeof(P) : sizeof(S));
+  using P = typename Table::P;
+  using S = typename Table::S;
+  using Piece = MomentPiece<P, S>;
 
   const int chunk = blockIdx.x;
   const int index = table.find(chunk);
-  const auto s = table.scalars[table.scalars_of[index]];
-  const bool zero_grad = table.zero_grad[index];
-  auto t = table.tensors[index];
-  t.skip(static_cast<std::int64_t>(chunk - table.first_chunk[index]) * kChunk);
+  const auto& tensor = table.tensors[index];
+  const auto s = table.scalars[tensor.scalars];
+  const Piece t(tensor, static_cast<std::int64_t>(chunk - table.first_chunk[index]) * kChunk);
   const int n = static_cast<int>(min(t.numel, static_cast<std::int64_t>(kChunk)));
 
-  int packed = 0;  // views into larger buffers may be aligned to an element only
-  if (is_aligned(sizeof(Pack<P, kPack>), t.param, t.grad, t.anchor) &&
-      is_aligned(sizeof(Pack<S, kPack>), t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq) &&
-      is_aligned(sizeof(Pack<std::uint16_t, kPack>), t.remainders)) {
-    packed = n / kPack * kPack;
-  }
-  for (int i = threadIdx.x * kPack; i < packed; i += kThreads * kPack) update<kPack>(s, t, zero_grad, i);
+  constexpr int kPack = 16 / (sizeof(P) > sizeof(S) ? sizeof(P) : sizeof(S));
+  // Views into larger buffers may be aligned to an element only.
+  const bool aligned =
+      is_aligned(sizeof(Pack<P, kPack>), t.param, t.grad, t.anchor) &&
+      is_aligned(sizeof(Pack<S, kPack>), t.exp_avg, t.exp_avg_sq, kAmsgrad ? t.max_exp_avg_sq() : nullptr) &&
+      is_aligned(sizeof(Pack<std::uint16_t, kPack>), t.remainder);
+  if constexpr (Piece::kQuantized) {
+    constexpr int kBlock = kQuantBlock, kRows = kBlock / kWarp;  // of single elements
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+    for (int block = threadIdx.x / kWarp * kBlock; block < n; block += kThreads / kWarp * kBlock) {
+      const int end = min(block + kBlock, n);
+      if (aligned && end == block + kBlock) {
+        update<kAmsgrad>(s, t, Tile<kPack, kRows / kPack, kWarp * kPack>{block + lane * kPack, block + kBlock});
+      } else {
+        update<kAmsgrad>(s, t, Tile<1, kRows, kWarp>{block + lane, end});
+      }
+    }
+  } else {
+    const int packed = aligned ? n / kPack * kPack : 0;
+    for (int i = threadIdx.x * kPack; i < packed; i += kThreads * kPack) {
+      update<kAmsgrad>(s, t, Tile<kPack, 1, 0>{i, packed});
+    }
 #pragma unroll 1  // copies of the body would not overlap, as its stores may alias the next loads
-  for (int i = packed + threadIdx.x; i < n; i += kThreads) update<1>(s, t, zero_grad, i);
+    for (int i = packed + threadIdx.x; i < n; i += kThreads) update<kAmsgrad>(s, t, Tile<1, 1, 0>{i, n});
+  }
 }
 
 template <class P, class S, bool kAmsgrad, class Select>
 void step(const AdamWTensor* tensors, std::int64_t count, const Select& has_dtypes, cudaStream_t stream) {
-  const auto select = [=](const AdamWTensor& t) {
-    return has_dtypes(t) && t.numel > 0 && (t.max_exp_avg_sq != nullptr) == kAmsgrad;
-  };
-  fill_small_or_large_tables<SmallTable<P, S, kAmsgrad>, LargeTable<P, S, kAmsgrad>>(
+  const auto select = [=](const AdamWTensor& t) { return has_dtypes(t) && (t.max_exp_avg_sq != nullptr) == kAmsgrad; };
+  fill_tables<MomentTable<P, S, AdamWScalars<Opmath<P>>>>(
       tensors, count, select, kChunk, std::numeric_limits<std::int64_t>::max(),
       [=](const auto& table, unsigned chunks) {
-        adamw_kernel<<<chunks, kThreads, 0, stream>>>(table);
+        adamw_kernel<kAmsgrad><<<chunks, kThreads, 0, stream>>>(table);
         cuda_check(cudaGetLastError(), "adamw");
       });
 }
@@ -128,7 +131,9 @@ void step(const AdamWTensor* tensors, std::int64_t count, const Select& has_dtyp
 void adamw(const AdamWTensor* tensors, std::int64_t count, cudaStream_t stream) {
   for_each_dtypes([=](auto p, auto s, const auto& has_dtypes) {
     step<decltype(p), decltype(s), false>(tensors, count, has_dtypes, stream);
-    step<decltype(p), decltype(s), true>(tensors, count, has_dtypes, stream);
+    if constexpr (!std::is_same<decltype(s), std::uint8_t>::value) {
+      step<decltype(p), decltype(s), true>(tensors, count, has_dtypes, stream);
+    }
   });
 }
 

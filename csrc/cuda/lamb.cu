@@ -19,9 +19,11 @@
 #include "cuda/lamb.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "core/cuda_check.h"
 #include "cuda/block_reduce.h"
+#include "cuda/moment_piece.h"
 #include "cuda/moment_table.h"
 #include "cuda/pack.h"
 
@@ -31,16 +33,13 @@ namespace {
 constexpr int kThreads = kLambWarps * kLambLanes;
 // Loads of each tensor in flight a thread. The registers that 4 take leave room for 1024 threads, so 64 KB in
 // flight in fp32 and 32 KB in bf16; latency times bandwidth is about 20 KB a multiprocessor on an H100.
-constexpr int kRows = 4;
+// 8-bit moments come by their blocks.
+template <class S>
+constexpr int kRows = std::is_same<S, std::uint8_t>::value ? kQuantBlock / kWarp : 4;
 static_assert(kLambLanes == kWarp);
 
-template <class P, class S>
-using SmallTable = MomentTable<MomentPointers<P, S>, LambScalars<Opmath<P>>, 40, 16>;
-template <class P, class S>
-using LargeTable = MomentTable<MomentPointers<P, S>, LambScalars<Opmath<P>>, 400, 48>;
-static_assert(sizeof(SmallTable<double, double>) + 3 * sizeof(void*) <= 4096);
-static_assert(sizeof(LargeTable<double, double>) + 3 * sizeof(void*) <= 32764);
-constexpr int kMostTensors = LargeTable<float, float>::kTensors;
+template <class S>
+using LambTile = Tile<1, kRows<S>, kWarp>;
 
 // Between the passes of a batch, in device memory.
 struct Workspace {
@@ -48,6 +47,10 @@ struct Workspace {
   double* negative_step_sizes;  // of its tensors
   unsigned* finished;           // chunks of each tensor; 0 before and after a batch
 };
+
+template <class P, class S>
+using Table = MomentTable<P, S, LambScalars<Opmath<P>>, sizeof(Workspace)>;
+constexpr int kMostTensors = Table<float, float>::kTensors;
 
 template <class AnyTensor>
 std::int64_t chunks_of(const AnyTensor* tensors, std::int64_t count) {
@@ -62,22 +65,6 @@ struct Norms : LambNorms {
   __device__ Norms shuffled(int mask) const { return {shuffle(param, mask), shuffle(direction, mask)}; }
   __device__ void merge(const Norms& other) { *this += other; }
 };
-
-// A load of what nobody reads again: it leaves the L2 cache first.
-__device__ __forceinline__ float load_once(const float* p) { return __ldcs(p); }
-__device__ __forceinline__ double load_once(const double* p) { return __ldcs(p); }
-template <class E>
-__device__ __forceinline__ E load_once(const E* p) {
-  return {__ldcs(&p->bits)};
-}
-
-// Zeros that nobody reads soon.
-__device__ __forceinline__ void store_zero(float* p) { __stcs(p, 0.0f); }
-__device__ __forceinline__ void store_zero(double* p) { __stcs(p, 0.0); }
-template <class E>
-__device__ __forceinline__ void store_zero(E* p) {
-  __stcs(&p->bits, static_cast<unsigned short>(0));
-}
 
 // Sums up a tensor's chunks, in the order of the rule, and so finds its step size; called by all threads.
 template <class T>
@@ -94,56 +81,55 @@ __device__ void finish_tensor(const LambScalars<T>& s, const Workspace& workspac
   }
 }
 
+// A warp's block of a tensor, and the number of its elements: not above 0 where there is nothing for this warp.
+template <class P, class S>
+struct WarpBlock : MomentPiece<P, S> {
+  __device__ WarpBlock(const MomentPointers<P, S>& tensor, int chunk)
+      : MomentPiece<P, S>(tensor, chunk * kLambChunk + threadIdx.x / kWarp * kLambBlock),
+        size(static_cast<int>(min(this->numel, kLambBlock))) {}
+
+  int size;
+};
+
 // First pass: one block updates the moments of one chunk of one tensor and adds up its squares.
 template <class Table>
 __global__ void __launch_bounds__(kThreads)
     lamb_moments_kernel(const __grid_constant__ Table table, const Workspace workspace) {
-  using P = typename Table::Tensor::P;
-  using S = typename Table::Tensor::S;
+  using P = typename Table::P;
+  using S = typename Table::S;
   using T = Opmath<P>;
 
   const int index = table.find(blockIdx.x);
   const int first = table.first_chunk[index];
-  const auto& s = table.scalars[table.scalars_of[index]];
-  auto t = table.tensors[index];
-  const int chunks = static_cast<int>((t.numel + kLambChunk - 1) / kLambChunk);
-  t.skip((blockIdx.x - first) * kLambChunk + threadIdx.x / kWarp * kLambBlock);
-  const int n = static_cast<int>(min(t.numel, kLambBlock));  // not above 0: nothing for this warp
-  const bool splits = t.splits(), anchored = t.anchored();
-  const bool zero_grad = table.zero_grad[index];
+  const auto& tensor = table.tensors[index];
+  const auto& s = table.scalars[tensor.scalars];
+  const WarpBlock<P, S> t(tensor, blockIdx.x - first);
+  const bool anchored = t.anchor != nullptr;
 
   T param_sum = 0, direction_sum = 0;
-  for (int row = threadIdx.x % kWarp; row < n; row += kRows * kWarp) {
-    P p[kRows], g[kRows], a[kRows];
-    S m[kRows], v[kRows];
-    std::uint16_t low[kRows];
+#pragma unroll 1
+  for (int row = 0; row < t.size; row += kRows<S> * kWarp) {
+    const LambTile<S> tile{row + static_cast<int>(threadIdx.x) % kWarp, t.size};
+    const auto param = tile.read(t.param), grad = tile.read_once(t.grad), anchor = tile.read(t.anchor, anchored);
+    const auto low = tile.read(t.remainder, t.has_remainder());
+    auto moments = t.read_moments(tile, [&](const S* x) { return tile.read(x); });
+    T m[kRows<S>], v[kRows<S>];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int i = row + r * kWarp;
-      a[r] = {};
-      low[r] = 0;
-      if (i < n) {
-        p[r] = t.param[i];
-        g[r] = load_once(&t.grad[i]);
-        m[r] = t.exp_avg[i];
-        v[r] = t.exp_avg_sq[i];
-        if (anchored) a[r] = t.anchor[i];
-        if (splits) low[r] = t.remainders[i];
-      }
+    for (int r = 0; r < kRows<S>; ++r) {
+      m[r] = moments.exp_avg(r);
+      v[r] = moments.exp_avg_sq(r);
+      lamb_moments(s, T(widen(grad[r])), m[r], v[r]);
     }
+    moments.round(tile, m, v, t.random_key, t.begin);
+    t.write_moments(tile, moments);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int i = row + r * kWarp;
-      if (i < n) {
-        T mi = widen(m[r]), vi = widen(v[r]);
-        const T pi = widen(p[r], low[r]);
-        lamb_moments(s, T(widen(g[r])), mi, vi);
-        t.exp_avg[i] = m[r] = narrow<S>(mi);
-        t.exp_avg_sq[i] = v[r] = narrow<S>(vi);
-        if (zero_grad) store_zero(&t.grad[i]);
+    for (int r = 0; r < kRows<S>; ++r) {
+      if (tile.has(r)) {
+        if (t.zero_grad) store_zero(&t.grad[tile.place(r)]);
         // Of the moments as stored. Without an anchor, p - 0 is p in every bit.
-        const T u = lamb_direction(s, pi - T(widen(a[r])), T(widen(m[r])), T(widen(v[r])));
-        param_sum = std::fma(pi, pi, param_sum);
+        const T p = t.widen_param(param[r], low[r]);
+        const T u = lamb_direction(s, p - T(widen(anchor[r])), T(moments.exp_avg(r)), T(moments.exp_avg_sq(r)));
+        param_sum = std::fma(p, p, param_sum);
         direction_sum = std::fma(u, u, direction_sum);
       }
     }
@@ -154,12 +140,13 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) {
     workspace.chunks[blockIdx.x] = sum;
     __threadfence();
+    const int chunks = static_cast<int>((tensor.numel + kLambChunk - 1) / kLambChunk);
     is_last = atomicAdd(&workspace.finished[index], 1) + 1 == static_cast<unsigned>(chunks);
   }
   __syncthreads();
   if (is_last) {
     __threadfence();
-    finish_tensor(s, workspace, index, first, chunks);
+    finish_tensor(s, workspace, index, first, static_cast<int>((tensor.numel + kLambChunk - 1) / kLambChunk));
   }
 }
 
@@ -167,47 +154,32 @@ __global__ void __launch_bounds__(kThreads)
 template <class Table>
 __global__ void __launch_bounds__(kThreads)
     lamb_param_kernel(const __grid_constant__ Table table, const Workspace workspace) {
-  using P = typename Table::Tensor::P;
-  using S = typename Table::Tensor::S;
+  using P = typename Table::P;
+  using S = typename Table::S;
   using T = Opmath<P>;
 
   const int chunk = gridDim.x - 1 - blockIdx.x;
   const int index = table.find(chunk);
-  const auto& s = table.scalars[table.scalars_of[index]];
+  const auto& tensor = table.tensors[index];
+  const auto& s = table.scalars[tensor.scalars];
   const T step_size = static_cast<T>(workspace.negative_step_sizes[index]);
-  auto t = table.tensors[index];
-  t.skip((chunk - table.first_chunk[index]) * kLambChunk);
-  const int n = static_cast<int>(min(t.numel, kLambChunk));
-  const bool splits = t.splits(), anchored = t.anchored();
+  const WarpBlock<P, S> t(tensor, chunk - table.first_chunk[index]);
+  const bool anchored = t.anchor != nullptr;
 
-  for (int row = threadIdx.x; row < n; row += kRows * kThreads) {
-    P p[kRows], a[kRows];
-    S m[kRows], v[kRows];
-    std::uint16_t low[kRows];
+#pragma unroll 1
+  for (int row = 0; row < t.size; row += kRows<S> * kWarp) {
+    const LambTile<S> tile{row + static_cast<int>(threadIdx.x) % kWarp, t.size};
+    const auto param = tile.read(t.param), anchor = tile.read_once(t.anchor, anchored);
+    const auto low = tile.read(t.remainder, t.has_remainder());
+    const auto moments = t.read_moments(tile, [&](const S* x) { return tile.read_once(x); });
+    T p[kRows<S>];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int i = row + r * kThreads;
-      a[r] = {};
-      low[r] = 0;
-      if (i < n) {
-        p[r] = t.param[i];
-        m[r] = load_once(&t.exp_avg[i]);
-        v[r] = load_once(&t.exp_avg_sq[i]);
-        if (anchored) a[r] = load_once(&t.anchor[i]);
-        if (splits) low[r] = t.remainders[i];
-      }
+    for (int r = 0; r < kRows<S>; ++r) {
+      p[r] = t.widen_param(param[r], low[r]);
+      const T u = lamb_direction(s, p[r] - T(widen(anchor[r])), T(moments.exp_avg(r)), T(moments.exp_avg_sq(r)));
+      p[r] = std::fma(step_size, u, p[r]);
     }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int i = row + r * kThreads;
-      if (i < n) {
-        const T pi = widen(p[r], low[r]);
-        const T u = lamb_direction(s, pi - T(widen(a[r])), T(widen(m[r])), T(widen(v[r])));
-        narrow(std::fma(step_size, u, pi), splits, p[r], low[r]);
-        t.param[i] = p[r];
-        if (splits) t.remainders[i] = low[r];
-      }
-    }
+    t.write_params(tile, p);
   }
 }
 
@@ -217,7 +189,7 @@ std::int64_t bytes_of_element(const LambTensor* tensors, std::int64_t count) {
   const auto some = [=](const auto& has) { return std::any_of(tensors, tensors + count, has); };
   std::int64_t bytes = sizeof(P) + 2 * sizeof(S);
   if (some([](const LambTensor& t) { return t.anchor != nullptr; })) bytes += sizeof(P);
-  if (kMaySplit<P> && some([](const LambTensor& t) { return t.remainders != nullptr; })) bytes += sizeof(std::uint16_t);
+  if (some([](const LambTensor& t) { return t.remainder != nullptr; })) bytes += sizeof(std::uint16_t);
   return bytes;
 }
 
@@ -245,14 +217,14 @@ void lamb(const LambTensor* tensors, std::int64_t count, void* memory, cudaStrea
   for_each_dtypes([=](auto p, auto s, const auto& has_dtypes) {
     using P = decltype(p);
     using S = decltype(s);
-    fill_small_or_large_tables<SmallTable<P, S>, LargeTable<P, S>>(
-        tensors, count, has_dtypes, kLambChunk, batch_elements(bytes_of_element<P, S>(tensors, count)),
-        [=](const auto& table, unsigned chunks) {
-          lamb_moments_kernel<<<chunks, kThreads, 0, stream>>>(table, workspace);
-          cuda_check(cudaGetLastError(), "lamb");
-          lamb_param_kernel<<<chunks, kThreads, 0, stream>>>(table, workspace);
-          cuda_check(cudaGetLastError(), "lamb");
-        });
+    fill_tables<Table<P, S>>(tensors, count, has_dtypes, kLambChunk,
+                             batch_elements(bytes_of_element<P, S>(tensors, count)),
+                             [=](const auto& table, unsigned chunks) {
+                               lamb_moments_kernel<<<chunks, kThreads, 0, stream>>>(table, workspace);
+                               cuda_check(cudaGetLastError(), "lamb");
+                               lamb_param_kernel<<<chunks, kThreads, 0, stream>>>(table, workspace);
+                               cuda_check(cudaGetLastError(), "lamb");
+                             });
   });
 }
 

@@ -15,7 +15,7 @@
 
 namespace superfine::cuda {
 
-// A MomentTensor with its types.
+// A MomentTensor with its types, and the place of its scalars in the table.
 template <class P_, class S_>
 struct MomentPointers {
   using P = P_;
@@ -25,51 +25,55 @@ struct MomentPointers {
   P* grad;
   S* exp_avg;
   S* exp_avg_sq;
-  const P* anchor;            // null, or what weight decay pulls toward
-  std::uint16_t* remainders;  // null, or the lower bits of param
+  void* max_or_scales;  // 8-bit moments have scales and no maximum, others may have a maximum
+  const P* anchor;      // null, or what weight decay pulls toward
+  std::uint16_t* remainder;
   std::int64_t numel;
+  std::uint32_t random_key;
+  Master master;
+  bool zero_grad;
+  std::uint8_t scalars;
 
-  static MomentPointers of(const MomentTensor& t) {
+  static MomentPointers of(const MomentTensor& t, int scalars) {
     return {static_cast<P*>(t.param),
             static_cast<P*>(t.grad),
             static_cast<S*>(t.exp_avg),
             static_cast<S*>(t.exp_avg_sq),
+            t.scales != nullptr ? t.scales : t.max_exp_avg_sq,
             static_cast<const P*>(t.anchor),
-            t.remainders,
-            t.numel};
+            static_cast<std::uint16_t*>(t.remainder),
+            t.numel,
+            t.random_key,
+            t.master,
+            t.zero_grad,
+            static_cast<std::uint8_t>(scalars)};
   }
 
-  __device__ bool anchored() const { return anchor != nullptr; }
-  __device__ bool splits() const { return kMaySplit<P> && remainders != nullptr; }
-
-  // Leaves the first n elements out.
-  __device__ void skip(std::int64_t n) {
-    param += n;
-    grad += n;
-    exp_avg += n;
-    exp_avg_sq += n;
-    if (anchored()) anchor += n;
-    if (splits()) remainders += n;
-    numel -= n;
-  }
+  __device__ S* max_exp_avg_sq() const { return static_cast<S*>(max_or_scales); }
+  __device__ float* scales() const { return static_cast<float*>(max_or_scales); }
 };
 
-// A launch's tensors, passed by value. Kernel arguments end at 4 KiB, or at 32,764 bytes from CUDA
-// 12.1 on (nvcc and driver); a table is as large as fits and still holds any mix of scalars.
-// `Tensor::of` makes an entry of a MomentTensor.
-template <class Tensor_, class Scalars_, int kTensors_, int kScalars_>
+#if CUDART_VERSION < 12010
+#error "Kernel arguments of more than 4 KiB need nvcc 12.1 or later (cmake/optional_cuda.cmake asks for it)"
+#endif
+constexpr std::size_t kArgumentBytes = 32764;  // a kernel's, all of them
+
+// A launch's tensors, passed by value, with as many distinct scalars as there is still room for beside `kReserved`
+// bytes of other arguments.
+template <class P_, class S_, class Scalars_, std::size_t kReserved = 0>
 struct MomentTable {
-  using Tensor = Tensor_;
+  using P = P_;
+  using S = S_;
   using Scalars = Scalars_;
-  static constexpr int kTensors = kTensors_, kScalars = kScalars_;
+  using Tensor = MomentPointers<P, S>;
+  static constexpr int kTensors = 400;
+  static constexpr int kScalars =
+      (kArgumentBytes - kReserved - 16 - kTensors * (sizeof(Tensor) + sizeof(std::int32_t))) / sizeof(Scalars);
 
   Tensor tensors[kTensors];
   Scalars scalars[kScalars];  // distinct ones: usually one per parameter group
   std::int32_t first_chunk[kTensors];
-  std::uint8_t scalars_of[kTensors];
-  bool zero_grad[kTensors];
   std::int32_t count;
-  static_assert(kScalars <= 256);
 
   // The last tensor whose first chunk is not after this one.
   __device__ int find(int chunk) const {
@@ -86,6 +90,8 @@ struct MomentTable {
 template <class Table, class Step>
 class TableBuilder {
  public:
+  static_assert(sizeof(Table) <= kArgumentBytes && Table::kScalars <= 256);
+
   explicit TableBuilder(std::int64_t chunk) : chunk_(chunk) { clear(); }
 
   // False where the table has no room left for it; an empty one has.
@@ -96,13 +102,11 @@ class TableBuilder {
     if (table_.count == Table::kTensors || scalars == Table::kScalars || too_long) return false;
     if (scalars == scalars_) {
       distinct_[scalars_] = t.scalars;
-      table_.scalars[scalars_++] = round_scalars<Opmath<typename Table::Tensor::P>>(t.scalars);
+      table_.scalars[scalars_++] = round_scalars<Opmath<typename Table::P>>(t.scalars);
     }
     const int i = table_.count++;
-    table_.tensors[i] = Table::Tensor::of(t);
+    table_.tensors[i] = Table::Tensor::of(t, scalars);
     table_.first_chunk[i] = static_cast<std::int32_t>(chunks_);
-    table_.scalars_of[i] = static_cast<std::uint8_t>(scalars);
-    table_.zero_grad[i] = t.zero_grad;
     chunks_ += chunks;
     return true;
   }
@@ -134,18 +138,6 @@ class TableBuilder {
   int scalars_;
 };
 
-inline bool large_arguments() {
-#if CUDART_VERSION >= 12010
-  static const bool supported = [] {
-    int driver = 0;
-    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010;
-  }();
-  return supported;
-#else
-  return false;
-#endif
-}
-
 // Calls launch(table, chunks) for the selected tensors, in their order, with at most `batch` elements in a
 // table of several tensors.
 template <class Table, class Step, class Select, class Launch>
@@ -171,17 +163,6 @@ void fill_tables(const Step* tensors, std::int64_t count, const Select& select, 
   flush();
 }
 
-// The same with the smaller table where that is enough, or where the driver takes no other.
-template <class Small, class Large, class Step, class Select, class Launch>
-void fill_small_or_large_tables(const Step* tensors, std::int64_t count, const Select& select, std::int64_t chunk,
-                                std::int64_t batch, const Launch& launch) {
-  if (std::count_if(tensors, tensors + count, select) > Small::kTensors && large_arguments()) {
-    fill_tables<Large>(tensors, count, select, chunk, batch, launch);
-  } else {
-    fill_tables<Small>(tensors, count, select, chunk, batch, launch);
-  }
-}
-
 // Calls f(P{}, S{}, selects) for every pair of parameter and state types that kernels take;
 // selects(tensor) says whether a tensor has them.
 template <class F>
@@ -189,11 +170,16 @@ void for_each_dtypes(const F& f) {
   const auto pair = [&](auto p, auto s, DType param, DType state) {
     f(p, s, [=](const MomentTensor& t) { return t.param_dtype == param && t.state_dtype == state; });
   };
-  pair(float{}, float{}, DType::f32, DType::f32);
+  const auto pairs = [&](auto p, DType param) {  // of 32 bits and less
+    pair(p, float{}, param, DType::f32);
+    pair(p, std::uint8_t{}, param, DType::u8);
+  };
+  pairs(float{}, DType::f32);
+  pairs(bf16{}, DType::bf16);
+  pairs(f16{}, DType::f16);
+  pair(float{}, bf16{}, DType::f32, DType::bf16);
   pair(bf16{}, bf16{}, DType::bf16, DType::bf16);
-  pair(bf16{}, float{}, DType::bf16, DType::f32);
   pair(f16{}, f16{}, DType::f16, DType::f16);
-  pair(f16{}, float{}, DType::f16, DType::f32);
   pair(double{}, double{}, DType::f64, DType::f64);
 }
 
