@@ -20,7 +20,7 @@ __device__ State block_reduce(State state) {
   alignas(State) __shared__ unsigned char storage[kMaxThreads / kWarp * sizeof(State)];
   State* scratch = reinterpret_cast<State*>(storage);
   const auto reduce_warp = [](State s) {
-#pragma unroll
+#pragma unroll 1  // it waits for each shuffle anyway, and a tenth of the module would be copies of this
     for (int mask = kWarp / 2; mask > 0; mask /= 2) s.merge(s.shuffled(mask));
     return s;
   };

@@ -26,6 +26,7 @@
 #include "cuda/moment_piece.h"
 #include "cuda/moment_table.h"
 #include "cuda/pack.h"
+#include "cuda/tile.h"
 
 namespace superfine::cuda {
 namespace {
@@ -70,6 +71,7 @@ struct Norms : LambNorms {
 template <class T>
 __device__ void finish_tensor(const LambScalars<T>& s, const Workspace& workspace, int index, int first, int chunks) {
   Norms sum;
+#pragma unroll 4
   for (int i = threadIdx.x; i < chunks; i += kThreads) {
     const double2 chunk = __ldcg(reinterpret_cast<const double2*>(&workspace.chunks[first + i]));
     sum.merge({chunk.x, chunk.y});
@@ -88,6 +90,8 @@ struct WarpBlock : MomentPiece<P, S> {
       : MomentPiece<P, S>(tensor, chunk * kLambChunk + threadIdx.x / kWarp * kLambBlock),
         size(static_cast<int>(min(this->numel, kLambBlock))) {}
 
+  __device__ LambTile<S> tile(int row) const { return {row + static_cast<int>(threadIdx.x % kWarp), size, false}; }
+
   int size;
 };
 
@@ -104,30 +108,30 @@ __global__ void __launch_bounds__(kThreads)
   const auto& tensor = table.tensors[index];
   const auto& s = table.scalars[tensor.scalars];
   const WarpBlock<P, S> t(tensor, blockIdx.x - first);
-  const bool anchored = t.anchor != nullptr;
 
   T param_sum = 0, direction_sum = 0;
 #pragma unroll 1
   for (int row = 0; row < t.size; row += kRows<S> * kWarp) {
-    const LambTile<S> tile{row + static_cast<int>(threadIdx.x) % kWarp, t.size};
-    const auto param = tile.read(t.param), grad = tile.read_once(t.grad), anchor = tile.read(t.anchor, anchored);
-    const auto low = tile.read(t.remainder, t.has_remainder());
-    auto moments = t.read_moments(tile, [&](const S* x) { return tile.read(x); });
-    T m[kRows<S>], v[kRows<S>];
+    const LambTile<S> tile = t.tile(row);
+    StoredParams<LambTile<S>, P> params;
+    StoredMoments<LambTile<S>, S> moments;
+    t.read(tile, params);
+    t.read(tile, moments);
+    const auto grad = tile.read_once(t.grad), anchor = tile.read(t.anchor, t.anchored());
 #pragma unroll
     for (int r = 0; r < kRows<S>; ++r) {
-      m[r] = moments.exp_avg(r);
-      v[r] = moments.exp_avg_sq(r);
-      lamb_moments(s, T(widen(grad[r])), m[r], v[r]);
+      T m = moments.exp_avg(r), v = moments.exp_avg_sq(r);
+      lamb_moments(s, T(widen(grad[r])), m, v);
+      moments.set(r, m, v);
     }
-    moments.round(tile, m, v, t.random_key, t.begin);
-    t.write_moments(tile, moments);
+    moments.round(tile, t.random_key, t.begin);
+    t.write(tile, moments);
 #pragma unroll
     for (int r = 0; r < kRows<S>; ++r) {
       if (tile.has(r)) {
         if (t.zero_grad) store_zero(&t.grad[tile.place(r)]);
         // Of the moments as stored. Without an anchor, p - 0 is p in every bit.
-        const T p = t.widen_param(param[r], low[r]);
+        const T p = params.at(r, t.master);
         const T u = lamb_direction(s, p - T(widen(anchor[r])), T(moments.exp_avg(r)), T(moments.exp_avg_sq(r)));
         param_sum = std::fma(p, p, param_sum);
         direction_sum = std::fma(u, u, direction_sum);
@@ -164,22 +168,24 @@ __global__ void __launch_bounds__(kThreads)
   const auto& s = table.scalars[tensor.scalars];
   const T step_size = static_cast<T>(workspace.negative_step_sizes[index]);
   const WarpBlock<P, S> t(tensor, chunk - table.first_chunk[index]);
-  const bool anchored = t.anchor != nullptr;
 
 #pragma unroll 1
   for (int row = 0; row < t.size; row += kRows<S> * kWarp) {
-    const LambTile<S> tile{row + static_cast<int>(threadIdx.x) % kWarp, t.size};
-    const auto param = tile.read(t.param), anchor = tile.read_once(t.anchor, anchored);
-    const auto low = tile.read(t.remainder, t.has_remainder());
-    const auto moments = t.read_moments(tile, [&](const S* x) { return tile.read_once(x); });
+    const LambTile<S> tile = t.tile(row);
+    StoredParams<LambTile<S>, P> params;
+    StoredMoments<LambTile<S>, S> moments;
+    t.read(tile, params);
+    t.read_once(tile, moments);
+    const auto anchor = tile.read_once(t.anchor, t.anchored());
     T p[kRows<S>];
 #pragma unroll
     for (int r = 0; r < kRows<S>; ++r) {
-      p[r] = t.widen_param(param[r], low[r]);
+      p[r] = params.at(r, t.master);
       const T u = lamb_direction(s, p[r] - T(widen(anchor[r])), T(moments.exp_avg(r)), T(moments.exp_avg_sq(r)));
       p[r] = std::fma(step_size, u, p[r]);
     }
-    t.write_params(tile, p);
+    params.round(tile, p, t.master, t.random_key, t.begin);
+    t.write(tile, params);
   }
 }
 
