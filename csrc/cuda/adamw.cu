@@ -11,9 +11,10 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "core/cuda_check.h"
-#include "cuda/moment_piece.h"
+#include "cuda/moment_storage.h"
 #include "cuda/moment_table.h"
 #include "cuda/pack.h"
 #include "cuda/tile.h"
@@ -26,27 +27,39 @@ constexpr int kThreads = 256;
 // binary search in constant memory) stays small against moving 115 KB.
 constexpr int kChunk = 4096;
 
+template <class T>
+using Table = MomentTable<AdamWScalars<T>>;
+template <class S>
+constexpr bool kIsQuantized = std::is_same<S, std::uint8_t>::value;
+
 // Whether accesses of that many bytes may start at each of these addresses; they may at null.
 template <class... E>
 __device__ __forceinline__ bool is_aligned(int bytes, const E*... p) {
   return ((reinterpret_cast<std::uintptr_t>(p) | ...) & (bytes - 1)) == 0;
 }
 
-// What is absent (maxima, anchors, remainders) is so for all threads of a block.
-template <class P, class S, class Tile, class T>
-__device__ __forceinline__ void update(const AdamWScalars<T>& s, const MomentPiece<P, S>& t, const Tile& tile) {
+// What a chunk's threads share beside the scalars.
+template <class P, class S>
+struct Chunk {
+  P* grad;
+  const P* anchor;    // or null
+  S* max_exp_avg_sq;  // or null
+  bool zero_grad;
+};
+
+// What is absent is so for all threads of a block.
+template <class Tile, class T, class P, class S>
+__device__ __forceinline__ void update(const AdamWScalars<T>& s, const Chunk<P, S>& c, Params<Tile, P>& params,
+                                       Moments<Tile, S>& moments, const Tile& tile) {
   constexpr int kElements = Tile::kElements;
-  const bool amsgrad = !t.kQuantized && t.max_exp_avg_sq() != nullptr;
-  StoredParams<Tile, P> params;
-  StoredMoments<Tile, S> moments;
   typename Tile::template Elements<P> grad, anchor;
   typename Tile::template Elements<S> v_max;
   tile.access([&](const auto& tile) {
-    t.read(tile, params);
-    t.read(tile, moments);
-    grad = tile.read(t.grad);
-    v_max = tile.read(t.max_exp_avg_sq(), amsgrad);
-    anchor = tile.read(t.anchor, t.anchored());
+    params.read(tile);
+    moments.read(tile);
+    grad = tile.read(c.grad);
+    anchor = tile.read(c.anchor, c.anchor != nullptr);
+    v_max = tile.read(c.max_exp_avg_sq, c.max_exp_avg_sq != nullptr);
   });
 
   AdamWScalars<T> scaled = s;
@@ -54,79 +67,99 @@ __device__ __forceinline__ void update(const AdamWScalars<T>& s, const MomentPie
   T p[kElements];
 #pragma unroll
   for (int k = 0; k < kElements; ++k) {
-    p[k] = params.at(k, t.master);
-    T m = moments.exp_avg(k), v = moments.exp_avg_sq(k);
-    T g = widen(grad[k]);
+    T g = widen(grad[k]), m = moments.m(k), v = moments.v(k);
     const T a = widen(anchor[k]);
+    p[k] = params.get(k);
     if (s.coupled_decay != 0) {
-      g = adam_gradient(s, g, t.anchored() ? p[k] - a : p[k]);
+      g = adam_gradient(s, g, c.anchor != nullptr ? p[k] - a : p[k]);
     } else {
       g *= s.gradient_scale;
-      p[k] = t.anchored() ? adamw_decay(s, p[k], a) : adamw_decay(s, p[k]);
+      p[k] = c.anchor != nullptr ? adamw_decay(s, p[k], a) : adamw_decay(s, p[k]);
     }
     T largest = -INFINITY;  // gives way to any second moment
-    if constexpr (!t.kQuantized) {
-      if (amsgrad) largest = widen(v_max[k]);
+    if constexpr (!kIsQuantized<S>) {
+      if (c.max_exp_avg_sq != nullptr) largest = widen(v_max[k]);
     }
     adamw_update<true>(scaled, p[k], g, m, v, largest);
     moments.set(k, m, v);
-    if constexpr (!t.kQuantized) v_max.set(k, narrow<S>(largest));
+    if constexpr (!kIsQuantized<S>) v_max.set(k, narrow<S>(largest));
   }
-  params.round(tile, p, t.master, t.random_key, t.begin);
-  moments.round(tile, t.random_key, t.begin);
+  moments.finish(tile);
+  params.set(tile, p);
 
   tile.access([&](const auto& tile) {
-    t.write(tile, params);
-    t.write(tile, moments);
-    if (amsgrad) tile.write(t.max_exp_avg_sq(), v_max);
-    if (t.zero_grad) tile.write(t.grad, {});
+    params.write(tile);
+    moments.write(tile);
+    if (c.max_exp_avg_sq != nullptr) tile.write(c.max_exp_avg_sq, v_max);
+    if (c.zero_grad) tile.write(c.grad, {});
   });
 }
 
 // One block updates one chunk of one tensor.
-template <class Table>
-__global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Table table) {
-  using P = typename Table::P;
-  using S = typename Table::S;
-
-  const int chunk = blockIdx.x;
-  const int index = table.find(chunk);
-  const auto& tensor = table.tensors[index];
-  const auto s = table.scalars[tensor.scalars];
-  const MomentPiece<P, S> t(tensor, static_cast<std::int64_t>(chunk - table.first_chunk[index]) * kChunk);
-  const int n = static_cast<int>(min(t.numel, static_cast<std::int64_t>(kChunk)));
-
+template <class P, class S>
+__global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Table<Opmath<P>> table) {
   constexpr int kPack = 16 / (sizeof(P) > sizeof(S) ? sizeof(P) : sizeof(S));
+  constexpr int kBlock = kQuantBlock;
+  // One warp updates one block of 8-bit moments at a time.
+  using Tile =
+      std::conditional_t<kIsQuantized<S>, Tile<kPack, kBlock / kWarp / kPack, kWarp * kPack>, Tile<kPack, 1, 0>>;
+
+  const int index = table.find(blockIdx.x);
+  const MomentEntry& t = table.tensors[index];
+  const auto s = table.scalars[t.scalars];
+  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x - table.first_chunk[index]) * kChunk;
+  const int n = static_cast<int>(min(t.numel - begin, static_cast<std::int64_t>(kChunk)));
+  Params<Tile, P> params(t, begin);
+  Moments<Tile, S> moments(t, begin);
+  const auto from_begin = [=](auto* x) { return x != nullptr ? x + begin : x; };
+  const Chunk<P, S> c = {from_begin(static_cast<P*>(t.grad)), from_begin(static_cast<const P*>(t.anchor)),
+                         kIsQuantized<S> ? nullptr : from_begin(static_cast<S*>(t.max_or_scales)), t.zero_grad};
+
   // Views into larger buffers may be aligned to an element only.
-  const bool aligned = is_aligned(sizeof(Pack<P, kPack>), t.param, t.grad, t.anchor) &&
-                       is_aligned(sizeof(Pack<S, kPack>), t.exp_avg, t.exp_avg_sq) &&
-                       (t.kQuantized || is_aligned(sizeof(Pack<S, kPack>), t.max_exp_avg_sq())) &&
-                       is_aligned(sizeof(Pack<std::uint16_t, kPack>), t.remainder);
-  if constexpr (t.kQuantized) {  // one warp updates one block of moments
-    constexpr int kBlock = kQuantBlock;
+  const bool aligned = is_aligned(sizeof(Pack<P, kPack>), params.param(), c.grad, c.anchor) &&
+                       is_aligned(sizeof(Pack<S, kPack>), moments.exp_avg(), moments.exp_avg_sq(), c.max_exp_avg_sq) &&
+                       is_aligned(sizeof(Pack<std::uint16_t, kPack>), params.remainder());
+  if constexpr (kIsQuantized<S>) {
     for (int block = threadIdx.x / kWarp * kBlock; block < n; block += kThreads / kWarp * kBlock) {
       const int first = block + threadIdx.x % kWarp * kPack;
-      update(s, t, Tile<kPack, kBlock / kWarp / kPack, kWarp * kPack>{first, n, aligned && block + kBlock <= n});
+      update(s, c, params, moments, Tile{first, n, aligned && block + kBlock <= n});
     }
   } else {
     for (int i = threadIdx.x * kPack; i < n; i += kThreads * kPack) {
-      update(s, t, Tile<kPack, 1, 0>{i, n, aligned && i + kPack <= n});
+      update(s, c, params, moments, Tile{i, n, aligned && i + kPack <= n});
     }
   }
+}
+
+template <class P, class S>
+void step(const AdamWTensor* tensors, std::int64_t count, DType param, DType state, cudaStream_t stream) {
+  using T = Opmath<P>;
+  fill_tables<T, Table<T>>(
+      tensors, count, [=](const AdamWTensor& t) { return t.param_dtype == param && t.state_dtype == state; }, kChunk,
+      std::numeric_limits<std::int64_t>::max(),
+      [=](const Table<T>& table, unsigned chunks) {
+        adamw_kernel<P, S><<<chunks, kThreads, 0, stream>>>(table);
+        cuda_check(cudaGetLastError(), "adamw");
+      });
+}
+
+// 16 and 32 bits.
+template <class P>
+void step(const AdamWTensor* tensors, std::int64_t count, DType param, cudaStream_t stream) {
+  step<P, float>(tensors, count, param, DType::f32, stream);
+  step<P, std::uint8_t>(tensors, count, param, DType::u8, stream);
 }
 
 }  // namespace
 
 void adamw(const AdamWTensor* tensors, std::int64_t count, cudaStream_t stream) {
-  for_each_dtypes([=](auto p, auto s, const auto& has_dtypes) {
-    using P = decltype(p);
-    using Table = MomentTable<P, decltype(s), AdamWScalars<Opmath<P>>>;
-    fill_tables<Table>(tensors, count, has_dtypes, kChunk, std::numeric_limits<std::int64_t>::max(),
-                       [=](const Table& table, unsigned chunks) {
-                         adamw_kernel<<<chunks, kThreads, 0, stream>>>(table);
-                         cuda_check(cudaGetLastError(), "adamw");
-                       });
-  });
+  step<float>(tensors, count, DType::f32, stream);
+  step<bf16>(tensors, count, DType::bf16, stream);
+  step<f16>(tensors, count, DType::f16, stream);
+  step<float, bf16>(tensors, count, DType::f32, DType::bf16, stream);
+  step<bf16, bf16>(tensors, count, DType::bf16, DType::bf16, stream);
+  step<f16, f16>(tensors, count, DType::f16, DType::f16, stream);
+  step<double, double>(tensors, count, DType::f64, DType::f64, stream);
 }
 
 }  // namespace superfine::cuda

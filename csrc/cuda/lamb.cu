@@ -23,7 +23,7 @@
 
 #include "core/cuda_check.h"
 #include "cuda/block_reduce.h"
-#include "cuda/moment_piece.h"
+#include "cuda/moment_storage.h"
 #include "cuda/moment_table.h"
 #include "cuda/pack.h"
 #include "cuda/tile.h"
@@ -49,9 +49,9 @@ struct Workspace {
   unsigned* finished;           // chunks of each tensor; 0 before and after a batch
 };
 
-template <class P, class S>
-using Table = MomentTable<P, S, LambScalars<Opmath<P>>, sizeof(Workspace)>;
-constexpr int kMostTensors = Table<float, float>::kTensors;
+template <class T>
+using Table = MomentTable<LambScalars<T>, sizeof(Workspace)>;
+constexpr int kMostTensors = Table<float>::kTensors;
 
 template <class AnyTensor>
 std::int64_t chunks_of(const AnyTensor* tensors, std::int64_t count) {
@@ -83,120 +83,150 @@ __device__ void finish_tensor(const LambScalars<T>& s, const Workspace& workspac
   }
 }
 
-// A warp's block of a tensor, and the number of its elements: not above 0 where there is nothing for this warp.
-template <class P, class S>
-struct WarpBlock : MomentPiece<P, S> {
-  __device__ WarpBlock(const MomentPointers<P, S>& tensor, int chunk)
-      : MomentPiece<P, S>(tensor, chunk * kLambChunk + threadIdx.x / kWarp * kLambBlock),
-        size(static_cast<int>(min(this->numel, kLambBlock))) {}
-
-  __device__ LambTile<S> tile(int row) const { return {row + static_cast<int>(threadIdx.x % kWarp), size, false}; }
-
+// Where a warp works: `size` elements from the tensor's `begin`-th on; not above 0 where there is nothing for it.
+struct WarpBlock {
+  std::int64_t begin;
   int size;
+
+  __device__ WarpBlock(const MomentEntry& t, int chunk)
+      : begin(chunk * kLambChunk + threadIdx.x / kWarp * kLambBlock),
+        size(static_cast<int>(min(t.numel - begin, kLambBlock))) {}
+  template <class S>
+  __device__ LambTile<S> tile(int row) const {
+    return {row + static_cast<int>(threadIdx.x % kWarp), size, false};
+  }
 };
 
+// Calls f(P{}) with the parameter's type, of those that are computed in T.
+template <class T, class F>
+__device__ __forceinline__ void with_param_type(const MomentEntry& t, const F& f) {
+  if constexpr (std::is_same<T, double>::value) {
+    f(double{});
+  } else {
+    switch (t.param_dtype()) {
+      case DType::bf16: return f(bf16{});
+      case DType::f16: return f(f16{});
+      default: return f(float{});
+    }
+  }
+}
+
 // First pass: one block updates the moments of one chunk of one tensor and adds up its squares.
-template <class Table>
+template <class T, class S>
 __global__ void __launch_bounds__(kThreads)
-    lamb_moments_kernel(const __grid_constant__ Table table, const Workspace workspace) {
-  using P = typename Table::P;
-  using S = typename Table::S;
-  using T = Opmath<P>;
+    lamb_moments_kernel(const __grid_constant__ Table<T> table, const Workspace workspace) {
+  using Tile = LambTile<S>;
+  constexpr int kElements = Tile::kElements;
 
   const int index = table.find(blockIdx.x);
   const int first = table.first_chunk[index];
-  const auto& tensor = table.tensors[index];
-  const auto& s = table.scalars[tensor.scalars];
-  const WarpBlock<P, S> t(tensor, blockIdx.x - first);
+  const MomentEntry& t = table.tensors[index];
+  const auto& s = table.scalars[t.scalars];
+  const WarpBlock block(t, blockIdx.x - first);
+  Moments<Tile, S> moments(t, block.begin);
 
   T param_sum = 0, direction_sum = 0;
 #pragma unroll 1
-  for (int row = 0; row < t.size; row += kRows<S> * kWarp) {
-    const LambTile<S> tile = t.tile(row);
-    StoredParams<LambTile<S>, P> params;
-    StoredMoments<LambTile<S>, S> moments;
-    t.read(tile, params);
-    t.read(tile, moments);
-    const auto grad = tile.read_once(t.grad), anchor = tile.read(t.anchor, t.anchored());
+  for (int row = 0; row < block.size; row += kElements * kWarp) {
+    const Tile tile = block.tile<S>(row);
+    T p[kElements], g[kElements], distance[kElements];
+    moments.read(tile);  // before the parameters, which are waited for
+    with_param_type<T>(t, [&](auto type) {
+      using P = decltype(type);
+      Params<Tile, P> params(t, block.begin);
+      P* grad = static_cast<P*>(t.grad) + block.begin;
+      const P* anchor = static_cast<const P*>(t.anchor) + block.begin;
+      params.read(tile);
+      const auto grads = tile.read(grad, true, true), anchors = tile.read(anchor, t.anchor != nullptr);
 #pragma unroll
-    for (int r = 0; r < kRows<S>; ++r) {
-      T m = moments.exp_avg(r), v = moments.exp_avg_sq(r);
-      lamb_moments(s, T(widen(grad[r])), m, v);
-      moments.set(r, m, v);
-    }
-    moments.round(tile, t.random_key, t.begin);
-    t.write(tile, moments);
-#pragma unroll
-    for (int r = 0; r < kRows<S>; ++r) {
-      if (tile.has(r)) {
-        if (t.zero_grad) store_zero(&t.grad[tile.place(r)]);
-        // Of the moments as stored. Without an anchor, p - 0 is p in every bit.
-        const T p = params.at(r, t.master);
-        const T u = lamb_direction(s, p - T(widen(anchor[r])), T(moments.exp_avg(r)), T(moments.exp_avg_sq(r)));
-        param_sum = std::fma(p, p, param_sum);
-        direction_sum = std::fma(u, u, direction_sum);
+      for (int k = 0; k < kElements; ++k) {
+        p[k] = params.get(k);
+        g[k] = widen(grads[k]);
+        distance[k] = p[k] - T(widen(anchors[k]));  // without an anchor, p - 0 is p in every bit
+        if (t.zero_grad && tile.has(k)) store_zero(&grad[tile.place(k)]);
       }
+    });
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      T m = moments.m(k), v = moments.v(k);
+      lamb_moments(s, g[k], m, v);
+      moments.set(k, m, v);
+    }
+    moments.finish(tile);
+    moments.write(tile);
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      const T u = lamb_direction(s, distance[k], T(moments.m(k)), T(moments.v(k)));  // of the moments as stored
+      if (!tile.has(k)) continue;
+      param_sum = std::fma(p[k], p[k], param_sum);
+      direction_sum = std::fma(u, u, direction_sum);
     }
   }
 
   const Norms sum = block_reduce(Norms(param_sum, direction_sum));
+  const int chunks = static_cast<int>((t.numel + kLambChunk - 1) / kLambChunk);
   __shared__ bool is_last;
   if (threadIdx.x == 0) {
     workspace.chunks[blockIdx.x] = sum;
     __threadfence();
-    const int chunks = static_cast<int>((tensor.numel + kLambChunk - 1) / kLambChunk);
     is_last = atomicAdd(&workspace.finished[index], 1) + 1 == static_cast<unsigned>(chunks);
   }
   __syncthreads();
   if (is_last) {
     __threadfence();
-    finish_tensor(s, workspace, index, first, static_cast<int>((tensor.numel + kLambChunk - 1) / kLambChunk));
+    finish_tensor(s, workspace, index, first, chunks);
   }
 }
 
 // Second pass: one block updates one chunk of one parameter. The last chunks come first.
-template <class Table>
+template <class T, class S>
 __global__ void __launch_bounds__(kThreads)
-    lamb_param_kernel(const __grid_constant__ Table table, const Workspace workspace) {
-  using P = typename Table::P;
-  using S = typename Table::S;
-  using T = Opmath<P>;
+    lamb_param_kernel(const __grid_constant__ Table<T> table, const Workspace workspace) {
+  using Tile = LambTile<S>;
+  constexpr int kElements = Tile::kElements;
 
   const int chunk = gridDim.x - 1 - blockIdx.x;
   const int index = table.find(chunk);
-  const auto& tensor = table.tensors[index];
-  const auto& s = table.scalars[tensor.scalars];
+  const MomentEntry& t = table.tensors[index];
+  const auto& s = table.scalars[t.scalars];
   const T step_size = static_cast<T>(workspace.negative_step_sizes[index]);
-  const WarpBlock<P, S> t(tensor, chunk - table.first_chunk[index]);
+  const WarpBlock block(t, chunk - table.first_chunk[index]);
+  Moments<Tile, S> moments(t, block.begin);
 
 #pragma unroll 1
-  for (int row = 0; row < t.size; row += kRows<S> * kWarp) {
-    const LambTile<S> tile = t.tile(row);
-    StoredParams<LambTile<S>, P> params;
-    StoredMoments<LambTile<S>, S> moments;
-    t.read(tile, params);
-    t.read_once(tile, moments);
-    const auto anchor = tile.read_once(t.anchor, t.anchored());
-    T p[kRows<S>];
+  for (int row = 0; row < block.size; row += kElements * kWarp) {
+    const Tile tile = block.tile<S>(row);
+    moments.read(tile, true);  // before the parameters, which are waited for
+    with_param_type<T>(t, [&](auto type) {
+      using P = decltype(type);
+      Params<Tile, P> params(t, block.begin);
+      params.read(tile);
+      const auto anchors = tile.read(static_cast<const P*>(t.anchor) + block.begin, t.anchor != nullptr, true);
+      T p[kElements];
 #pragma unroll
-    for (int r = 0; r < kRows<S>; ++r) {
-      p[r] = params.at(r, t.master);
-      const T u = lamb_direction(s, p[r] - T(widen(anchor[r])), T(moments.exp_avg(r)), T(moments.exp_avg_sq(r)));
-      p[r] = std::fma(step_size, u, p[r]);
-    }
-    params.round(tile, p, t.master, t.random_key, t.begin);
-    t.write(tile, params);
+      for (int k = 0; k < kElements; ++k) {
+        p[k] = params.get(k);
+        const T u = lamb_direction(s, p[k] - T(widen(anchors[k])), T(moments.m(k)), T(moments.v(k)));
+        p[k] = std::fma(step_size, u, p[k]);
+      }
+      params.set(tile, p);
+      params.write(tile);
+    });
   }
 }
 
-// What the second pass reads of an element: p, m and v, and what else some tensor of the call has.
-template <class P, class S>
+// The most that the second pass reads of an element: p, m and v, and what else there is of it.
 std::int64_t bytes_of_element(const LambTensor* tensors, std::int64_t count) {
-  const auto some = [=](const auto& has) { return std::any_of(tensors, tensors + count, has); };
-  std::int64_t bytes = sizeof(P) + 2 * sizeof(S);
-  if (some([](const LambTensor& t) { return t.anchor != nullptr; })) bytes += sizeof(P);
-  if (some([](const LambTensor& t) { return t.remainder != nullptr; })) bytes += sizeof(std::uint16_t);
-  return bytes;
+  const auto size = [](DType dtype) {
+    return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2;
+  };
+  std::int64_t most = 1;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const LambTensor& t = tensors[i];
+    const std::int64_t params = size(t.param_dtype) * (t.anchor != nullptr ? 2 : 1);
+    most = std::max<std::int64_t>(most, params + 2 * size(t.state_dtype) + (t.remainder != nullptr ? 2 : 0));
+  }
+  return most;
 }
 
 // The elements that fill half of the device's L2 cache.
@@ -205,6 +235,17 @@ std::int64_t batch_elements(std::int64_t bytes_of_element) {
   cuda_check(cudaGetDevice(&device), "lamb");
   cuda_check(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device), "lamb");
   return std::max<std::int64_t>(bytes / 2 / bytes_of_element, kLambChunk);
+}
+
+template <class T, class S, class Select>
+void step(const LambTensor* tensors, std::int64_t count, std::int64_t batch, const Workspace& workspace,
+          cudaStream_t stream, const Select& select) {
+  fill_tables<T, Table<T>>(tensors, count, select, kLambChunk, batch, [&](const Table<T>& table, unsigned chunks) {
+    lamb_moments_kernel<T, S><<<chunks, kThreads, 0, stream>>>(table, workspace);
+    cuda_check(cudaGetLastError(), "lamb");
+    lamb_param_kernel<T, S><<<chunks, kThreads, 0, stream>>>(table, workspace);
+    cuda_check(cudaGetLastError(), "lamb");
+  });
 }
 
 }  // namespace
@@ -220,18 +261,13 @@ void lamb(const LambTensor* tensors, std::int64_t count, void* memory, cudaStrea
   workspace.finished = reinterpret_cast<unsigned*>(workspace.negative_step_sizes + kMostTensors);
   cuda_check(cudaMemsetAsync(workspace.finished, 0, sizeof(unsigned) * kMostTensors, stream), "lamb");
 
-  for_each_dtypes([=](auto p, auto s, const auto& has_dtypes) {
-    using P = decltype(p);
-    using S = decltype(s);
-    fill_tables<Table<P, S>>(tensors, count, has_dtypes, kLambChunk,
-                             batch_elements(bytes_of_element<P, S>(tensors, count)),
-                             [=](const auto& table, unsigned chunks) {
-                               lamb_moments_kernel<<<chunks, kThreads, 0, stream>>>(table, workspace);
-                               cuda_check(cudaGetLastError(), "lamb");
-                               lamb_param_kernel<<<chunks, kThreads, 0, stream>>>(table, workspace);
-                               cuda_check(cudaGetLastError(), "lamb");
-                             });
-  });
+  const std::int64_t batch = batch_elements(bytes_of_element(tensors, count));
+  step<float, AnyFloat>(tensors, count, batch, workspace, stream,
+                        [](const LambTensor& t) { return t.param_dtype != DType::f64 && t.state_dtype != DType::u8; });
+  step<float, std::uint8_t>(tensors, count, batch, workspace, stream,
+                            [](const LambTensor& t) { return t.state_dtype == DType::u8; });
+  step<double, double>(tensors, count, batch, workspace, stream,
+                       [](const LambTensor& t) { return t.param_dtype == DType::f64; });
 }
 
 }  // namespace superfine::cuda

@@ -1,76 +1,72 @@
-// What the multi-tensor kernels of the optimizers share: a tensor's pointers, the table of a launch's tensors, the
-// search of a block for its tensor, and the loops over dtypes and tables on the host.
+// What the multi-tensor kernels of the optimizers share on the host: the table of a launch's tensors and the loop that
+// fills it; and the search of a block for its tensor.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 
 #include "core/dtype.h"
-#include "cuda/pack.h"
 #include "math/moments.h"
 
 namespace superfine::cuda {
 
-// A MomentTensor with its types, and the place of its scalars in the table.
-template <class P_, class S_>
-struct MomentPointers {
-  using P = P_;
-  using S = S_;
-
-  P* param;
-  P* grad;
-  S* exp_avg;
-  S* exp_avg_sq;
-  void* max_or_scales;  // 8-bit moments have scales and no maximum, others may have a maximum
-  const P* anchor;      // null, or what weight decay pulls toward
+// A MomentTensor in fewer bytes, with the place of its scalars in the table.
+struct MomentEntry {
+  void* param;
+  void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_or_scales;  // the scales of 8-bit moments, which have no maximum
+  const void* anchor;
   std::uint16_t* remainder;
   std::int64_t numel;
   std::uint32_t random_key;
+  std::uint8_t scalars;
   Master master;
   bool zero_grad;
-  std::uint8_t scalars;
+  std::uint8_t dtypes;  // four bits for each of both, so that the entry fills whole words
 
-  static MomentPointers of(const MomentTensor& t, int scalars) {
-    return {static_cast<P*>(t.param),
-            static_cast<P*>(t.grad),
-            static_cast<S*>(t.exp_avg),
-            static_cast<S*>(t.exp_avg_sq),
+  __device__ DType param_dtype() const { return static_cast<DType>(dtypes & 15); }
+  __device__ DType state_dtype() const { return static_cast<DType>(dtypes >> 4); }
+
+  static MomentEntry of(const MomentTensor& t, int scalars) {
+    return {t.param,
+            t.grad,
+            t.exp_avg,
+            t.exp_avg_sq,
             t.scales != nullptr ? t.scales : t.max_exp_avg_sq,
-            static_cast<const P*>(t.anchor),
+            t.anchor,
             static_cast<std::uint16_t*>(t.remainder),
             t.numel,
             t.random_key,
+            static_cast<std::uint8_t>(scalars),
             t.master,
             t.zero_grad,
-            static_cast<std::uint8_t>(scalars)};
+            static_cast<std::uint8_t>(static_cast<int>(t.param_dtype) | static_cast<int>(t.state_dtype) << 4)};
   }
-
-  __device__ S* max_exp_avg_sq() const { return static_cast<S*>(max_or_scales); }
-  __device__ float* scales() const { return static_cast<float*>(max_or_scales); }
 };
 
 #if CUDART_VERSION < 12010
 #error "Kernel arguments of more than 4 KiB need nvcc 12.1 or later (cmake/optional_cuda.cmake asks for it)"
 #endif
-constexpr std::size_t kArgumentBytes = 32764;  // a kernel's, all of them
+constexpr std::size_t kArgumentBytes = 32764;  // of a kernel, all of them
 
-// A launch's tensors, passed by value, with as many distinct scalars as there is still room for beside `kReserved`
-// bytes of other arguments.
-template <class P_, class S_, class Scalars_, std::size_t kReserved = 0>
+// A launch's tensors, passed by value, with as many distinct scalars as there is room left for beside `kReserved` bytes
+// of other arguments.
+template <class Scalars_, std::size_t kReserved = 0>
 struct MomentTable {
-  using P = P_;
-  using S = S_;
   using Scalars = Scalars_;
-  using Tensor = MomentPointers<P, S>;
   static constexpr int kTensors = 400;
-  static constexpr int kScalars =
-      (kArgumentBytes - kReserved - 16 - kTensors * (sizeof(Tensor) + sizeof(std::int32_t))) / sizeof(Scalars);
+  static constexpr std::size_t kFree =
+      kArgumentBytes - kReserved - 16 - kTensors * (sizeof(MomentEntry) + sizeof(std::int32_t));
+  static constexpr int kScalars = kFree / sizeof(Scalars);
+  static_assert(kScalars >= 16 && kScalars <= 256);
 
-  Tensor tensors[kTensors];
+  MomentEntry tensors[kTensors];
   Scalars scalars[kScalars];  // distinct ones: usually one per parameter group
   std::int32_t first_chunk[kTensors];
   std::int32_t count;
@@ -86,12 +82,10 @@ struct MomentTable {
   }
 };
 
-// Fills a table with tensors of type `Step`, which brings scalars in double.
-template <class Table, class Step>
+// Fills a table with tensors of type `Step`, which brings scalars in double; T is what the kernel computes in.
+template <class T, class Table, class Step>
 class TableBuilder {
  public:
-  static_assert(sizeof(Table) <= kArgumentBytes && Table::kScalars <= 256);
-
   explicit TableBuilder(std::int64_t chunk) : chunk_(chunk) { clear(); }
 
   // False where the table has no room left for it; an empty one has.
@@ -102,10 +96,10 @@ class TableBuilder {
     if (table_.count == Table::kTensors || scalars == Table::kScalars || too_long) return false;
     if (scalars == scalars_) {
       distinct_[scalars_] = t.scalars;
-      table_.scalars[scalars_++] = round_scalars<Opmath<typename Table::P>>(t.scalars);
+      table_.scalars[scalars_++] = round_scalars<T>(t.scalars);
     }
     const int i = table_.count++;
-    table_.tensors[i] = Table::Tensor::of(t, scalars);
+    table_.tensors[i] = MomentEntry::of(t, scalars);
     table_.first_chunk[i] = static_cast<std::int32_t>(chunks_);
     chunks_ += chunks;
     return true;
@@ -138,12 +132,12 @@ class TableBuilder {
   int scalars_;
 };
 
-// Calls launch(table, chunks) for the selected tensors, in their order, with at most `batch` elements in a
-// table of several tensors.
-template <class Table, class Step, class Select, class Launch>
+// Calls launch(table, chunks) for the selected tensors, in their order, with at most `batch` elements in a table of
+// several tensors.
+template <class T, class Table, class Step, class Select, class Launch>
 void fill_tables(const Step* tensors, std::int64_t count, const Select& select, std::int64_t chunk, std::int64_t batch,
                  const Launch& launch) {
-  TableBuilder<Table, Step> builder(chunk);
+  TableBuilder<T, Table, Step> builder(chunk);
   std::int64_t elements = 0;
   const auto flush = [&] {
     if (builder.chunks() > 0) launch(builder.table(), builder.chunks());
@@ -161,26 +155,6 @@ void fill_tables(const Step* tensors, std::int64_t count, const Select& select, 
     elements += t.numel;
   }
   flush();
-}
-
-// Calls f(P{}, S{}, selects) for every pair of parameter and state types that kernels take;
-// selects(tensor) says whether a tensor has them.
-template <class F>
-void for_each_dtypes(const F& f) {
-  const auto pair = [&](auto p, auto s, DType param, DType state) {
-    f(p, s, [=](const MomentTensor& t) { return t.param_dtype == param && t.state_dtype == state; });
-  };
-  const auto pairs = [&](auto p, DType param) {  // of 32 bits and less
-    pair(p, float{}, param, DType::f32);
-    pair(p, std::uint8_t{}, param, DType::u8);
-  };
-  pairs(float{}, DType::f32);
-  pairs(bf16{}, DType::bf16);
-  pairs(f16{}, DType::f16);
-  pair(float{}, bf16{}, DType::f32, DType::bf16);
-  pair(bf16{}, bf16{}, DType::bf16, DType::bf16);
-  pair(f16{}, f16{}, DType::f16, DType::f16);
-  pair(double{}, double{}, DType::f64, DType::f64);
 }
 
 }  // namespace superfine::cuda

@@ -9,20 +9,24 @@
 
 namespace superfine::cuda {
 
-__device__ __forceinline__ float load_once(const float* p) { return __ldcs(p); }
-__device__ __forceinline__ double load_once(const double* p) { return __ldcs(p); }
-__device__ __forceinline__ std::uint8_t load_once(const std::uint8_t* p) { return __ldcs(p); }
+// A load of what nobody reads again: it leaves the L2 cache first.
 template <class E>
 __device__ __forceinline__ E load_once(const E* p) {
-  return {__ldcs(&p->bits)};
+  if constexpr (std::is_class<E>::value) {
+    return {__ldcs(&p->bits)};
+  } else {
+    return __ldcs(p);
+  }
 }
 
 // Zeros that nobody reads soon.
-__device__ __forceinline__ void store_zero(float* p) { __stcs(p, 0.0f); }
-__device__ __forceinline__ void store_zero(double* p) { __stcs(p, 0.0); }
 template <class E>
 __device__ __forceinline__ void store_zero(E* p) {
-  __stcs(&p->bits, static_cast<unsigned short>(0));
+  if constexpr (std::is_class<E>::value) {
+    __stcs(&p->bits, decltype(p->bits){0});
+  } else {
+    __stcs(p, E{0});
+  }
 }
 
 // R packs of N elements in registers: narrow ones share a register, also where they were loaded one by one.
@@ -85,8 +89,9 @@ struct Tile {
     packed ? f(Tile<N, R, kStride, true>{first, end, packed}) : f(*this);
   }
 
+  // `once` says that nobody reads these elements again soon; packs do not listen to it.
   template <class E>
-  __device__ __forceinline__ Elements<E> read(const E* x, bool present = true) const {
+  __device__ __forceinline__ Elements<E> read(const E* x, bool present = true, bool once = false) const {
     Elements<E> elements = {};
     if (!present) return elements;
     if constexpr (kPacked) {
@@ -95,19 +100,8 @@ struct Tile {
     } else {
 #pragma unroll
       for (int k = 0; k < kElements; ++k) {
-        if (has(k)) elements.set(k, x[place(k)]);
+        if (has(k)) elements.set(k, once ? load_once(x + place(k)) : x[place(k)]);
       }
-    }
-    return elements;
-  }
-
-  // Of what nobody reads again: it leaves the L2 cache first.
-  template <class E>
-  __device__ __forceinline__ Elements<E> read_once(const E* x, bool present = true) const {
-    Elements<E> elements = {};
-#pragma unroll
-    for (int k = 0; k < kElements; ++k) {
-      if (present && has(k)) elements.set(k, load_once(x + place(k)));
     }
     return elements;
   }
