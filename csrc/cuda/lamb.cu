@@ -97,24 +97,11 @@ struct WarpBlock {
   }
 };
 
-// Calls f(P{}) with the parameter's type, of those that are computed in T.
-template <class T, class F>
-__device__ __forceinline__ void with_param_type(const MomentEntry& t, const F& f) {
-  if constexpr (std::is_same<T, double>::value) {
-    f(double{});
-  } else {
-    switch (t.param_dtype()) {
-      case DType::bf16: return f(bf16{});
-      case DType::f16: return f(f16{});
-      default: return f(float{});
-    }
-  }
-}
-
 // First pass: one block updates the moments of one chunk of one tensor and adds up its squares.
-template <class T, class S>
+template <class P, class S>
 __global__ void __launch_bounds__(kThreads)
-    lamb_moments_kernel(const __grid_constant__ Table<T> table, const Workspace workspace) {
+    lamb_moments_kernel(const __grid_constant__ Table<Math<P>> table, const Workspace workspace) {
+  using T = Math<P>;
   using Tile = LambTile<S>;
   constexpr int kElements = Tile::kElements;
 
@@ -131,11 +118,11 @@ __global__ void __launch_bounds__(kThreads)
     const Tile tile = block.tile<S>(row);
     T p[kElements], g[kElements], distance[kElements];
     moments.read(tile);  // before the parameters, which are waited for
-    with_param_type<T>(t, [&](auto type) {
-      using P = decltype(type);
-      Params<Tile, P> params(t, block.begin);
-      P* grad = static_cast<P*>(t.grad) + block.begin;
-      const P* anchor = static_cast<const P*>(t.anchor) + block.begin;
+    with_type<P>(t.param_dtype(), [&](auto type) {
+      using E = decltype(type);
+      Params<Tile, E> params(t, block.begin);
+      E* grad = static_cast<E*>(t.grad) + block.begin;
+      const E* anchor = static_cast<const E*>(t.anchor) + block.begin;
       params.read(tile);
       const auto grads = tile.read(grad, true, true), anchors = tile.read(anchor, t.anchor != nullptr);
 #pragma unroll
@@ -179,9 +166,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Second pass: one block updates one chunk of one parameter. The last chunks come first.
-template <class T, class S>
+template <class P, class S>
 __global__ void __launch_bounds__(kThreads)
-    lamb_param_kernel(const __grid_constant__ Table<T> table, const Workspace workspace) {
+    lamb_param_kernel(const __grid_constant__ Table<Math<P>> table, const Workspace workspace) {
+  using T = Math<P>;
   using Tile = LambTile<S>;
   constexpr int kElements = Tile::kElements;
 
@@ -197,18 +185,24 @@ __global__ void __launch_bounds__(kThreads)
   for (int row = 0; row < block.size; row += kElements * kWarp) {
     const Tile tile = block.tile<S>(row);
     moments.read(tile, true);  // before the parameters, which are waited for
-    with_param_type<T>(t, [&](auto type) {
-      using P = decltype(type);
-      Params<Tile, P> params(t, block.begin);
+    T p[kElements], distance[kElements];
+    with_type<P>(t.param_dtype(), [&](auto type) {
+      using E = decltype(type);
+      Params<Tile, E> params(t, block.begin);
       params.read(tile);
-      const auto anchors = tile.read(static_cast<const P*>(t.anchor) + block.begin, t.anchor != nullptr, true);
-      T p[kElements];
+      const auto anchors = tile.read(static_cast<const E*>(t.anchor) + block.begin, t.anchor != nullptr, true);
 #pragma unroll
       for (int k = 0; k < kElements; ++k) {
         p[k] = params.get(k);
-        const T u = lamb_direction(s, p[k] - T(widen(anchors[k])), T(moments.m(k)), T(moments.v(k)));
-        p[k] = std::fma(step_size, u, p[k]);
+        distance[k] = p[k] - T(widen(anchors[k]));
       }
+    });
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      p[k] = std::fma(step_size, lamb_direction(s, distance[k], T(moments.m(k)), T(moments.v(k))), p[k]);
+    }
+    with_type<P>(t.param_dtype(), [&](auto type) {
+      Params<Tile, decltype(type)> params(t, block.begin);
       params.set(tile, p);
       params.write(tile);
     });
@@ -217,14 +211,11 @@ __global__ void __launch_bounds__(kThreads)
 
 // The most that the second pass reads of an element: p, m and v, and what else there is of it.
 std::int64_t bytes_of_element(const LambTensor* tensors, std::int64_t count) {
-  const auto size = [](DType dtype) {
-    return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2;
-  };
   std::int64_t most = 1;
   for (std::int64_t i = 0; i < count; ++i) {
     const LambTensor& t = tensors[i];
-    const std::int64_t params = size(t.param_dtype) * (t.anchor != nullptr ? 2 : 1);
-    most = std::max<std::int64_t>(most, params + 2 * size(t.state_dtype) + (t.remainder != nullptr ? 2 : 0));
+    const std::int64_t params = size_of(t.param_dtype) * (t.anchor != nullptr ? 2 : 1);
+    most = std::max<std::int64_t>(most, params + 2 * size_of(t.state_dtype) + (t.remainder != nullptr ? 2 : 0));
   }
   return most;
 }
@@ -237,13 +228,14 @@ std::int64_t batch_elements(std::int64_t bytes_of_element) {
   return std::max<std::int64_t>(bytes / 2 / bytes_of_element, kLambChunk);
 }
 
-template <class T, class S, class Select>
+template <class P, class S, class Select>
 void step(const LambTensor* tensors, std::int64_t count, std::int64_t batch, const Workspace& workspace,
           cudaStream_t stream, const Select& select) {
+  using T = Math<P>;
   fill_tables<T, Table<T>>(tensors, count, select, kLambChunk, batch, [&](const Table<T>& table, unsigned chunks) {
-    lamb_moments_kernel<T, S><<<chunks, kThreads, 0, stream>>>(table, workspace);
+    lamb_moments_kernel<P, S><<<chunks, kThreads, 0, stream>>>(table, workspace);
     cuda_check(cudaGetLastError(), "lamb");
-    lamb_param_kernel<T, S><<<chunks, kThreads, 0, stream>>>(table, workspace);
+    lamb_param_kernel<P, S><<<chunks, kThreads, 0, stream>>>(table, workspace);
     cuda_check(cudaGetLastError(), "lamb");
   });
 }
@@ -262,10 +254,11 @@ void lamb(const LambTensor* tensors, std::int64_t count, void* memory, cudaStrea
   cuda_check(cudaMemsetAsync(workspace.finished, 0, sizeof(unsigned) * kMostTensors, stream), "lamb");
 
   const std::int64_t batch = batch_elements(bytes_of_element(tensors, count));
-  step<float, AnyFloat>(tensors, count, batch, workspace, stream,
-                        [](const LambTensor& t) { return t.param_dtype != DType::f64 && t.state_dtype != DType::u8; });
-  step<float, std::uint8_t>(tensors, count, batch, workspace, stream,
-                            [](const LambTensor& t) { return t.state_dtype == DType::u8; });
+  step<AnyFloat, AnyFloat>(tensors, count, batch, workspace, stream, [](const LambTensor& t) {
+    return t.param_dtype != DType::f64 && t.state_dtype != DType::u8;
+  });
+  step<AnyFloat, std::uint8_t>(tensors, count, batch, workspace, stream,
+                               [](const LambTensor& t) { return t.state_dtype == DType::u8; });
   step<double, double>(tensors, count, batch, workspace, stream,
                        [](const LambTensor& t) { return t.param_dtype == DType::f64; });
 }

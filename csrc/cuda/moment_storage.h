@@ -16,6 +16,28 @@
 
 namespace superfine::cuda {
 
+// float32, bfloat16 or float16, as a tensor says. Kernels branch on that where they read and write; machine code of
+// their own for each type would be most of this module.
+struct AnyFloat {};
+
+// What is computed in.
+template <class E>
+using Math = std::conditional_t<std::is_same<E, AnyFloat>::value, float, Opmath<E>>;
+
+// Calls f(E{}), or f of the type that `dtype` says.
+template <class E, class F>
+__device__ __forceinline__ void with_type(DType dtype, const F& f) {
+  if constexpr (std::is_same<E, AnyFloat>::value) {
+    switch (dtype) {
+      case DType::bf16: return f(bf16{});
+      case DType::f16: return f(f16{});
+      default: return f(float{});
+    }
+  } else {
+    f(E{});
+  }
+}
+
 // `AnyTile` is `Tile` or its variant that moves packs.
 template <class Tile, class P>
 class Params {
@@ -28,9 +50,6 @@ class Params {
         begin_(begin),
         key_(~t.random_key),  // the moments have the other half of the keys
         master_(t.master) {}
-
-  __device__ __forceinline__ const P* param() const { return param_; }
-  __device__ __forceinline__ const std::uint16_t* remainder() const { return remainder_; }
 
   template <class AnyTile>
   __device__ __forceinline__ void read(const AnyTile& tile) {
@@ -112,9 +131,6 @@ class Moments {
   __device__ __forceinline__ Moments(const MomentEntry& t, std::int64_t begin)
       : exp_avg_(static_cast<S*>(t.exp_avg) + begin), exp_avg_sq_(static_cast<S*>(t.exp_avg_sq) + begin) {}
 
-  __device__ __forceinline__ const S* exp_avg() const { return exp_avg_; }
-  __device__ __forceinline__ const S* exp_avg_sq() const { return exp_avg_sq_; }
-
   template <class AnyTile>
   __device__ __forceinline__ void read(const AnyTile& tile, bool once = false) {
     m_ = tile.read(exp_avg_, true, once);
@@ -152,9 +168,6 @@ class Moments<Tile, std::uint8_t> {
         v_scales_(m_scales_ + quant_blocks(t.numel)),
         begin_(begin),
         key_(t.random_key) {}
-
-  __device__ __forceinline__ const std::uint8_t* exp_avg() const { return exp_avg_; }
-  __device__ __forceinline__ const std::uint8_t* exp_avg_sq() const { return exp_avg_sq_; }
 
   template <class AnyTile>
   __device__ __forceinline__ void read(const AnyTile& tile, bool once = false) {
@@ -215,10 +228,7 @@ class Moments<Tile, std::uint8_t> {
   float new_m_[Tile::kElements], new_v_[Tile::kElements];
 };
 
-// float32, bfloat16 or float16, as the tensor says: where elements are read one by one, no type needs machine code of
-// its own.
-struct AnyFloat {};
-
+// Where elements are read one by one.
 template <class Tile>
 class Moments<Tile, AnyFloat> {
  public:

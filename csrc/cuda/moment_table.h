@@ -14,6 +14,10 @@
 
 namespace superfine::cuda {
 
+__host__ __device__ constexpr int size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2;
+}
+
 // A MomentTensor in fewer bytes, with the place of its scalars in the table.
 struct MomentEntry {
   void* param;

@@ -11,7 +11,7 @@
 namespace superfine::cuda {
 
 template <class E, int N>
-struct alignas(sizeof(E) * N) Pack {
+struct alignas(sizeof(E) * N < 16 ? sizeof(E) * N : 16) Pack {
   E at[N];
 };
 
