@@ -26,6 +26,7 @@ using namespace superfine;
 namespace {
 
 constexpr int kOldestCapability = 80;  // the oldest architecture in CMakeLists.txt, times ten
+constexpr int kOldestDriver = 12010;   // takes kernel arguments of more than 4 KiB: see cuda/moment_table.h
 
 cudaStream_t as_stream(std::uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
@@ -44,6 +45,9 @@ std::optional<std::string> why_unavailable() {
     return std::string("no usable NVIDIA driver or GPU (") + cudaGetErrorString(status) + ")";
   }
   if (count == 0) return "no NVIDIA GPU";
+  int driver = 0;
+  cuda_check(cudaDriverGetVersion(&driver), "why_unavailable");
+  if (driver < kOldestDriver) return "the NVIDIA driver is older than CUDA 12.1, whose long kernel arguments are used";
   int newest = 0;
   for (int device = 0; device < count; ++device) {
     int major = 0, minor = 0;

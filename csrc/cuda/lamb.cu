@@ -3,8 +3,10 @@
 // Traffic per fp32 parameter: the first pass reads p, g, m, v and writes m, v (24 bytes), the second reads
 // p, m, v and writes p (16 bytes). Over everything at once that would be 40 bytes from and to memory. A
 // batch is therefore as small as half of the L2 cache, less what the gradients pass through, and its second
-// pass begins with what the first one touched last: 28 bytes then come from memory, as in AdamW. An anchor
-// adds a read, hidden bits a read and a write of 2 bytes, and zeros for g a write.
+// pass begins with what the first one touched last: 28 bytes then come from memory, as in AdamW; 20 in fp32 with
+// bf16 moments, 14 in bf16 or f16, 22 there with fp32 moments, 56 in fp64. With 8-bit moments 16 bytes in fp32 and 10
+// in bf16 or f16, and 16 for the scales of each 256. An anchor adds a read, a remainder (split or Kahan) a read and a
+// write of 2 bytes, and zeros for g a write; rounding at random adds nothing.
 //
 // What that is worth, computed and not yet measured. On an H100 (50 MB of L2, 3 TB/s) a batch has 2.1 million
 // fp32 elements: 17 us of memory traffic in the first pass, 5 us of reads from L2 in the second, and about 3
@@ -32,9 +34,9 @@ namespace superfine::cuda {
 namespace {
 
 constexpr int kThreads = kLambWarps * kLambLanes;
-// Loads of each tensor in flight a thread. The registers that 4 take leave room for 1024 threads, so 64 KB in
-// flight in fp32 and 32 KB in bf16; latency times bandwidth is about 20 KB a multiprocessor on an H100.
-// 8-bit moments come by their blocks.
+// Loads of each tensor in flight a thread. The registers that 4 take leave room for 768 threads, so 48 KB in
+// flight in fp32 and 24 KB in bf16; latency times bandwidth is about 20 KB a multiprocessor on an H100.
+// 8-bit moments come by their blocks, which leaves room for 512 threads: 40 KB and 24 KB.
 template <class S>
 constexpr int kRows = std::is_same<S, std::uint8_t>::value ? kQuantBlock / kWarp : 4;
 static_assert(kLambLanes == kWarp);
@@ -221,11 +223,11 @@ std::int64_t bytes_of_element(const LambTensor* tensors, std::int64_t count) {
 }
 
 // The elements that fill half of the device's L2 cache.
-std::int64_t batch_elements(std::int64_t bytes_of_element) {
-  int device = 0, bytes = 0;
+std::int64_t batch_elements(std::int64_t bytes) {
+  int device = 0, cache = 0;
   cuda_check(cudaGetDevice(&device), "lamb");
-  cuda_check(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device), "lamb");
-  return std::max<std::int64_t>(bytes / 2 / bytes_of_element, kLambChunk);
+  cuda_check(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device), "lamb");
+  return std::max<std::int64_t>(cache / 2 / bytes, kLambChunk);
 }
 
 template <class P, class S, class Select>

@@ -16,8 +16,8 @@
 
 namespace superfine::cuda {
 
-// float32, bfloat16 or float16, as a tensor says. Kernels branch on that where they read and write; machine code of
-// their own for each type would be most of this module.
+// float32, bfloat16 or float16, as the tensor says. A kernel branches on it where it reads and where it writes: one of
+// its own for every type would double this module.
 struct AnyFloat {};
 
 // What is computed in.
@@ -157,7 +157,7 @@ class Moments {
   typename Tile::template Elements<S> m_, v_;
 };
 
-// In 8 bits: the tiles of a warp are one block. `get` is what is stored after `finish` only.
+// In 8 bits: the tiles of a warp are one block, so what is set is not stored before all lanes `finish`.
 template <class Tile>
 class Moments<Tile, std::uint8_t> {
  public:

@@ -54,10 +54,8 @@ struct MomentEntry {
   }
 };
 
-#if CUDART_VERSION < 12010
-#error "Kernel arguments of more than 4 KiB need nvcc 12.1 or later (cmake/optional_cuda.cmake asks for it)"
-#endif
-constexpr std::size_t kArgumentBytes = 32764;  // of a kernel, all of them
+// Bytes of a kernel's arguments, which an older nvcc would end at 4 KiB (cmake/optional_cuda.cmake takes none).
+constexpr std::size_t kArgumentBytes = 32764;
 
 // A launch's tensors, passed by value, with as many distinct scalars as there is room left for beside `kReserved` bytes
 // of other arguments.
@@ -68,7 +66,7 @@ struct MomentTable {
   static constexpr std::size_t kFree =
       kArgumentBytes - kReserved - 16 - kTensors * (sizeof(MomentEntry) + sizeof(std::int32_t));
   static constexpr int kScalars = kFree / sizeof(Scalars);
-  static_assert(kScalars >= 16 && kScalars <= 256);
+  static_assert(kScalars >= 16 && kScalars <= 256);  // at most as many as a byte counts
 
   MomentEntry tensors[kTensors];
   Scalars scalars[kScalars];  // distinct ones: usually one per parameter group

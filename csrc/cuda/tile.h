@@ -82,8 +82,7 @@ struct Tile {
   __device__ __forceinline__ int place(int k) const { return first + k / N * kStride + k % N; }
   __device__ __forceinline__ bool has(int k) const { return kPacked || place(k) < end; }
 
-  // Calls f with this tile, or with the one that moves packs. The kernel's arithmetic stays outside, as it would be
-  // there twice.
+  // Calls f with this tile, or with the one that moves packs. Arithmetic stays outside, as f is compiled for both.
   template <class F>
   __device__ __forceinline__ void access(const F& f) const {
     packed ? f(Tile<N, R, kStride, true>{first, end, packed}) : f(*this);
