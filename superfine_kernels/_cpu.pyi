@@ -19,11 +19,11 @@ class TensorReader:
     @property
     def uses_shim(self) -> bool:
         ...
-def adamw(reader: TensorReader, lists: collections.abc.Sequence[list], *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
+def adamw(reader: TensorReader, lists: collections.abc.Sequence[list], *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, decoupled: bool, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, stochastic_rounding: bool, seed: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
     """
-    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, steps. Returns the positions that it left alone.
+    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the positions that it left alone.
     """
-def adamw_group(reader: TensorReader, params: list, state: dict, *, amsgrad: bool, anchored: bool, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> tuple[list, list[int]] | None:
+def adamw_group(reader: TensorReader, params: list, state: dict, *, amsgrad: bool, anchored: bool, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, decoupled: bool, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, stochastic_rounding: bool, seed: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> tuple[list, list[int]] | None:
     """
     One step over an optimizer's group. Returns the parameters with a gradient and the positions among them that it left alone; None where a parameter is a tensor subclass or lies elsewhere.
     """
@@ -47,11 +47,11 @@ def isas() -> list[str]:
     """
     The instruction sets that this build holds and this processor runs, best last.
     """
-def lamb(reader: TensorReader, lists: collections.abc.Sequence[list], *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, bias_correction: bool, grad_averaging: bool, adapt: bool, trust_clip: bool, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
+def lamb(reader: TensorReader, lists: collections.abc.Sequence[list], *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, bias_correction: bool, grad_averaging: bool, adapt: bool, trust_clip: bool, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, stochastic_rounding: bool, seed: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
     """
-    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, steps. Returns the positions that it left alone.
+    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the positions that it left alone.
     """
-def lamb_group(reader: TensorReader, params: list, state: dict, *, anchored: bool, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, bias_correction: bool, grad_averaging: bool, adapt: bool, trust_clip: bool, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> tuple[list, list[int]] | None:
+def lamb_group(reader: TensorReader, params: list, state: dict, *, anchored: bool, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, bias_correction: bool, grad_averaging: bool, adapt: bool, trust_clip: bool, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, stochastic_rounding: bool, seed: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> tuple[list, list[int]] | None:
     """
     One step over an optimizer's group. Returns the parameters with a gradient and the positions among them that it left alone; None where a parameter is a tensor subclass or lies elsewhere.
     """

@@ -6,8 +6,9 @@
     v <- beta2 * v + (1 - beta2) * g * g
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-and Adam (Kingma & Ba 2015), which adds weight_decay * p to g instead of the second line; for every element of every tensor in one parallel region (CPU) or launch (GPU). The rule for one element is
-csrc/math/adamw.h; low-precision elements are computed in float32 and rounded once per store.
+and Adam (Kingma & Ba 2015), which adds weight_decay * p to g instead of the second line; for every element of every
+tensor in one parallel region (CPU) or launch (GPU). The rule for one element is csrc/math/adamw.h; low-precision
+elements are computed in float32 and rounded once per store.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def cost(
 # --- reference ------------------------------------------------------------------------------------
 
 
-def rule(
+def reference(
     x: Stored,
     step: float,
     *,
@@ -70,7 +71,9 @@ def rule(
     x.save_moments()
 
 
-OP = MomentOp("adamw", rule, "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled")
+OP = MomentOp(
+    "adamw", reference, "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled"
+)
 OP.register()
 
 
@@ -117,13 +120,13 @@ def adamw_(
         zero_grads: leave zeros in `grads`, which the kernel has in its cache; else they are not written.
         stochastic_rounding: round bfloat16 parameters that have no remainder at random, so that they are right on
             average (Gupta et al. 2015, "Deep Learning with Limited Numerical Precision").
-        seed: of all that is rounded at random, in [0, 2^32); the bits follow from it, the step, and an element's place
-            and value.
+        seed: of all that is rounded at random, in [0, 2^32); the bits follow from it, the step, and an element's
+            place and value.
         anchors: where weight decay pulls to (L2-SP, Li et al. 2018), of the parameters' shapes and dtypes; empty for
             zero.
         remainders: what rounding takes from 16-bit parameters, zeros to begin with; empty without. int16 beside
-            bfloat16: their lower 16 bits, so that both are float32 parameters and follow the float32 trajectory bit for
-            bit. The parameter's own dtype: its Kahan compensation.
+            bfloat16: their lower 16 bits, so that both are float32 parameters and follow the float32 trajectory bit
+            for bit. The parameter's own dtype: its Kahan compensation.
         scales: float32 of shape (2, ceil(numel / 256)) beside uint8 moments: for each block of 256 elements in the
             order of memory the scales of the first moment, then of the second. Zeros to begin with.
         backend: None for the best one; see `superfine_kernels.backends()`.
@@ -133,7 +136,17 @@ def adamw_(
             memory, hyperparameters out of range. Nothing has been written then.
     """
     hyper = checked_hyperparameters(
-        "adamw_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize, zero_grads, stochastic_rounding, seed
+        "adamw_",
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        gradient_scale,
+        maximize,
+        zero_grads,
+        stochastic_rounding,
+        seed,
     )
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps)
     OP(tuple(map(list, lists)), {**hyper, "decoupled": decoupled}, backend)
@@ -168,7 +181,17 @@ def adamw_group_(
         KeyError: a parameter with a gradient has no state. Otherwise as `adamw_`.
     """
     hyper = checked_hyperparameters(
-        "adamw_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize, zero_grads, stochastic_rounding, seed
+        "adamw_",
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        gradient_scale,
+        maximize,
+        zero_grads,
+        stochastic_rounding,
+        seed,
     )
     native = functools.partial(_cpu.adamw_group, amsgrad=amsgrad, anchored=anchored)
     absent = (*(() if amsgrad else ("max_exp_avg_sq",)), *(() if anchored else ("anchor",)))

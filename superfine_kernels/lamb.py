@@ -41,7 +41,7 @@ def cost(
 # --- reference ------------------------------------------------------------------------------------
 
 
-def rule(
+def reference(
     x: Stored,
     step: float,
     *,
@@ -80,7 +80,7 @@ def _workspace(device: torch.device) -> dict[str, Any]:
 
 OP = MomentOp(
     "lamb",
-    rule,
+    reference,
     "float lr, float beta1, float beta2, float eps, float weight_decay, bool bias_correction, bool grad_averaging, "
     "bool adapt, bool trust_clip",
     cuda_arguments=_workspace,
@@ -141,10 +141,21 @@ def lamb_(
             memory, hyperparameters out of range. Nothing has been written then.
     """
     hyper = checked_hyperparameters(
-        "lamb_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize, zero_grads, stochastic_rounding, seed
+        "lamb_",
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        gradient_scale,
+        maximize,
+        zero_grads,
+        stochastic_rounding,
+        seed,
     )
     hyper |= {
-        "bias_correction": bias_correction, "grad_averaging": grad_averaging, "adapt": adapt, "trust_clip": trust_clip,
+        "bias_correction": bias_correction, "grad_averaging": grad_averaging, "adapt": adapt,
+        "trust_clip": trust_clip,
     }  # fmt: skip
     lists = (params, grads, exp_avgs, exp_avg_sqs, (), anchors, remainders, scales, steps)
     OP(tuple(map(list, lists)), hyper, backend)
@@ -169,7 +180,17 @@ def lamb_group_(
 ) -> None:
     """`lamb_` over the parameters of an optimizer's group that have a gradient; as `adamw_group_`."""
     hyper = checked_hyperparameters(
-        "lamb_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize, zero_grads, stochastic_rounding, seed
+        "lamb_",
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        gradient_scale,
+        maximize,
+        zero_grads,
+        stochastic_rounding,
+        seed,
     )
     native = functools.partial(_cpu.lamb_group, anchored=anchored)
     absent = ("max_exp_avg_sq", *(() if anchored else ("anchor",)))

@@ -18,9 +18,8 @@ pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
 NATIVE = {name: value for name, value in HYPER.items() if name != "maximize"} | {
-    "gradient_scale": 1.0,
-    "zero_grads": False,
-}
+    "decoupled": True, "gradient_scale": 1.0, "zero_grads": False, "stochastic_rounding": False, "seed": 0,
+}  # fmt: skip
 
 
 # --- bad input --------------------

@@ -76,7 +76,7 @@ class InPass(torch.optim.Optimizer):
             raise TypeError(f"{name}() got an unexpected keyword argument {min(unknown)!r}")
         for option, value in options.items():
             setattr(self, option, value)
-        self.state_dtype = _STATE_DTYPES.get(self.state_dtype, self.state_dtype)  # type: ignore[call-overload]
+        self.state_dtype = _STATE_DTYPES.get(self.state_dtype, self.state_dtype)
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             reject(name, "max_grad_norm", self.max_grad_norm, "a number > 0, or None")
         if self.master_weights not in (None, "split", "kahan"):
@@ -84,7 +84,9 @@ class InPass(torch.optim.Optimizer):
         if self.master_weights is not None and self.stochastic_rounding:
             reject(name, "stochastic_rounding", True, "False beside master_weights, which lose nothing")
         if self.state_dtype not in _STATE_DTYPES.values():
-            reject(name, "state_dtype", self.state_dtype, "torch.float32, torch.bfloat16, torch.uint8 or None")
+            reject(
+                name, "state_dtype", self.state_dtype, "torch.float32, torch.bfloat16, torch.uint8 or None"
+            )
         if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
             reject(name, "seed", self.seed, "an integer in [0, 2^32)")
 

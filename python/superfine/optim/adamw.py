@@ -16,7 +16,7 @@ from superfine_kernels import adamw_group_
 from superfine_kernels._library import warn_once
 
 
-class _Adam(InPass):
+class _Adam(InPass, torch.optim.Adam):
     """The step of both; a group's `decoupled_weight_decay` tells them apart, as in torch."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -53,7 +53,9 @@ class _Adam(InPass):
             return loss
         for group, reason in zip(self.param_groups, reasons, strict=True):
             if reason is not None:
-                warn_once(f"{type(self).__name__}: {reason}=True has no kernel yet; torch's implementation steps this group")
+                warn_once(
+                    f"{type(self).__name__}: {reason}=True has no kernel yet; torch's implementation steps this group"
+                )
                 self._step_group_with_torch(group)
                 continue
             try:
@@ -72,7 +74,9 @@ class _Adam(InPass):
         used = [name for name in names if self._option(group, name)]
         used += ["clip_grad_norm_()"] * (self._measured is not None)
         if used:
-            raise ValueError(f"{type(self).__name__}: {reason} is True beside {', '.join(used)}; expected one or the other")
+            raise ValueError(
+                f"{type(self).__name__}: {reason} is True beside {', '.join(used)}; expected one or the other"
+            )
 
     def _step_group(self, group: dict[str, Any], scale: float) -> None:
         adamw_group_(
@@ -170,7 +174,7 @@ class AdamW(_Adam, torch.optim.AdamW):  # type: ignore[override]
         )
 
 
-class Adam(_Adam, torch.optim.Adam):  # type: ignore[override]
+class Adam(_Adam):
     """Adam (Kingma & Ba 2015), equal to `torch.optim.Adam`: weight decay is part of the gradient.
 
     Args:
