@@ -16,7 +16,7 @@ from superfine_kernels import adamw_group_
 from superfine_kernels._library import warn_once
 
 
-class _Adam(InPass, torch.optim.Adam):
+class _Adam(InPass, torch.optim.Adam):  # type: ignore[override]
     """The step of both; a group's `decoupled_weight_decay` tells them apart, as in torch."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
