@@ -13,16 +13,14 @@ elements are computed in float32 and rounded once per store.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from superfine_kernels import _cpu
 from superfine_kernels._library import Cost
-from superfine_kernels._moments import MomentOp, checked_hyperparameters
+from superfine_kernels._moments import Group, MomentOp, checked_hyperparameters
 from superfine_kernels._storage import Stored
 
 
@@ -135,64 +133,26 @@ def adamw_(
         ValueError: lists of unequal length, tensors of the wrong shape, dtype or device, tensors that overlap in
             memory, hyperparameters out of range. Nothing has been written then.
     """
-    hyper = checked_hyperparameters(
-        "adamw_",
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        gradient_scale,
-        maximize,
-        zero_grads,
-        stochastic_rounding,
-        seed,
-    )
+    hyper = {
+        "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled,
+        "maximize": maximize, "gradient_scale": gradient_scale, "zero_grads": zero_grads,
+        "stochastic_rounding": stochastic_rounding, "seed": seed,
+    }  # fmt: skip
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps)
-    OP(tuple(map(list, lists)), {**hyper, "decoupled": decoupled}, backend)
+    OP(tuple(map(list, lists)), checked_hyperparameters("adamw_", hyper), backend)
 
 
-def adamw_group_(
-    params: list[Tensor],
-    state: dict[Tensor, dict[str, Tensor]],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    gradient_scale: float,
-    zero_grads: bool,
-    stochastic_rounding: bool,
-    seed: int,
-    amsgrad: bool,
-    anchored: bool,
-) -> None:
-    """`adamw_` over the parameters of an optimizer's group that have a gradient, with their `state`.
+def adamw_groups_(groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]]) -> None:
+    """`adamw_` over all parameters of an optimizer that have a gradient, in one parallel region on the CPU.
 
     Args:
-        params: the group's parameters.
+        groups: pairs of a list of parameters and a dict of the keyword arguments of `adamw_` that are not lists, all
+            of them, with `amsgrad` and `anchored`.
         state: for each parameter with a gradient a dict of `exp_avg`, `exp_avg_sq`, `step`; with amsgrad
             `max_exp_avg_sq`; with anchored `anchor`; and `remainder` and `scales` where the parameter has some.
 
     Raises:
-        KeyError: a parameter with a gradient has no state. Otherwise as `adamw_`.
+        KeyError: a parameter with a gradient has no state. Otherwise as `adamw_`; where all lie on the CPU, nothing has
+            been written in any group then.
     """
-    hyper = checked_hyperparameters(
-        "adamw_",
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        gradient_scale,
-        maximize,
-        zero_grads,
-        stochastic_rounding,
-        seed,
-    )
-    native = functools.partial(_cpu.adamw_group, amsgrad=amsgrad, anchored=anchored)
-    absent = (*(() if amsgrad else ("max_exp_avg_sq",)), *(() if anchored else ("anchor",)))
-    OP.step_group(params, state, absent, native, {**hyper, "decoupled": decoupled})
+    OP.step_groups([(params, checked_hyperparameters("adamw_", hyper)) for params, hyper in groups], state)

@@ -205,7 +205,7 @@ def test_reading_tensors_through_attributes_gives_the_same(param, state):
     reader = _cpu.TensorReader(torch)
     reader.use_attributes()
     assert not reader.uses_shim
-    assert _cpu.adamw(reader, case.all_lists(), **NATIVE, threads=2, isa="") == []
+    assert _cpu.adamw(reader, case.all_lists(), NATIVE, threads=2, isa="") == []
     assert_same_bits_in_lists(case.lists(), expected.lists())
 
 
@@ -217,10 +217,10 @@ def test_reading_through_attributes_refuses_the_same():
     with pytest.raises(
         ValueError, match=r"grads\[1\] is float32 \(4,\) on meta; expected float32 \(4,\) on cpu"
     ):
-        _cpu.adamw(reader, case.all_lists(), **NATIVE, threads=1, isa="")
+        _cpu.adamw(reader, case.all_lists(), NATIVE, threads=1, isa="")
     case.grads[1] = "four"
     with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got str"):
-        _cpu.adamw(reader, case.all_lists(), **NATIVE, threads=1, isa="")
+        _cpu.adamw(reader, case.all_lists(), NATIVE, threads=1, isa="")
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])

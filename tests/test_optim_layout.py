@@ -211,7 +211,8 @@ layouts = st.sampled_from(LAYOUTS)
 shapes = st.lists(
     st.sampled_from([(), (0,), (1,), (17,), (16, 17), (3, 100), (1025,)]), min_size=1, max_size=4
 )
-groups = st.lists(st.tuples(layouts, shapes, st.sampled_from([0.0, 1e-3, 0.05]), st.sampled_from([0.0, 0.1])), min_size=1, max_size=3)  # fmt: skip
+rates, decays = st.sampled_from([0.0, 1e-3, 0.05]), st.sampled_from([0.0, 0.1])
+groups = st.lists(st.tuples(layouts, shapes, rates, decays), min_size=1, max_size=3)
 
 
 def exact_step(kind, p, g, m, v, step, lr, weight_decay):

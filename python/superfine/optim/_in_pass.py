@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from superfine.optim._layout import Layout
 from superfine_kernels import total_norm
 from superfine_kernels._library import reject, warn_once
+from superfine_kernels._moments import Group
 
 
 class InPassOptions(TypedDict, total=False):
@@ -202,7 +203,7 @@ class InPass(torch.optim.Optimizer):
             group.setdefault("decay_lr", float(group["lr"]))
 
     def _hyperparameters(self, group: dict[str, Any], scale: float) -> dict[str, Any]:
-        """What every op takes."""
+        """What the op takes for a group; here, what every op takes."""
         return {
             "lr": float(group["lr"]),
             "beta1": float(group["betas"][0]),
@@ -228,10 +229,26 @@ class InPass(torch.optim.Optimizer):
             group.get("amsgrad", False),
         )
 
-    def _make_missing_state(self, group: dict[str, Any]) -> bool:
+    def step_params(self, chosen: Sequence[tuple[dict[str, Any], list[Tensor]]], scale: float) -> None:
+        """Steps parameters that have a gradient, given by group, with `scale` times it; nothing else of a step."""
+        groups = [(params, self._hyperparameters(group, scale)) for group, params in chosen]
+        try:
+            self._op(groups, self.state)
+        except KeyError:  # nothing has been written: the step looks all state up first
+            added = [self._make_missing_state(group, params) for group, params in chosen]
+            if not any(added):
+                raise
+            self._op(groups, self.state)
+
+    @staticmethod
+    def _op(groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]]) -> None:
+        """The optimizer's op, such as `superfine_kernels.adamw_groups_`."""
+        raise NotImplementedError
+
+    def _make_missing_state(self, group: dict[str, Any], params: list[Tensor]) -> bool:
         """Gives parameters with a gradient the state, or the anchor, that they lack; returns whether any did."""
         added = False
-        for param in group["params"]:
+        for param in params:
             if param.grad is None:
                 continue
             state = self.state[param]
