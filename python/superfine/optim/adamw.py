@@ -56,12 +56,7 @@ class _Adam(InPass):
                 warn_once(f"{type(self).__name__}: {reason}=True has no kernel yet; torch's implementation steps this group")
                 self._step_group_with_torch(group)
                 continue
-            try:
-                self._step_group(group, scale)
-            except KeyError:  # nothing has been written: the step looks all state up first
-                if not self._make_missing_state(group):
-                    raise
-                self._step_group(group, scale)
+            self.step_params(group, group["params"], scale)
         return loss
 
     def _reject_in_pass(self, reason: str, group: dict[str, Any]) -> None:
@@ -74,9 +69,9 @@ class _Adam(InPass):
         if used:
             raise ValueError(f"{type(self).__name__}: {reason} is True beside {', '.join(used)}; expected one or the other")
 
-    def _step_group(self, group: dict[str, Any], scale: float) -> None:
+    def _step_params(self, group: dict[str, Any], params: list[Tensor], scale: float) -> None:
         adamw_group_(
-            group["params"],
+            params,
             self.state,
             **self._hyperparameters(group, scale),
             decoupled=group["decoupled_weight_decay"],

@@ -91,18 +91,13 @@ class LAMB(InPass):
         if scale is None:
             return loss
         for group in self.param_groups:
-            try:
-                self._step_group(group, scale)
-            except KeyError:  # nothing has been written: the step looks all state up first
-                if not self._make_missing_state(group):
-                    raise
-                self._step_group(group, scale)
+            self.step_params(group, group["params"], scale)
         return loss
 
-    def _step_group(self, group: dict[str, Any], scale: float) -> None:
+    def _step_params(self, group: dict[str, Any], params: list[Tensor], scale: float) -> None:
         adapt = group["adapt"]
         lamb_group_(
-            group["params"],
+            params,
             self.state,
             **self._hyperparameters(group, scale),
             bias_correction=group["bias_correction"],
