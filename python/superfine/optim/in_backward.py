@@ -44,8 +44,8 @@ def in_backward(
     Args:
         params: a module, or what an optimizer takes: parameters, named parameters or groups of them.
         optimizer: a class, `AdamW`, `Adam` or `LAMB`, or an optimizer that has all trainable parameters of `params`.
-        accumulation: how many calls of `backward()` make one step. Gradients are kept until the last of them, where
-            they are released one by one: between the calls they take as much memory as ever.
+        accumulation: how many calls of `backward()` that reach a parameter make one step. Gradients are kept until
+            the last of them, where they are released one by one: between the calls they take as much memory as ever.
         clip: which norm `max_grad_norm` of the optimizer is compared with; see `InBackward`.
         options: keyword arguments of the class.
 
@@ -367,6 +367,9 @@ class InBackward:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if any(param.grad is not None for param in self._hooks):
+            norm = self.optimizer.grad_norm
+            if self.clip is not None and norm is not None and math.isfinite(norm):
+                self.previous_norm = norm  # step() has measured it
             self._free()
 
     # --- refusals --------------------------------------------------------------------------------------
