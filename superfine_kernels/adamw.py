@@ -152,7 +152,7 @@ def adamw_groups_(groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]
             `max_exp_avg_sq`; with anchored `anchor`; and `remainder` and `scales` where the parameter has some.
 
     Raises:
-        KeyError: a parameter with a gradient has no state. Otherwise as `adamw_`; where all lie on the CPU, nothing has
-            been written in any group then.
+        KeyError: a parameter with a gradient has no state. Otherwise as `adamw_`; where all lie on the CPU, nothing
+            has been written in any group then.
     """
     OP.step_groups([(params, checked_hyperparameters("adamw_", hyper)) for params, hyper in groups], state)

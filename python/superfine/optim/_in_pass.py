@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from superfine.optim._layout import Layout
 from superfine_kernels import total_norm
 from superfine_kernels._library import reject, warn_once
 from superfine_kernels._moments import Group
+
+if TYPE_CHECKING:
+    from superfine.optim.in_backward import InBackward
+
+
+def clip_factor(norm: float, limit: float) -> float:
+    """What gradients of this norm are multiplied by, as in `torch.nn.utils.clip_grad_norm_`."""
+    return min(1.0, limit / (norm + 1e-6))
 
 
 class InPassOptions(TypedDict, total=False):
@@ -70,6 +78,7 @@ class InPass(torch.optim.Optimizer):
     grad_norm: float | None = None
     skipped_steps: int = 0
     _measured: tuple[float, float] | None = None  # by clip_grad_norm_: norm and limit
+    _release: InBackward | None = None  # what steps the parameters in backward, if anything does
 
     def _configure(self, **options: Unpack[InPassOptions]) -> None:
         name = type(self).__name__
@@ -112,6 +121,11 @@ class InPass(torch.optim.Optimizer):
         """
         if not max_norm > 0:
             reject("clip_grad_norm_", "max_norm", max_norm, "a number > 0")
+        if self._release is not None:
+            raise RuntimeError(
+                "clip_grad_norm_: the gradients were released in backward; expected max_grad_norm and clip= of "
+                "superfine.optim.in_backward instead"
+            )
         self.grad_norm = total_norm(list(self._grads()))
         if error_if_nonfinite and not math.isfinite(self.grad_norm):
             raise RuntimeError(
@@ -124,6 +138,8 @@ class InPass(torch.optim.Optimizer):
         """As torch's."""
         self._measured = None
         super().zero_grad(set_to_none)
+        if self._release is not None:
+            self._release.restart()
 
     def _gradient_scale(self) -> float | None:
         """The factor of this step's gradients; None for a step that is not to be taken."""
@@ -141,7 +157,8 @@ class InPass(torch.optim.Optimizer):
             self._skip()
             return None
         if measured is None and (self.max_grad_norm is not None or self.error_on_nonfinite):
-            measured = total_norm(list(self._grads())), self.max_grad_norm or math.inf
+            grads = list(self._grads())
+            measured = (total_norm(grads), self.max_grad_norm or math.inf) if grads else None
         if measured is not None:
             norm, limit = scale * measured[0], measured[1]
             self.grad_norm = norm
@@ -155,7 +172,7 @@ class InPass(torch.optim.Optimizer):
                 )
                 self._skip()
                 return None
-            scale *= min(1.0, limit / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+            scale *= clip_factor(norm, limit)
         return scale
 
     @torch.no_grad()
@@ -201,6 +218,8 @@ class InPass(torch.optim.Optimizer):
         group = self.param_groups[-1]
         if self._option(group, "decouple_lr"):
             group.setdefault("decay_lr", float(group["lr"]))
+        if self._release is not None:
+            self._release.attach()
 
     def _hyperparameters(self, group: dict[str, Any], scale: float) -> dict[str, Any]:
         """What the op takes for a group; here, what every op takes."""
