@@ -284,3 +284,22 @@ def test_compiles_into_a_graph():
     adamw_(*expected.lists(), **HYPER)
     assert_same_bits_in_lists(case.lists(), expected.lists())
     assert same_bits(doubled, expected.params[0] * 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*that no kernel takes")
+@pytest.mark.parametrize("which", ["params", "grads", "exp_avgs", "exp_avg_sqs"])
+@pytest.mark.parametrize("through_attributes", [False, True])
+def test_tensors_that_are_minus_their_memory_are_stepped_as_what_they_are(which, through_attributes):
+    case = AdamWCase.random([5, 40])
+    getattr(case, which)[1] = torch._neg_view(-getattr(case, which)[1])  # torch's lazy negation
+    expected = case.to("cpu")
+    assert not getattr(expected, which)[1].is_neg()
+    reader = _cpu.TensorReader(torch)
+    if through_attributes:
+        reader.use_attributes()
+    assert _cpu.adamw(reader, case.all_lists(), NATIVE, threads=1, isa="") == [1]
+    expected.steps[0] += 1
+    adamw_(*case.lists(), **HYPER)
+    adamw_(*expected.lists(), **HYPER)
+    for ours, theirs in zip(case.params[1:], expected.params[1:], strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -47,14 +47,18 @@ class StateWalk {
 inline void look_up(PyObject* entries, PyObject* const names[kRoles], MomentObjects& values) {
   PyObject *key = nullptr, *value = nullptr;
   Py_ssize_t position = 0;
+  std::size_t unknown = 0;
   while (PyDict_Next(entries, &position, &key, &value) != 0) {
-    for (std::size_t role = kExpAvg; role < kRoles; ++role) {
-      if (key == names[role]) {
-        values[role] = value;
-        TensorReader::prefetch_object(value);
-      }
+    std::size_t role = kExpAvg;
+    while (role < kRoles && key != names[role]) ++role;
+    if (role < kRoles) {
+      values[role] = value;
+      TensorReader::prefetch_object(value);
+    } else {
+      ++unknown;
     }
   }
+  if (unknown == 0) return;
   for (std::size_t role = kExpAvg; role < kRoles; ++role) {
     if (values[role] == nullptr) values[role] = PyDict_GetItemWithError(entries, names[role]);
     if (values[role] == nullptr && PyErr_Occurred()) throw py::error_already_set();

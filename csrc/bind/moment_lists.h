@@ -224,12 +224,13 @@ class MomentReader {
   bool takes(const Views& views, const MomentOptions& options, MomentTensor& tensor) const {
     const TensorView &param = views[kParam], &exp_avg = views[kExpAvg], &step = views[kStep];
     if (param.device != device_ || !detail::kernel_takes(param.dtype, exp_avg.dtype) || !is_dense(param)) return false;
+    if (param.is_negated) return false;
     if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) return false;
     if (!scales_fit(views) || (is_quantized(views) && is_present(views, kMaxExpAvgSq))) return false;
     for (const Role role : {kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kRemainder}) {
       if (is_optional(role) && !is_present(views, role)) continue;
       const TensorView& view = views[role];
-      if (!fits(view, param) || !same_order(view, param) || !has_dtype(role, views)) return false;
+      if (view.is_negated || !fits(view, param) || !same_order(view, param) || !has_dtype(role, views)) return false;
     }
     tensor = {param.data,
               views[kGrad].data,
