@@ -33,7 +33,8 @@ def cost(
     That is where p, m and v stay on chip between the passes. A tensor too large for that moves p, m and v once more.
     """
     param, state = param_dtype.itemsize, (state_dtype or param_dtype).itemsize
-    return Cost(bytes=numel * (3 * param + 4 * state), flops=numel * 28)
+    scales = 4 * numel // 64 if state == 1 else 0  # as in adamw.py
+    return Cost(bytes=numel * (3 * param + 4 * state) + scales, flops=numel * 28)
 
 
 # --- reference ------------------------------------------------------------------------------------
