@@ -13,20 +13,20 @@ import torch  # noqa: F401  isort: skip
 
 from superfine_kernels._backends import backends, isa
 from superfine_kernels._library import Cost, __version__
-from superfine_kernels.adamw import adamw_, adamw_group_
+from superfine_kernels.adamw import adamw_, adamw_groups_
 from superfine_kernels.cross_entropy import cross_entropy
-from superfine_kernels.lamb import lamb_, lamb_group_
+from superfine_kernels.lamb import lamb_, lamb_groups_
 from superfine_kernels.norm import total_norm
 
 __all__ = [
     "Cost",
     "__version__",
     "adamw_",
-    "adamw_group_",
+    "adamw_groups_",
     "backends",
     "cross_entropy",
     "isa",
     "lamb_",
-    "lamb_group_",
+    "lamb_groups_",
     "total_norm",
 ]

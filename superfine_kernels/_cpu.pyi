@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import types
 import typing
-__all__: list[str] = ['TensorReader', 'adamw', 'adamw_group', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'isas', 'lamb', 'lamb_group', 'sum_of_squares']
+__all__: list[str] = ['TensorReader', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'isas', 'lamb', 'lamb_groups', 'sum_of_squares']
 class TensorReader:
     """
     Reads torch tensors natively; made once from the torch module.
@@ -19,13 +19,13 @@ class TensorReader:
     @property
     def uses_shim(self) -> bool:
         ...
-def adamw(reader: TensorReader, lists: collections.abc.Sequence[list], *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
+def adamw(reader: TensorReader, lists: collections.abc.Sequence[list], hyper: dict, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
     """
-    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, steps. Returns the positions that it left alone.
+    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the positions that it left alone.
     """
-def adamw_group(reader: TensorReader, params: list, state: dict, *, amsgrad: bool, anchored: bool, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> tuple[list, list[int]] | None:
+def adamw_groups(reader: TensorReader, groups: list, state: dict, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[tuple[int, typing.Any]] | None:
     """
-    One step over an optimizer's group. Returns the parameters with a gradient and the positions among them that it left alone; None where a parameter is a tensor subclass or lies elsewhere.
+    One step over an optimizer's groups, pairs of parameters and hyperparameters. Returns what it left alone: pairs of a group's number and a parameter. None, and nothing done, where a parameter is a tensor subclass or lies elsewhere.
     """
 def advise_huge_pages(address: typing.SupportsInt | typing.SupportsIndex, bytes: typing.SupportsInt | typing.SupportsIndex) -> bool:
     """
@@ -47,13 +47,13 @@ def isas() -> list[str]:
     """
     The instruction sets that this build holds and this processor runs, best last.
     """
-def lamb(reader: TensorReader, lists: collections.abc.Sequence[list], *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, bias_correction: bool, grad_averaging: bool, adapt: bool, trust_clip: bool, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
+def lamb(reader: TensorReader, lists: collections.abc.Sequence[list], hyper: dict, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
     """
-    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, steps. Returns the positions that it left alone.
+    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the positions that it left alone.
     """
-def lamb_group(reader: TensorReader, params: list, state: dict, *, anchored: bool, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, bias_correction: bool, grad_averaging: bool, adapt: bool, trust_clip: bool, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> tuple[list, list[int]] | None:
+def lamb_groups(reader: TensorReader, groups: list, state: dict, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[tuple[int, typing.Any]] | None:
     """
-    One step over an optimizer's group. Returns the parameters with a gradient and the positions among them that it left alone; None where a parameter is a tensor subclass or lies elsewhere.
+    One step over an optimizer's groups, pairs of parameters and hyperparameters. Returns what it left alone: pairs of a group's number and a parameter. None, and nothing done, where a parameter is a tensor subclass or lies elsewhere.
     """
 def sum_of_squares(reader: TensorReader, tensors: list, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> float | None:
     """

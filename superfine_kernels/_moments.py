@@ -31,44 +31,28 @@ SCHEMA = "float gradient_scale, bool zero_grads, bool stochastic_rounding, int s
 
 Lists = tuple[list[Tensor], ...]
 
+#: An optimizer's parameters, and the op's hyperparameters for them with `amsgrad` and `anchored`.
+Group = tuple[list[Tensor], dict[str, Any]]
 
-def checked_hyperparameters(
-    op: str,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    gradient_scale: float,
-    maximize: bool,
-    zero_grads: bool,
-    stochastic_rounding: bool,
-    seed: int,
-) -> dict[str, Any]:
-    """The hyperparameters by name, `maximize` as a sign of `gradient_scale`; ValueError for one out of range."""
+
+def checked_hyperparameters(op: str, hyper: dict[str, Any]) -> dict[str, Any]:
+    """The same, with `maximize` as a sign of `gradient_scale`; ValueError for one out of range."""
+    lr, scale, seed = hyper["lr"], hyper["gradient_scale"], hyper["seed"]
     if not (lr >= 0 and math.isfinite(lr)):
         reject(op, "lr", lr, "a finite number >= 0")
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= beta < 1:
-            reject(op, name, beta, "a number in [0, 1)")
-    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
-        if not value >= 0:
-            reject(op, name, value, "a number >= 0")
-    if not isinstance(gradient_scale, (int, float)):
-        reject(op, "gradient_scale", gradient_scale, "a number", TypeError)
+    for name in ("beta1", "beta2"):
+        if not 0 <= hyper[name] < 1:
+            reject(op, name, hyper[name], "a number in [0, 1)")
+    for name in ("eps", "weight_decay"):
+        if not hyper[name] >= 0:
+            reject(op, name, hyper[name], "a number >= 0")
+    if not isinstance(scale, (int, float)):
+        reject(op, "gradient_scale", scale, "a number", TypeError)
     if not (isinstance(seed, int) and 0 <= seed < 2**32):
         reject(op, "seed", seed, "an integer in [0, 2^32)")
-    return {
-        "lr": lr,
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "gradient_scale": -gradient_scale if maximize else gradient_scale,
-        "zero_grads": zero_grads,
-        "stochastic_rounding": stochastic_rounding,
-        "seed": seed,
-    }
+    checked = {**hyper, "gradient_scale": -scale if hyper["maximize"] else scale}
+    del checked["maximize"]
+    return checked
 
 
 @dataclass(frozen=True)
@@ -116,13 +100,13 @@ class MomentOp:
         device = lists[0][0].device if lists[0] else torch.device("cpu")
         chosen, _, isa = _backends.choose(f"{self.name}_", device, backend).partition(":")
         if chosen == "cpu" or not lists[0]:
-            rest = getattr(_cpu, self.name)(READER, lists, **hyper, threads=threads(), isa=isa)
+            rest = getattr(_cpu, self.name)(READER, lists, hyper, threads=threads(), isa=isa)
         elif chosen == "cuda":
             from superfine_kernels import _cuda
 
             stream = torch.cuda.current_stream(device).cuda_stream
             more = self.cuda_arguments(device)
-            rest = getattr(_cuda, self.name)(READER, lists, **hyper, **more, stream=stream)
+            rest = getattr(_cuda, self.name)(READER, lists, hyper, **more, stream=stream)
         elif chosen == "triton":
             import importlib
 
@@ -165,30 +149,27 @@ class MomentOp:
         with torch.no_grad():
             self.reference(tuple(chosen), **hyper)
 
-    def step_group(
-        self,
-        params: list[Tensor],
-        state: dict[Tensor, dict[str, Tensor]],
-        absent: Sequence[str],
-        native: Callable[..., tuple[list[Tensor], list[int]] | None],
-        hyper: dict[str, Any],
-    ) -> None:
-        """Steps the parameters of an optimizer's group that have a gradient.
+    def step_groups(self, groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Steps the parameters of an optimizer's groups that have a gradient, those of all groups at once.
 
-        `native` is the CPU module's function for whole groups, which collects no lists; `absent` names the state that
-        is not to be used, even where there is some.
+        The CPU module reads groups natively. Lists are made of them for parameters elsewhere, and for subclasses.
         """
-        if not params:
-            return
-        if params[0].device.type == "cpu" and is_plain(()):
-            done = native(READER, params, state, **hyper, threads=threads(), isa="")
-            if done is not None:
-                used, rest = done
-                for lists in state_lists([used[i] for i in rest], state, absent):
-                    self.step_rest(range(len(lists[0])), lists, hyper)
+        if is_plain(()):
+            native = getattr(_cpu, f"{self.name}_groups")
+            rest = native(READER, groups, state, threads=threads(), isa="")
+            if rest is not None:
+                for index, param in rest:
+                    for lists in state_lists([param], state, groups[index][1]):
+                        self.step_rest([0], lists, _of_op(groups[index][1]))
                 return
-        for lists in state_lists(params, state, absent):
-            self(lists, hyper, None)
+        for params, hyper in groups:
+            for lists in state_lists(params, state, hyper):
+                self(lists, _of_op(hyper), None)
+
+
+def _of_op(hyper: dict[str, Any]) -> dict[str, Any]:
+    """Without what lists are there for."""
+    return {name: value for name, value in hyper.items() if name not in ("amsgrad", "anchored")}
 
 
 def _check_lengths(op: str, lists: Lists) -> None:
@@ -200,9 +181,14 @@ def _check_lengths(op: str, lists: Lists) -> None:
 
 
 def state_lists(
-    params: Sequence[Tensor], state: dict[Tensor, dict[str, Tensor]], absent: Sequence[str] = ()
+    params: Sequence[Tensor], state: dict[Tensor, dict[str, Tensor]], hyper: dict[str, Any]
 ) -> list[Lists]:
     """The op's lists for parameters that have a gradient: one device after the other, apart by what they lack."""
+    absent = set()
+    if not hyper.get("amsgrad"):
+        absent.add("max_exp_avg_sq")
+    if not hyper.get("anchored"):
+        absent.add("anchor")
     groups: dict[tuple[torch.device, frozenset[str]], list[Tensor]] = {}
     for param in params:
         if param.grad is not None:
@@ -210,7 +196,7 @@ def state_lists(
             groups.setdefault((param.device, lacks), []).append(param)
     found: list[Lists] = []
     for (_, lacks), used in groups.items():
-        missing = {*absent, *lacks}
+        missing = absent | lacks
         columns = [[] if name in missing else [state[param][name] for param in used] for name in STATE]
         found.append((used, [param.grad for param in used if param.grad is not None], *columns))
     return found

@@ -7,6 +7,8 @@ random. Moments may be 8-bit codes (uint8), of which blocks of 256 share a scale
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from superfine_kernels._library import opmath_dtype
 BLOCK = 256  # elements that share a scale, in the order of memory
 
 _MASK = 0xFFFFFFFF
+_Bits = TypeVar("_Bits", int, Tensor)
 
 
 # --- parameters: a remainder, or rounding at random ---------------------------------------------------
@@ -47,8 +50,8 @@ def round_at_random(x: Tensor, key: int) -> Tensor:
     """float32 as bfloat16: one of both neighbours, each as likely as makes x the expectation."""
     order = _memory_order(x)
     bits = order.contiguous().view(torch.int32).flatten().to(torch.int64) & _MASK
-    random = _random_bits(key ^ _MASK, order)
-    rounded = ((bits + (random & 0xFFFF)) & _MASK) >> 16
+    random = _mix(_random_bits(key ^ _MASK, order)) >> 16
+    rounded = ((bits + random) & _MASK) >> 16
     rounded = torch.where(order.isnan().flatten(), 0x7FC0, rounded)
     return _in_order_of(x, rounded.to(torch.int16).view(torch.bfloat16))
 
@@ -58,15 +61,10 @@ def random_key(seed: int, step: int) -> int:
     return _mix((_mix(seed) + step) & _MASK)
 
 
-def _mix(x: int) -> int:
-    return int(_mix_bits(torch.tensor(x)))
-
-
-def _mix_bits(x: Tensor) -> Tensor:
-    x = x ^ x >> 16
-    x = x * 0x21F0AAAD & _MASK
-    x = x ^ x >> 15
-    x = x * 0xD35A2D97 & _MASK
+def _mix(x: _Bits) -> _Bits:
+    """Of an integer, or of each one in a tensor of int64."""
+    x = (x ^ x >> 16) * 0x21F0AAAD & _MASK
+    x = (x ^ x >> 15) * 0xD35A2D97 & _MASK
     return x ^ x >> 15
 
 
@@ -74,12 +72,13 @@ def _random_bits(key: int, x: Tensor) -> Tensor:
     """32 bits for each element of float32 numbers in the order of memory, as one dimension of int64."""
     bits = x.contiguous().view(torch.int32).flatten().to(torch.int64) & _MASK
     place = torch.arange(bits.numel(), device=x.device) & _MASK
-    return _mix_bits((place * 0x9E3779B9 + key & _MASK) ^ bits)
+    mixed = (place + key & _MASK) ^ bits
+    return (mixed ^ mixed >> 16) * 0x21F0AAAD & _MASK
 
 
 def _memory_order(x: Tensor) -> Tensor:
     """`x` with its dimensions in the order in which they lie in memory, outermost first."""
-    return x.permute(sorted(range(x.dim()), key=lambda d: -x.stride(d)))
+    return x.permute(sorted(range(x.dim()), key=lambda d: -int(x.stride()[d])))
 
 
 def _in_order_of(like: Tensor, values: Tensor) -> Tensor:
@@ -111,17 +110,17 @@ def quantize(exp_avg: Tensor, exp_avg_sq: Tensor, key: int | None = None) -> tup
     for x, magnitude_bits in ((exp_avg, 7), (exp_avg_sq, 8)):
         order = _memory_order(x)
         flat = order.flatten()
-        scale, inverse = _scales(flat)
+        scale, inverse = _scales(flat, magnitude_bits)
         rounding = torch.full_like(flat, 0x80000, dtype=torch.int64)
         if magnitude_bits == 8 and key is not None:
             rounding = _random_bits(key, order) >> 12
-        scaled = flat.abs() * _spread(inverse, flat.numel())
-        bits = scaled.view(torch.int32).to(torch.int64) + rounding - _base(magnitude_bits)
+        exact = flat.abs().double() * _spread(inverse, flat.numel()).double() + _first(magnitude_bits)
+        bits = exact.float().view(torch.int32).to(torch.int64) + rounding - _base(magnitude_bits)
         code = (bits >> 20).clamp(0, (1 << magnitude_bits) - 1)
         if magnitude_bits == 7:
             code |= torch.signbit(flat).to(torch.int64) << 7
         else:
-            code = torch.where((code == 0) & (flat > 0), 1, code)
+            code = torch.where((code == 0) & (flat != 0), 1, code)
         codes.append(_in_order_of(x, code.to(torch.uint8)))
         scales.append(scale)
     return codes[0], codes[1], torch.stack(scales)
@@ -133,26 +132,32 @@ def dequantize(exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor) -> tuple[Ten
     for codes, scale, magnitude_bits in ((exp_avg, scales[0], 7), (exp_avg_sq, scales[1], 8)):
         code = _memory_order(codes).flatten().to(torch.int32)
         magnitude = code & ((1 << magnitude_bits) - 1)
-        value = ((magnitude << 20) + _base(magnitude_bits)).view(torch.float32)
-        value = torch.where(magnitude == 0, 0.0, value) * _spread(scale, code.numel())
+        value = ((magnitude << 20) + _base(magnitude_bits)).view(torch.float32) - _first(magnitude_bits)
+        value = value * _spread(scale, code.numel())
         numbers.append(_in_order_of(codes, torch.where(code > magnitude, -value, value)))
     return numbers[0], numbers[1]
 
 
 def _base(magnitude_bits: int) -> int:
-    """The bits of the float for code 0, were it not zero; those of the greatest code are 1.875's."""
+    """The bits of the float f(0), from which every code's are counted; those of the greatest code are 1.875's."""
     return 0x3FF00000 - (((1 << magnitude_bits) - 1) << 20)
 
 
-def _scales(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """For each block its scale, and the factor that makes its largest magnitude 1.875."""
+def _first(magnitude_bits: int) -> float:
+    """f(0)."""
+    return 2.0**-15 if magnitude_bits == 7 else 2.0**-31
+
+
+def _scales(flat: Tensor, magnitude_bits: int) -> tuple[Tensor, Tensor]:
+    """For each block its scale, and the factor that gives its largest magnitude the greatest code."""
+    top = torch.tensor(1.875 - _first(magnitude_bits), device=flat.device)
     padded = torch.nn.functional.pad(flat.abs(), (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     largest = padded.view(torch.int32).amax(1).view(torch.float32)  # by bits: NaN is greater than infinity
     none = torch.zeros_like(largest)
     normal = (largest >= torch.finfo(torch.float32).tiny) & largest.isfinite()
-    scale = torch.where(normal, largest / 1.875, none)
+    scale = torch.where(normal, largest / top, none)
     scale = torch.where(largest.isfinite(), scale, torch.nan)
-    return scale, torch.where(normal, 1.875 / largest, none)
+    return scale, torch.where(normal, (top - 2.0**-20) / largest, none)
 
 
 def _spread(scale: Tensor, numel: int) -> Tensor:

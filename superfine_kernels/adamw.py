@@ -6,22 +6,21 @@
     v <- beta2 * v + (1 - beta2) * g * g
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-and Adam (Kingma & Ba 2015), which adds weight_decay * p to g instead of the second line; for every element of every tensor in one parallel region (CPU) or launch (GPU). The rule for one element is
-csrc/math/adamw.h; low-precision elements are computed in float32 and rounded once per store.
+and Adam (Kingma & Ba 2015), which adds weight_decay * p to g instead of the second line; for every element of every
+tensor in one parallel region (CPU) or launch (GPU). The rule for one element is csrc/math/adamw.h; low-precision
+elements are computed in float32 and rounded once per store.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from superfine_kernels import _cpu
 from superfine_kernels._library import Cost
-from superfine_kernels._moments import MomentOp, checked_hyperparameters
+from superfine_kernels._moments import Group, MomentOp, checked_hyperparameters
 from superfine_kernels._storage import Stored
 
 
@@ -39,13 +38,14 @@ def cost(
     param, state = param_dtype.itemsize, (state_dtype or param_dtype).itemsize
     params = 3 + anchored + zero_grads  # tensors of the parameter's dtype that are read or written
     moved = params * param + (6 if amsgrad else 4) * state + 4 * remainders
-    return Cost(bytes=numel * moved, flops=numel * (15 + amsgrad + 2 * anchored))
+    scales = 4 * numel // 64 if state == 1 else 0  # read and written, for both moments, 4 bytes for each 256 elements
+    return Cost(bytes=numel * moved + scales, flops=numel * (15 + amsgrad + 2 * anchored))
 
 
 # --- reference ------------------------------------------------------------------------------------
 
 
-def rule(
+def reference(
     x: Stored,
     step: float,
     *,
@@ -70,7 +70,9 @@ def rule(
     x.save_moments()
 
 
-OP = MomentOp("adamw", rule, "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled")
+OP = MomentOp(
+    "adamw", reference, "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled"
+)
 OP.register()
 
 
@@ -117,13 +119,13 @@ def adamw_(
         zero_grads: leave zeros in `grads`, which the kernel has in its cache; else they are not written.
         stochastic_rounding: round bfloat16 parameters that have no remainder at random, so that they are right on
             average (Gupta et al. 2015, "Deep Learning with Limited Numerical Precision").
-        seed: of all that is rounded at random, in [0, 2^32); the bits follow from it, the step, and an element's place
-            and value.
+        seed: of all that is rounded at random, in [0, 2^32); the bits follow from it, the step, and an element's
+            place and value.
         anchors: where weight decay pulls to (L2-SP, Li et al. 2018), of the parameters' shapes and dtypes; empty for
             zero.
         remainders: what rounding takes from 16-bit parameters, zeros to begin with; empty without. int16 beside
-            bfloat16: their lower 16 bits, so that both are float32 parameters and follow the float32 trajectory bit for
-            bit. The parameter's own dtype: its Kahan compensation.
+            bfloat16: their lower 16 bits, so that both are float32 parameters and follow the float32 trajectory bit
+            for bit. The parameter's own dtype: its Kahan compensation.
         scales: float32 of shape (2, ceil(numel / 256)) beside uint8 moments: for each block of 256 elements in the
             order of memory the scales of the first moment, then of the second. Zeros to begin with.
         backend: None for the best one; see `superfine_kernels.backends()`.
@@ -132,44 +134,26 @@ def adamw_(
         ValueError: lists of unequal length, tensors of the wrong shape, dtype or device, tensors that overlap in
             memory, hyperparameters out of range. Nothing has been written then.
     """
-    hyper = checked_hyperparameters(
-        "adamw_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize, zero_grads, stochastic_rounding, seed
-    )
+    hyper = {
+        "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled,
+        "maximize": maximize, "gradient_scale": gradient_scale, "zero_grads": zero_grads,
+        "stochastic_rounding": stochastic_rounding, "seed": seed,
+    }  # fmt: skip
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps)
-    OP(tuple(map(list, lists)), {**hyper, "decoupled": decoupled}, backend)
+    OP(tuple(map(list, lists)), checked_hyperparameters("adamw_", hyper), backend)
 
 
-def adamw_group_(
-    params: list[Tensor],
-    state: dict[Tensor, dict[str, Tensor]],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    gradient_scale: float,
-    zero_grads: bool,
-    stochastic_rounding: bool,
-    seed: int,
-    amsgrad: bool,
-    anchored: bool,
-) -> None:
-    """`adamw_` over the parameters of an optimizer's group that have a gradient, with their `state`.
+def adamw_groups_(groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]]) -> None:
+    """`adamw_` over all parameters of an optimizer that have a gradient, in one parallel region on the CPU.
 
     Args:
-        params: the group's parameters.
+        groups: pairs of a list of parameters and a dict of the keyword arguments of `adamw_` that are not lists, all
+            of them, with `amsgrad` and `anchored`.
         state: for each parameter with a gradient a dict of `exp_avg`, `exp_avg_sq`, `step`; with amsgrad
             `max_exp_avg_sq`; with anchored `anchor`; and `remainder` and `scales` where the parameter has some.
 
     Raises:
-        KeyError: a parameter with a gradient has no state. Otherwise as `adamw_`.
+        KeyError: a parameter with a gradient has no state. Otherwise as `adamw_`; where all lie on the CPU, nothing
+            has been written in any group then.
     """
-    hyper = checked_hyperparameters(
-        "adamw_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize, zero_grads, stochastic_rounding, seed
-    )
-    native = functools.partial(_cpu.adamw_group, amsgrad=amsgrad, anchored=anchored)
-    absent = (*(() if amsgrad else ("max_exp_avg_sq",)), *(() if anchored else ("anchor",)))
-    OP.step_group(params, state, absent, native, {**hyper, "decoupled": decoupled})
+    OP.step_groups([(params, checked_hyperparameters("adamw_", hyper)) for params, hyper in groups], state)

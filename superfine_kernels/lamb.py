@@ -13,7 +13,6 @@ computed in float32 and rounded once per store.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from superfine_kernels import _cpu
 from superfine_kernels._library import Cost
-from superfine_kernels._moments import MomentOp, checked_hyperparameters
+from superfine_kernels._moments import Group, MomentOp, checked_hyperparameters
 from superfine_kernels._storage import Stored
 
 
@@ -35,13 +33,14 @@ def cost(
     That is where p, m and v stay on chip between the passes. A tensor too large for that moves p, m and v once more.
     """
     param, state = param_dtype.itemsize, (state_dtype or param_dtype).itemsize
-    return Cost(bytes=numel * (3 * param + 4 * state), flops=numel * 28)
+    scales = 4 * numel // 64 if state == 1 else 0  # as in adamw.py
+    return Cost(bytes=numel * (3 * param + 4 * state) + scales, flops=numel * 28)
 
 
 # --- reference ------------------------------------------------------------------------------------
 
 
-def rule(
+def reference(
     x: Stored,
     step: float,
     *,
@@ -80,7 +79,7 @@ def _workspace(device: torch.device) -> dict[str, Any]:
 
 OP = MomentOp(
     "lamb",
-    rule,
+    reference,
     "float lr, float beta1, float beta2, float eps, float weight_decay, bool bias_correction, bool grad_averaging, "
     "bool adapt, bool trust_clip",
     cuda_arguments=_workspace,
@@ -140,37 +139,17 @@ def lamb_(
         ValueError: lists of unequal length, tensors of the wrong shape, dtype or device, tensors that overlap in
             memory, hyperparameters out of range. Nothing has been written then.
     """
-    hyper = checked_hyperparameters(
-        "lamb_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize, zero_grads, stochastic_rounding, seed
-    )
-    hyper |= {
-        "bias_correction": bias_correction, "grad_averaging": grad_averaging, "adapt": adapt, "trust_clip": trust_clip,
+    hyper = {
+        "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay,
+        "bias_correction": bias_correction, "grad_averaging": grad_averaging, "adapt": adapt,
+        "trust_clip": trust_clip,
+        "maximize": maximize, "gradient_scale": gradient_scale, "zero_grads": zero_grads,
+        "stochastic_rounding": stochastic_rounding, "seed": seed,
     }  # fmt: skip
     lists = (params, grads, exp_avgs, exp_avg_sqs, (), anchors, remainders, scales, steps)
-    OP(tuple(map(list, lists)), hyper, backend)
+    OP(tuple(map(list, lists)), checked_hyperparameters("lamb_", hyper), backend)
 
 
-def lamb_group_(
-    params: list[Tensor],
-    state: dict[Tensor, dict[str, Tensor]],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    gradient_scale: float,
-    zero_grads: bool,
-    stochastic_rounding: bool,
-    seed: int,
-    anchored: bool,
-    **flags: bool,
-) -> None:
-    """`lamb_` over the parameters of an optimizer's group that have a gradient; as `adamw_group_`."""
-    hyper = checked_hyperparameters(
-        "lamb_", lr, beta1, beta2, eps, weight_decay, gradient_scale, maximize, zero_grads, stochastic_rounding, seed
-    )
-    native = functools.partial(_cpu.lamb_group, anchored=anchored)
-    absent = ("max_exp_avg_sq", *(() if anchored else ("anchor",)))
-    OP.step_group(params, state, absent, native, hyper | flags)
+def lamb_groups_(groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]]) -> None:
+    """`lamb_` over all parameters of an optimizer that have a gradient; as `adamw_groups_`."""
+    OP.step_groups([(params, checked_hyperparameters("lamb_", hyper)) for params, hyper in groups], state)

@@ -69,7 +69,7 @@ class AdamWCase:
     def all_lists(self) -> tuple[list[Tensor], ...]:
         """All that the op takes, in its order: `superfine_kernels._moments.LISTS`."""
         return (
-            self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, [], [], self.steps
+            self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, [], [], [], self.steps
         )  # fmt: skip
 
     def to(self, device: str) -> Self:

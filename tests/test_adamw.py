@@ -120,14 +120,16 @@ def test_same_bits_on_every_instruction_set_thread_count_and_run(param, state, a
 
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("maximize", [False, True])
-def test_float32_has_the_bits_of_torch_fused(amsgrad, maximize):
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_float32_has_the_bits_of_torch_fused(amsgrad, maximize, decoupled):
     # Multiples of 16: torch steps a shorter tail with other roundings.
     ours = AdamWCase.random([16, 64, 512, 4096, 8208], amsgrad=amsgrad)
     theirs = ours.to("cpu")
     for step in range(1, 6):
-        adamw_(*ours.lists(), **{**HYPER, "maximize": maximize})
+        adamw_(*ours.lists(), **{**HYPER, "maximize": maximize, "decoupled": decoupled})
         torch._foreach_add_(theirs.steps, 1)
-        torch._fused_adamw_(
+        fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        fused(
             *theirs.lists(), lr=HYPER["lr"], beta1=HYPER["beta1"], beta2=HYPER["beta2"], eps=HYPER["eps"],
             weight_decay=HYPER["weight_decay"], amsgrad=amsgrad, maximize=maximize,
         )  # fmt: skip

@@ -18,9 +18,8 @@ pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
 NATIVE = {name: value for name, value in HYPER.items() if name != "maximize"} | {
-    "gradient_scale": 1.0,
-    "zero_grads": False,
-}
+    "decoupled": True, "gradient_scale": 1.0, "zero_grads": False, "stochastic_rounding": False, "seed": 0,
+}  # fmt: skip
 
 
 # --- bad input --------------------
@@ -206,7 +205,7 @@ def test_reading_tensors_through_attributes_gives_the_same(param, state):
     reader = _cpu.TensorReader(torch)
     reader.use_attributes()
     assert not reader.uses_shim
-    assert _cpu.adamw(reader, case.all_lists(), **NATIVE, threads=2, isa="") == []
+    assert _cpu.adamw(reader, case.all_lists(), NATIVE, threads=2, isa="") == []
     assert_same_bits_in_lists(case.lists(), expected.lists())
 
 
@@ -218,10 +217,10 @@ def test_reading_through_attributes_refuses_the_same():
     with pytest.raises(
         ValueError, match=r"grads\[1\] is float32 \(4,\) on meta; expected float32 \(4,\) on cpu"
     ):
-        _cpu.adamw(reader, case.all_lists(), **NATIVE, threads=1, isa="")
+        _cpu.adamw(reader, case.all_lists(), NATIVE, threads=1, isa="")
     case.grads[1] = "four"
     with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got str"):
-        _cpu.adamw(reader, case.all_lists(), **NATIVE, threads=1, isa="")
+        _cpu.adamw(reader, case.all_lists(), NATIVE, threads=1, isa="")
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
@@ -285,3 +284,22 @@ def test_compiles_into_a_graph():
     adamw_(*expected.lists(), **HYPER)
     assert_same_bits_in_lists(case.lists(), expected.lists())
     assert same_bits(doubled, expected.params[0] * 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*that no kernel takes")
+@pytest.mark.parametrize("which", ["params", "grads", "exp_avgs", "exp_avg_sqs"])
+@pytest.mark.parametrize("through_attributes", [False, True])
+def test_tensors_that_are_minus_their_memory_are_stepped_as_what_they_are(which, through_attributes):
+    case = AdamWCase.random([5, 40])
+    getattr(case, which)[1] = torch._neg_view(-getattr(case, which)[1])  # torch's lazy negation
+    expected = case.to("cpu")
+    assert not getattr(expected, which)[1].is_neg()
+    reader = _cpu.TensorReader(torch)
+    if through_attributes:
+        reader.use_attributes()
+    assert _cpu.adamw(reader, case.all_lists(), NATIVE, threads=1, isa="") == [1]
+    expected.steps[0] += 1
+    adamw_(*case.lists(), **HYPER)
+    adamw_(*expected.lists(), **HYPER)
+    for ours, theirs in zip(case.params[1:], expected.params[1:], strict=True):
+        torch.testing.assert_close(ours, theirs)

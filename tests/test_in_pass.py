@@ -129,8 +129,8 @@ def test_same_bits_with_everything_on_every_instruction_set_and_thread_count(op,
             remainders = [torch.zeros_like(p, dtype=torch.int16) for p in copied.params]
             with threads(count):
                 op(
-                    *copied.lists(), lr=0.1, anchors=anchors, remainders=remainders, zero_grads=True, gradient_scale=0.3,
-                    backend=f"cpu:{isa}", **hyper,
+                    *copied.lists(), lr=0.1, anchors=anchors, remainders=remainders, zero_grads=True,
+                    gradient_scale=0.3, backend=f"cpu:{isa}", **hyper,
                 )  # fmt: skip
             results.append([*copied.lists(), remainders])
     for other in results[1:]:

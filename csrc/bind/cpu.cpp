@@ -12,7 +12,9 @@
 #include <vector>
 
 #include "bind/cross_entropy_args.h"
+#include "bind/moment_groups.h"
 #include "bind/moment_lists.h"
+#include "bind/moment_options.h"
 #include "bind/tensor_list.h"
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
@@ -44,78 +46,58 @@ std::vector<std::string> isas() {
 // Steps what `arguments` hold and says in torch's way what was written.
 template <class Tensor, class ScalarsOf>
 void step(const TensorReader& reader, MomentArguments& arguments, const ScalarsOf& scalars_of, const py::list& params,
-          const py::list& zeroed, std::uint32_t seed, void (*kernel)(const Tensor*, std::int64_t, int), int threads) {
-  const auto tensors = advance<Tensor>(arguments, scalars_of, seed);
+          const py::list& zeroed, void (*kernel)(const Tensor*, std::int64_t, int), int threads) {
+  const auto tensors = advance<Tensor>(arguments, scalars_of);
   reader.increment_version(params);
   if (!zeroed.empty()) reader.increment_version(zeroed);
   const py::gil_scoped_release release;
   kernel(tensors.data(), static_cast<std::int64_t>(tensors.size()), threads);
 }
 
-template <class Tensor, class ScalarsOf>
-std::vector<std::size_t> step_lists(const std::string& op, const TensorReader& reader,
-                                    const std::vector<py::list>& lists, const MomentOptions& options,
-                                    const ScalarsOf& scalars_of, void (*kernel)(const Tensor*, std::int64_t, int),
-                                    int threads) {
-  MomentArguments arguments = read_moment_lists(op, reader, TensorView::Device::cpu, lists, options, threads);
-  step(reader, arguments, scalars_of, lists[kParam], options.zero_grads ? lists[kGrad] : py::list(), options.seed,
-       kernel, threads);
+// An optimizer's op: `Kernel` says which kernel, and how scalars follow from the hyperparameters and the step.
+template <class Kernel>
+std::vector<std::size_t> step_lists(const TensorReader& reader, const std::vector<py::list>& lists,
+                                    const py::dict& hyper, int threads, const std::string& isa) {
+  const MomentOptions options = MomentOptions::of(0, hyper);
+  const auto rule = Kernel::options(hyper);
+  MomentArguments arguments =
+      read_moment_lists(Kernel::kName, reader, TensorView::Device::cpu, lists, options, threads);
+  step(
+      reader, arguments, [&](std::size_t, double count) { return scalars(rule, count); }, lists[kParam],
+      options.zero_grads ? lists[kGrad] : py::list(), kernels_for(isa).*Kernel::kKernel, threads);
   return arguments.rest;
 }
 
-template <class Tensor, class ScalarsOf>
-std::optional<std::pair<py::list, std::vector<std::size_t>>> step_group(
-    const std::string& op, const TensorReader& reader, const py::list& params, const py::dict& state,
-    const MomentOptions& options, const ScalarsOf& scalars_of, void (*kernel)(const Tensor*, std::int64_t, int),
-    int threads) {
-  py::list used, zeroed;
-  auto arguments = read_moment_group(op, reader, TensorView::Device::cpu, params, state, options, used, threads);
+template <class Kernel>
+std::optional<std::vector<std::pair<std::size_t, py::object>>> step_groups(const TensorReader& reader,
+                                                                           const py::list& groups,
+                                                                           const py::dict& state, int threads,
+                                                                           const std::string& isa) {
+  const MomentGroups read(reader, groups, state);
+  auto arguments = read.read(Kernel::kName, TensorView::Device::cpu, threads);
   if (!arguments) return std::nullopt;
-  if (options.zero_grads) {
-    for (const py::object& grad : arguments->grads) zeroed.append(grad);
-  }
-  step(reader, *arguments, scalars_of, used, zeroed, options.seed, kernel, threads);
-  return std::make_pair(std::move(used), std::move(arguments->rest));
+  std::vector<decltype(Kernel::options(py::dict()))> rules;
+  rules.reserve(groups.size());
+  for (const py::handle group : groups)
+    rules.push_back(Kernel::options(group.cast<std::pair<py::list, py::dict>>().second));
+  step(
+      reader, *arguments, [&](std::size_t group, double count) { return scalars(rules[group], count); }, read.params(),
+      read.zeroed(), kernels_for(isa).*Kernel::kKernel, threads);
+  std::vector<std::pair<std::size_t, py::object>> rest;
+  for (const std::size_t position : arguments->rest) rest.emplace_back(read.group(position), read.params()[position]);
+  return rest;
 }
 
-std::vector<std::size_t> adamw(const TensorReader& reader, const std::vector<py::list>& lists, double lr, double beta1,
-                               double beta2, double eps, double weight_decay, bool decoupled, double gradient_scale,
-                               bool zero_grads, bool stochastic_rounding, std::uint32_t seed, int threads,
-                               const std::string& isa) {
-  return step_lists("adamw_", reader, lists, {false, false, zero_grads, stochastic_rounding, seed},
-                    adamw_scalars_of({lr, beta1, beta2, eps, weight_decay, decoupled, gradient_scale}),
-                    kernels_for(isa).adamw, threads);
-}
-
-std::optional<std::pair<py::list, std::vector<std::size_t>>> adamw_group(
-    const TensorReader& reader, const py::list& params, const py::dict& state, bool amsgrad, bool anchored, double lr,
-    double beta1, double beta2, double eps, double weight_decay, bool decoupled, double gradient_scale, bool zero_grads,
-    bool stochastic_rounding, std::uint32_t seed, int threads, const std::string& isa) {
-  return step_group("adamw_", reader, params, state, {amsgrad, anchored, zero_grads, stochastic_rounding, seed},
-                    adamw_scalars_of({lr, beta1, beta2, eps, weight_decay, decoupled, gradient_scale}),
-                    kernels_for(isa).adamw, threads);
-}
-
-std::vector<std::size_t> lamb(const TensorReader& reader, const std::vector<py::list>& lists, double lr, double beta1,
-                              double beta2, double eps, double weight_decay, bool bias_correction, bool grad_averaging,
-                              bool adapt, bool trust_clip, double gradient_scale, bool zero_grads,
-                              bool stochastic_rounding, std::uint32_t seed, int threads, const std::string& isa) {
-  return step_lists("lamb_", reader, lists, {false, false, zero_grads, stochastic_rounding, seed},
-                    lamb_scalars_of({lr, beta1, beta2, eps, weight_decay, bias_correction, grad_averaging, adapt,
-                                     trust_clip, gradient_scale}),
-                    kernels_for(isa).lamb, threads);
-}
-
-std::optional<std::pair<py::list, std::vector<std::size_t>>> lamb_group(
-    const TensorReader& reader, const py::list& params, const py::dict& state, bool anchored, double lr, double beta1,
-    double beta2, double eps, double weight_decay, bool bias_correction, bool grad_averaging, bool adapt,
-    bool trust_clip, double gradient_scale, bool zero_grads, bool stochastic_rounding, std::uint32_t seed, int threads,
-    const std::string& isa) {
-  return step_group("lamb_", reader, params, state, {false, anchored, zero_grads, stochastic_rounding, seed},
-                    lamb_scalars_of({lr, beta1, beta2, eps, weight_decay, bias_correction, grad_averaging, adapt,
-                                     trust_clip, gradient_scale}),
-                    kernels_for(isa).lamb, threads);
-}
+struct AdamW {
+  static constexpr const char* kName = "adamw_";
+  static constexpr auto kKernel = &cpu::Kernels::adamw;
+  static AdamWOptions options(const py::dict& hyper) { return adamw_options(hyper); }
+};
+struct Lamb {
+  static constexpr const char* kName = "lamb_";
+  static constexpr auto kKernel = &cpu::Kernels::lamb;
+  static LambOptions options(const py::dict& hyper) { return lamb_options(hyper); }
+};
 
 // Nothing where a tensor is not dense, not on the CPU or of a type without a kernel.
 std::optional<double> sum_of_squares(const TensorReader& reader, const py::list& list, int threads,
@@ -185,29 +167,21 @@ PYBIND11_MODULE(_cpu, m) {
       .def("use_attributes", &TensorReader::use_attributes, "Read through Python attributes from now on.")
       .def_property_readonly("uses_shim", &TensorReader::uses_shim);
 
-  constexpr const char* kListsDoc =
+  static constexpr const char* kListsDoc =
       "lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the "
-      "positions "
-      "that it left alone.";
-  constexpr const char* kGroupDoc =
-      "One step over an optimizer's group. Returns the parameters with a gradient and the positions among them that "
-      "it left alone; None where a parameter is a tensor subclass or lies elsewhere.";
-  m.def("adamw", &adamw, kListsDoc, py::arg("reader"), py::arg("lists"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
-        py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("decoupled"), py::arg("gradient_scale"),
-        py::arg("zero_grads"), py::arg("stochastic_rounding"), py::arg("seed"), py::arg("threads"), py::arg("isa"));
-  m.def("adamw_group", &adamw_group, kGroupDoc, py::arg("reader"), py::arg("params"), py::arg("state"), py::kw_only(),
-        py::arg("amsgrad"), py::arg("anchored"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-        py::arg("weight_decay"), py::arg("decoupled"), py::arg("gradient_scale"), py::arg("zero_grads"),
-        py::arg("stochastic_rounding"), py::arg("seed"), py::arg("threads"), py::arg("isa"));
-  m.def("lamb", &lamb, kListsDoc, py::arg("reader"), py::arg("lists"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
-        py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("bias_correction"),
-        py::arg("grad_averaging"), py::arg("adapt"), py::arg("trust_clip"), py::arg("gradient_scale"),
-        py::arg("zero_grads"), py::arg("stochastic_rounding"), py::arg("seed"), py::arg("threads"), py::arg("isa"));
-  m.def("lamb_group", &lamb_group, kGroupDoc, py::arg("reader"), py::arg("params"), py::arg("state"), py::kw_only(),
-        py::arg("anchored"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
-        py::arg("bias_correction"), py::arg("grad_averaging"), py::arg("adapt"), py::arg("trust_clip"),
-        py::arg("gradient_scale"), py::arg("zero_grads"), py::arg("stochastic_rounding"), py::arg("seed"),
-        py::arg("threads"), py::arg("isa"));
+      "positions that it left alone.";
+  static constexpr const char* kGroupsDoc =
+      "One step over an optimizer's groups, pairs of parameters and hyperparameters. Returns what it left alone: pairs "
+      "of a group's number and a parameter. None, and nothing done, where a parameter is a tensor subclass or lies "
+      "elsewhere.";
+  const auto def_step = [&](const char* name, auto lists, const char* groups_name, auto groups) {
+    m.def(name, lists, kListsDoc, py::arg("reader"), py::arg("lists"), py::arg("hyper"), py::kw_only(),
+          py::arg("threads"), py::arg("isa"));
+    m.def(groups_name, groups, kGroupsDoc, py::arg("reader"), py::arg("groups"), py::arg("state"), py::kw_only(),
+          py::arg("threads"), py::arg("isa"));
+  };
+  def_step("adamw", &step_lists<AdamW>, "adamw_groups", &step_groups<AdamW>);
+  def_step("lamb", &step_lists<Lamb>, "lamb_groups", &step_groups<Lamb>);
 
   m.def("sum_of_squares", &sum_of_squares,
         "Of all elements of all tensors; None where one of them is not dense on the CPU, or has no kernel.",

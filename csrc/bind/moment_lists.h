@@ -20,11 +20,29 @@
 
 namespace superfine {
 
+// What a step takes part in, for one group of parameters. In lists, amsgrad and anchors are there or are not.
+struct MomentOptions {
+  std::size_t group;
+  bool amsgrad, anchored, zero_grads, stochastic_rounding;
+  std::uint32_t seed;
+
+  // From the hyperparameters of an op, by name.
+  static MomentOptions of(std::size_t group, const py::dict& hyper) {
+    return {group,
+            hyper.contains("amsgrad") && hyper["amsgrad"].cast<bool>(),
+            hyper.contains("anchored") && hyper["anchored"].cast<bool>(),
+            hyper["zero_grads"].cast<bool>(),
+            hyper["stochastic_rounding"].cast<bool>(),
+            hyper["seed"].cast<std::uint32_t>()};
+  }
+};
+
+// Parameters that kernels take, in their order, and the positions of the others.
 struct MomentArguments {
   std::vector<MomentTensor> tensors;
-  std::vector<float*> steps;      // one per tensor: the count of steps taken, in host memory
-  std::vector<std::size_t> rest;  // positions that no kernel takes: other dtypes, strides that differ
-  std::vector<py::object> grads;  // held: another thread may set .grad to None while the kernel runs
+  std::vector<float*> steps;  // one per tensor: the count of steps taken, in host memory
+  std::vector<const MomentOptions*> options;
+  std::vector<std::size_t> rest;  // that no kernel takes: other dtypes, strides that differ
 };
 
 // A parameter and what belongs to it.
@@ -43,12 +61,10 @@ enum Role : std::size_t {
 constexpr const char* kLists[kRoles] = {"params",  "grads",      "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs",
                                         "anchors", "remainders", "scales",   "steps"};
 constexpr bool is_optional(std::size_t role) { return role >= kMaxExpAvgSq && role <= kScales; }
-using MomentObjects = std::array<PyObject*, kRoles>;  // borrowed; null where an optional one is absent
 
-// What a step takes part in. In lists, amsgrad and anchors are there or are not.
-struct MomentOptions {
-  bool amsgrad, anchored, zero_grads, stochastic_rounding;
-  std::uint32_t seed;
+// The Python objects of a parameter by their roles: borrowed; null where an optional one is absent.
+struct MomentObjects : std::array<PyObject*, kRoles> {
+  const MomentOptions* options;
 };
 
 inline void prefetch_records(const TensorReader& reader, const MomentObjects& objects) {
@@ -124,7 +140,7 @@ inline std::uint64_t hash(const MomentTensor& t) {
 // As reject_overlap, once: from step to step the memory stays the same, and to sort it costs more than
 // half of a step over small tensors.
 inline void reject_new_overlap(const std::string& op, const std::vector<MomentTensor>& tensors, std::uint64_t hashes) {
-  constexpr std::size_t kRemembered = 64;  // parameter groups that take turns
+  constexpr std::size_t kRemembered = 64;  // optimizers that take turns
   static std::array<std::uint64_t, kRemembered> passed = {};
   const std::uint64_t key = hashes | 1;  // never 0, which marks an empty slot
   std::uint64_t& slot = passed[(key >> 1) % kRemembered];
@@ -138,9 +154,9 @@ inline void reject_new_overlap(const std::string& op, const std::vector<MomentTe
 // Reads and checks the arguments of every parameter, or throws.
 class MomentReader {
  public:
-  MomentReader(std::string op, const TensorReader& reader, TensorView::Device device, const MomentOptions& options,
+  MomentReader(std::string op, const TensorReader& reader, TensorView::Device device,
                const std::vector<MomentObjects>& objects)
-      : op_(std::move(op)), reader_(reader), device_(device), options_(options), objects_(objects) {}
+      : op_(std::move(op)), reader_(reader), device_(device), objects_(objects) {}
 
   // Nothing for parameters on another device, where those are allowed.
   std::optional<MomentArguments> read(bool may_span_devices, int threads) {
@@ -153,10 +169,11 @@ class MomentReader {
         const Views views = careful_views(i);
         if (views[kParam].device != device_ && may_span_devices) return std::nullopt;
         MomentTensor tensor;
-        if (takes(views, tensor)) {
+        if (takes(views, *objects_[i].options, tensor)) {
           hashes += detail::hash(tensor);
           result.tensors.push_back(tensor);
           result.steps.push_back(static_cast<float*>(views[kStep].data));
+          result.options.push_back(objects_[i].options);
         } else {
           reject_wrong(i, views);
           result.rest.push_back(i);
@@ -177,6 +194,7 @@ class MomentReader {
     const std::int64_t n = static_cast<std::int64_t>(objects_.size());
     result.tensors.resize(n);
     result.steps.resize(n);
+    result.options.resize(n);
     std::atomic<bool> usual{true};
     std::atomic<std::uint64_t> sum{0};
     parallel_for(n, kGrain, threads, [&](Ranges& ranges) {
@@ -190,7 +208,8 @@ class MomentReader {
             PyObject* object = objects_[i][role];
             if (object != nullptr && !reader_.read_fast(object, views[role])) usual = false;
           }
-          if (!takes(views, result.tensors[i])) usual = false;
+          result.options[i] = objects_[i].options;
+          if (!takes(views, *result.options[i], result.tensors[i])) usual = false;
           result.steps[i] = static_cast<float*>(views[kStep].data);
           local += detail::hash(result.tensors[i]);
         }
@@ -202,15 +221,16 @@ class MomentReader {
   }
 
   // Whether a kernel takes this parameter; then `tensor` is what it takes.
-  bool takes(const Views& views, MomentTensor& tensor) const {
+  bool takes(const Views& views, const MomentOptions& options, MomentTensor& tensor) const {
     const TensorView &param = views[kParam], &exp_avg = views[kExpAvg], &step = views[kStep];
     if (param.device != device_ || !detail::kernel_takes(param.dtype, exp_avg.dtype) || !is_dense(param)) return false;
+    if (param.is_negated) return false;
     if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) return false;
     if (!scales_fit(views) || (is_quantized(views) && is_present(views, kMaxExpAvgSq))) return false;
     for (const Role role : {kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kRemainder}) {
       if (is_optional(role) && !is_present(views, role)) continue;
       const TensorView& view = views[role];
-      if (!fits(view, param) || !same_order(view, param) || !has_dtype(role, views)) return false;
+      if (view.is_negated || !fits(view, param) || !same_order(view, param) || !has_dtype(role, views)) return false;
     }
     tensor = {param.data,
               views[kGrad].data,
@@ -223,8 +243,8 @@ class MomentReader {
               param.numel,
               *param.dtype,
               *exp_avg.dtype,
-              master(views),
-              options_.zero_grads,
+              master(views, options),
+              options.zero_grads,
               0};
     return true;
   }
@@ -232,9 +252,9 @@ class MomentReader {
   static bool is_present(const Views& views, Role role) { return views[role].device != TensorView::Device::other; }
   static bool is_quantized(const Views& views) { return views[kExpAvg].dtype == DType::u8; }
 
-  Master master(const Views& views) const {
+  static Master master(const Views& views, const MomentOptions& options) {
     if (!is_present(views, kRemainder)) {
-      return options_.stochastic_rounding && views[kParam].dtype == DType::bf16 ? Master::stochastic : Master::none;
+      return options.stochastic_rounding && views[kParam].dtype == DType::bf16 ? Master::stochastic : Master::none;
     }
     return views[kRemainder].dtype == DType::i16 ? Master::split : Master::kahan;
   }
@@ -333,11 +353,10 @@ class MomentReader {
   std::string op_;
   const TensorReader& reader_;
   TensorView::Device device_;
-  MomentOptions options_;
   const std::vector<MomentObjects>& objects_;
 };
 
-// Arguments from parallel lists, one for each role, in that order; optional ones are empty.
+// Arguments from parallel lists, one for each role, in that order; optional ones are empty. They refer to `options`.
 inline MomentArguments read_moment_lists(const std::string& op, const TensorReader& reader, TensorView::Device device,
                                          const std::vector<py::list>& lists, const MomentOptions& options,
                                          int threads) {
@@ -352,131 +371,29 @@ inline MomentArguments read_moment_lists(const std::string& op, const TensorRead
     }
     for (std::size_t i = 0; i < n; ++i) objects[i][role] = PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
   }
-  return *MomentReader(op, reader, device, options, objects).read(false, threads);
+  for (MomentObjects& each : objects) each.options = &options;
+  return *MomentReader(op, reader, device, objects).read(false, threads);
 }
 
-// A walk through an optimizer's state in the order of its parameters, which is the order in which the
-// state was made: the next entry is nearly always the one looked for, and no hash is computed.
-class StateWalk {
- public:
-  explicit StateWalk(PyObject* state) : state_(state) {}
-
-  PyObject* find(PyObject* param) {  // borrowed; null if there is none
-    PyObject *key = nullptr, *value = nullptr;
-    Py_ssize_t position = position_;
-    if (PyDict_Next(state_, &position, &key, &value) != 0 && key == param) {
-      position_ = position;
-      __builtin_prefetch(value);
-      return value;
-    }
-    position_ = position = 0;
-    while (PyDict_Next(state_, &position, &key, &value) != 0) {
-      if (key == param) {
-        position_ = position;
-        return value;
-      }
-    }
-    return nullptr;
-  }
-
- private:
-  PyObject* state_;
-  Py_ssize_t position_ = 0;
-};
-
-// Sets `values[role]` to the entry called `names[role]`, where there is one. The few entries are walked
-// through: their names are the very objects in `names`, unless a checkpoint brought names of its own.
-inline void look_up(PyObject* entries, PyObject* const names[kRoles], MomentObjects& values) {
-  PyObject *key = nullptr, *value = nullptr;
-  Py_ssize_t position = 0;
-  while (PyDict_Next(entries, &position, &key, &value) != 0) {
-    for (std::size_t role = kExpAvg; role < kRoles; ++role) {
-      if (key == names[role]) {
-        values[role] = value;
-        TensorReader::prefetch_object(value);
-      }
-    }
-  }
-  for (std::size_t role = kExpAvg; role < kRoles; ++role) {
-    if (values[role] == nullptr) values[role] = PyDict_GetItemWithError(entries, names[role]);
-    if (values[role] == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  }
-}
-
-// Arguments from an optimizer's parameter group and state. For some hundred small tensors, collecting
-// lists in Python would cost more than the step. `used` receives the parameters that have a gradient.
-// Nothing is returned for tensor subclasses, whose ops have to go through torch's dispatcher, and for
-// groups that span devices.
-inline std::optional<MomentArguments> read_moment_group(const std::string& op, const TensorReader& reader,
-                                                        TensorView::Device device, const py::list& params,
-                                                        const py::dict& state, const MomentOptions& options,
-                                                        py::list& used, int threads) {
-  static PyObject* const names[kRoles] = {nullptr,
-                                          nullptr,
-                                          PyUnicode_InternFromString("exp_avg"),
-                                          PyUnicode_InternFromString("exp_avg_sq"),
-                                          PyUnicode_InternFromString("max_exp_avg_sq"),
-                                          PyUnicode_InternFromString("anchor"),
-                                          PyUnicode_InternFromString("remainder"),
-                                          PyUnicode_InternFromString("scales"),
-                                          PyUnicode_InternFromString("step")};
-  const std::size_t n = params.size();
-  std::vector<MomentObjects> objects;
-  std::vector<py::object> grads;  // a gradient's Python object may exist only as long as it is held
-  objects.reserve(n);
-  grads.reserve(n);
-  StateWalk walk(state.ptr());
-  for (std::size_t i = 0; i < n; ++i) {
-    constexpr std::size_t kAhead = 6;
-    if (i + kAhead < n) {
-      reader.prefetch_record(PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i + kAhead)));
-    }
-    PyObject* param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
-    if (!reader.is_plain(param)) return std::nullopt;
-    py::object grad = reader.grad(param);
-    if (grad.is_none()) continue;
-    PyObject* entries = walk.find(param);
-    if (entries == nullptr) {
-      PyErr_SetObject(PyExc_KeyError, param);
-      throw py::error_already_set();
-    }
-    MomentObjects values = {param, grad.ptr()};
-    look_up(entries, names, values);
-    if (!options.amsgrad) values[kMaxExpAvgSq] = nullptr;
-    if (!options.anchored) values[kAnchor] = nullptr;
-    for (const auto& [role, wanted] :
-         {std::pair{kExpAvg, true}, std::pair{kExpAvgSq, true}, std::pair{kStep, true},
-          std::pair{kMaxExpAvgSq, options.amsgrad}, std::pair{kAnchor, options.anchored}}) {
-      if (wanted && values[role] == nullptr) {
-        PyErr_SetObject(PyExc_KeyError, names[role]);
-        throw py::error_already_set();
-      }
-    }
-    objects.push_back(values);
-    constexpr std::size_t kBehind = 3;  // by now the Python objects have arrived
-    if (objects.size() >= kBehind) prefetch_records(reader, objects[objects.size() - kBehind]);
-    grads.push_back(std::move(grad));
-    used.append(params[i]);
-  }
-  auto arguments = MomentReader(op, reader, device, options, objects).read(true, threads);
-  if (arguments) arguments->grads = std::move(grads);
-  return arguments;
-}
-
-// Counts one step more for every tensor; what a kernel takes is the tensor with the scalars of its step.
+// Counts one step more for every tensor; what a kernel takes is the tensor with the scalars of its step, which
+// scalars_of(group, step) makes.
 template <class Tensor, class ScalarsOf>
-std::vector<Tensor> advance(MomentArguments& arguments, const ScalarsOf& scalars_of, std::uint32_t seed) {
+std::vector<Tensor> advance(MomentArguments& arguments, const ScalarsOf& scalars_of) {
   std::vector<Tensor> tensors;
   tensors.reserve(arguments.tensors.size());
   float last = -1;
+  const MomentOptions* last_options = nullptr;
   for (std::size_t i = 0; i < arguments.tensors.size(); ++i) {
     const float step = *arguments.steps[i] += 1;
+    const MomentOptions* const options = arguments.options[i];
+    const bool as_before = step == last && options == last_options;
     Tensor tensor{};
     static_cast<MomentTensor&>(tensor) = arguments.tensors[i];
-    tensor.scalars = step == last ? tensors.back().scalars : scalars_of(step);
-    tensor.random_key = step == last ? tensors.back().random_key : random_key(seed, step);
+    tensor.scalars = as_before ? tensors.back().scalars : scalars_of(options->group, step);
+    tensor.random_key = as_before ? tensors.back().random_key : random_key(options->seed, step);
     tensors.push_back(tensor);
     last = step;
+    last_options = options;
   }
   return tensors;
 }

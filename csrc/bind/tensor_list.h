@@ -29,6 +29,7 @@ struct TensorView {
   int ndim = 0;
   std::int64_t numel = 1;
   std::optional<DType> dtype;  // none for types without a kernel (complex, other integers, ...)
+  bool is_negated = false;     // minus what memory holds; kernels do not take it
   Device device = Device::other;
   int device_index = 0;
 };
@@ -94,8 +95,13 @@ class TensorReader {
         increment_version_(torch.attr("autograd").attr("graph").attr("increment_version")) {
     const char* names[] = {"float32", "bfloat16", "float16", "float64", "int16", "uint8"};
     for (const char* name : names) dtypes_.push_back(torch.attr(name));
-    const py::object tensor = torch.attr("empty")(1);
-    shim_ = TorchShim::find(tensor, parameter_(tensor));
+    py::list tensors, negated;
+    for (const char* dtype : names) {
+      const py::object tensor = torch.attr("zeros")(2, tensors.size(), py::arg("dtype") = torch.attr(dtype));
+      tensors.append(tensor);
+      negated.append(torch.attr("_neg_view")(tensor));
+    }
+    shim_ = TorchShim::find(tensors, negated, parameter_(tensors[0]));
     if (shim_) {
       const TorchShim::Dtypes& d = shim_->dtypes;
       codes_ = {{{d.f32, DType::f32},
@@ -176,6 +182,7 @@ class TensorReader {
     view.shape = view.owned.get();
     view.strides = view.shape + view.ndim;
     for (int d = 0; d < view.ndim; ++d) view.numel *= view.shape[d];
+    view.is_negated = object.attr("is_neg")().cast<bool>();
     const py::object dtype = object.attr("dtype");
     for (std::size_t i = 0; i < dtypes_.size(); ++i) {
       if (dtype.is(dtypes_[i])) view.dtype = static_cast<DType>(i);

@@ -4,6 +4,9 @@
 // The shim takes a pointer to an at::Tensor, and torch's Python object holds one. Where in the object is
 // no part of any interface, so it is looked up once: `Tensor._cdata` is the word that an at::Tensor
 // consists of. If the word is not found, or a function is missing, the shim is not used.
+//
+// No function tells of torch's negative bit: that the tensor is minus what its memory holds (`torch._neg_view`). It is
+// one bit of torch's record, which is looked up in the same way, by comparing tensors with such views of them.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,12 +22,14 @@ namespace superfine {
 
 class TorchShim {
  public:
-  static std::optional<TorchShim> find(pybind11::handle tensor, pybind11::handle parameter) {
+  // `negated` are views with the negative bit of `tensors`, which differ in all else.
+  static std::optional<TorchShim> find(const pybind11::list& tensors, const pybind11::list& negated,
+                                       pybind11::handle parameter) {
     TorchShim shim;
-    const auto word = word_of(tensor);
+    const auto word = word_of(tensors[0]);
     if (!word || word_of(parameter) != word || !shim.load()) return std::nullopt;
     shim.word_ = *word;
-    return shim;
+    return shim.find_negative(tensors, negated) ? std::optional(shim) : std::nullopt;
   }
 
   struct Dtypes {
@@ -40,8 +45,10 @@ class TorchShim {
     std::int32_t device_index;
   };
 
-  // False for what is neither strided nor on the CPU or a GPU, and where torch reports an error.
+  // False for what is neither strided nor on the CPU or a GPU, what has the negative bit, and where torch reports an
+  // error.
   bool read(PyObject* object, Tensor& t) const {
+    if ((record(object)[negative_word_] & negative_bit_) != 0) return false;
     void* const handle = reinterpret_cast<void**>(object) + word_;
     std::int32_t layout, device;
     if (layout_(handle, &layout) != 0 || layout != strided_ || device_type_(handle, &device) != 0) return false;
@@ -58,8 +65,8 @@ class TorchShim {
   // the misses overlap.
   void prefetch(PyObject* object) const {
     constexpr int kLine = 64, kLines = 4;
-    const char* record = reinterpret_cast<const char* const*>(object)[word_];
-    for (int line = 0; line < kLines; ++line) __builtin_prefetch(record + line * kLine);
+    const char* lines = reinterpret_cast<const char*>(record(object));
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(lines + line * kLine);
   }
 
   Dtypes dtypes{};
@@ -76,6 +83,30 @@ class TorchShim {
       if (words[i] == impl) return i;
     }
     return std::nullopt;
+  }
+
+  const std::uint64_t* record(PyObject* object) const {
+    return reinterpret_cast<const std::uint64_t* const*>(object)[word_];
+  }
+
+  // The bit that every one of `negated` has and its tensor has not, in a word that differs in nothing else. Addresses
+  // in a record may differ in one bit by chance, but not in the same one for every pair.
+  bool find_negative(const pybind11::list& tensors, const pybind11::list& negated) {
+    constexpr int kWords = 22;  // of a record
+    int found = 0;
+    for (int word = 0; word < kWords; ++word) {
+      std::uint64_t bits = ~std::uint64_t{0};
+      for (std::size_t i = 0; i < tensors.size(); ++i) {
+        const std::uint64_t before = record(tensors[i].ptr())[word], after = record(negated[i].ptr())[word];
+        const std::uint64_t bit = before ^ after;
+        bits &= (bit & (bit - 1)) == 0 ? bit & after : 0;
+      }
+      if (bits == 0) continue;
+      ++found;
+      negative_word_ = word;
+      negative_bit_ = bits;
+    }
+    return found == 1;
   }
 
   bool load() {
@@ -116,6 +147,8 @@ class TorchShim {
   }
 
   int word_ = 0;
+  int negative_word_ = 0;
+  std::uint64_t negative_bit_ = 0;
   Get<void*> data_ = nullptr;
   Get<std::int64_t*> sizes_ = nullptr, strides_ = nullptr;
   Get<std::int64_t> dim_ = nullptr;

@@ -9,6 +9,8 @@
 #include "core/parallel_for.h"
 #include "cpu/moments.h"
 #include "cpu/staging.h"
+#include "math/quantized.h"
+#include "math/random.h"
 
 namespace superfine::cpu::SF_ISA {
 namespace {
@@ -59,6 +61,39 @@ void update_directly(const AdamWTensor& t, std::int64_t begin, std::int64_t end)
   });
 }
 
+// Strips of a tensor with 8-bit moments and neither anchor nor coupled decay: only the moments are staged.
+template <class Param>
+void update_quantized(const AdamWTensor& t, const Param param, std::int64_t begin, std::int64_t end) {
+  const AdamWScalars<float> s = round_scalars<float>(t.scalars);
+  auto* __restrict g = static_cast<typename Param::Element*>(t.grad);
+  Stage stage;
+  float* __restrict m = stage.exp_avg;
+  float* __restrict v = stage.exp_avg_sq;
+  for (std::int64_t strip = begin; strip < end; strip += kStage) {
+    const std::int64_t n = std::min(kStage, end - strip);
+    param.prefetch_next_page(strip);
+    prefetch_next_page(g + strip);
+    load_moments(t, strip, n, stage);
+#pragma omp simd
+    for (std::int64_t k = 0; k < n; ++k) {
+      float p = adamw_decay(s, param.get(strip + k)), unused = 0;
+      adamw_update<false>(s, p, float(load(g[strip + k])), m[k], v[k], unused);
+      param.set(strip + k, p);
+    }
+    store_moments(t, strip, n, stage);
+    if (t.zero_grad) zero(g, strip, strip + n);
+  }
+}
+
+void update_quantized(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {
+  if (t.master == Master::split) return update_quantized(t, Split(t), begin, end);
+  switch (t.param_dtype) {
+    case DType::bf16: return update_quantized(t, Whole<bf16>(t), begin, end);
+    case DType::f16: return update_quantized(t, Whole<f16>(t), begin, end);
+    default: return update_quantized(t, Whole<float>(t), begin, end);
+  }
+}
+
 // Adam's decay is part of the gradient; what remains of the step is that of AdamW without decay.
 template <class T>
 void add_decay(AdamWTensor& t, T* __restrict g, const T* __restrict p, const T* __restrict anchor, std::int64_t n) {
@@ -106,16 +141,19 @@ void update_coupled(const AdamWTensor& t, std::int64_t begin, std::int64_t end) 
 
 // What lies between `begin` and `end`. Strips are not divided: the one that `end` lies in belongs to this range, the
 // one that `begin` lies in to the range before.
-template <class Update>
-void update_strips(const AdamWTensor& t, std::int64_t begin, std::int64_t end, const Update& update) {
+void update_strips(const AdamWTensor& t, std::int64_t begin, std::int64_t end,
+                   void (*update)(const AdamWTensor&, std::int64_t, std::int64_t)) {
   const auto next_strip = [&](std::int64_t i) { return std::min((i + kStage - 1) / kStage * kStage, t.numel); };
   update(t, next_strip(begin), next_strip(end));
 }
 
 void update(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {
   const bool coupled = t.scalars.coupled_decay != 0;
+  const bool plain = t.anchor == nullptr && (t.master == Master::none || t.master == Master::split);
   if (coupled && t.param_dtype == DType::f64) {
     update_strips(t, begin, end, update_coupled);
+  } else if (t.state_dtype == DType::u8 && !coupled && plain) {
+    update_strips(t, begin, end, update_quantized);
   } else if (coupled || is_staged(t)) {
     update_strips(t, begin, end, update_staged);
   } else {

@@ -44,6 +44,7 @@ void for_each_block(float* scales, std::int64_t begin, std::int64_t n, const F& 
   }
 }
 
+template <class Kind>
 QuantScale scale_of(const float* __restrict x, std::int64_t begin, std::int64_t end) {
   std::uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
@@ -51,7 +52,7 @@ QuantScale scale_of(const float* __restrict x, std::int64_t begin, std::int64_t 
     const std::uint32_t magnitude = float_bits(x[i]) & 0x7fffffffu;
     largest = magnitude > largest ? magnitude : largest;
   }
-  return quant_scale(largest);
+  return quant_scale<Kind>(largest);
 }
 
 }  // namespace
@@ -88,9 +89,10 @@ void store_param(const MomentTensor& t, std::int64_t begin, std::int64_t n, Stag
     });
   } else if (t.master == Master::stochastic) {
     bf16* __restrict param = static_cast<bf16*>(t.param) + begin;
-    const std::uint32_t key = ~t.random_key;  // the moments have the other half of the keys
+    const std::uint32_t key = random_key_at(~t.random_key, begin);  // the moments have the other half of the keys
+    const std::int32_t count = static_cast<std::int32_t>(n);
 #pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) store_stochastic(&param[i], x[i], random_bits(key, begin + i, x[i]));
+    for (std::int32_t i = 0; i < count; ++i) store_stochastic(&param[i], x[i], random_bits(key, i, x[i]));
   } else {
     store_numbers(t.param, t.param_dtype, begin, n, x);
   }
@@ -128,17 +130,19 @@ void store_moments(const MomentTensor& t, std::int64_t begin, std::int64_t n, St
   const std::int64_t blocks = quant_blocks(t.numel);
   std::uint8_t* __restrict m = static_cast<std::uint8_t*>(t.exp_avg) + begin;
   std::uint8_t* __restrict v = static_cast<std::uint8_t*>(t.exp_avg_sq) + begin;
-  for_each_block(t.scales, begin, n, [&, key = t.random_key](std::int64_t first, std::int64_t last, float* scale) {
-    const QuantScale m_scale = scale_of(stage.exp_avg, first, last), v_scale = scale_of(stage.exp_avg_sq, first, last);
-    scale[0] = m_scale.scale;
-    scale[blocks] = v_scale.scale;
+  for_each_block(t.scales, begin, n,
+                 [&, key = random_key_at(t.random_key, begin)](std::int64_t first, std::int64_t last, float* scale) {
+                   const QuantScale m_scale = scale_of<FirstMoment>(stage.exp_avg, first, last);
+                   const QuantScale v_scale = scale_of<SecondMoment>(stage.exp_avg_sq, first, last);
+                   scale[0] = m_scale.scale;
+                   scale[blocks] = v_scale.scale;
 #pragma omp simd
-    for (std::int64_t i = first; i < last; ++i) {
-      const float vi = stage.exp_avg_sq[i];
-      m[i] = quantize_first(stage.exp_avg[i], m_scale.inverse);
-      v[i] = quantize_second(vi, v_scale.inverse, random_bits(key, begin + i, vi));
-    }
-  });
+                   for (std::int64_t i = first; i < last; ++i) {
+                     const float vi = stage.exp_avg_sq[i];
+                     m[i] = quantize_first(stage.exp_avg[i], m_scale.inverse);
+                     v[i] = quantize_second(vi, v_scale.inverse, random_bits(key, static_cast<std::int32_t>(i), vi));
+                   }
+                 });
 }
 
 void load_stage(const MomentTensor& t, std::int64_t begin, std::int64_t n, Stage& stage) {

@@ -20,7 +20,7 @@
 
 namespace superfine {
 
-// What one tensor needs at one step; computed in double by `adamw_scalars`, then rounded once to T.
+// What one tensor needs at one step; computed in double by `scalars`, then rounded once to T.
 template <class T>
 struct AdamWScalars {
   T decay;  // 1 - lr * weight_decay
@@ -41,7 +41,7 @@ struct AdamWOptions {
   double gradient_scale;
 };
 
-inline AdamWScalars<double> adamw_scalars(const AdamWOptions& o, double step) {
+inline AdamWScalars<double> scalars(const AdamWOptions& o, double step) {
   AdamWScalars<double> s;
   s.decay = o.decoupled ? 1.0 - o.lr * o.weight_decay : 1.0;
   s.one_minus_beta1 = 1.0 - o.beta1;
@@ -53,11 +53,6 @@ inline AdamWScalars<double> adamw_scalars(const AdamWOptions& o, double step) {
   s.gradient_scale = o.gradient_scale;
   s.coupled_decay = o.decoupled ? 0.0 : o.weight_decay;
   return s;
-}
-
-// The scalars as a function of the step.
-inline auto adamw_scalars_of(const AdamWOptions& options) {
-  return [=](double step) { return adamw_scalars(options, step); };
 }
 
 template <class T>

@@ -23,7 +23,7 @@
 
 namespace superfine {
 
-// What one tensor needs at one step; computed in double by `lamb_scalars`, then rounded once to T.
+// What one tensor needs at one step; computed in double by `scalars`, then rounded once to T.
 template <class T>
 struct LambScalars {
   T gradient_scale;  // clipping, and -1 to maximise
@@ -47,7 +47,7 @@ struct LambOptions {
   double gradient_scale;
 };
 
-inline LambScalars<double> lamb_scalars(const LambOptions& o, double step) {
+inline LambScalars<double> scalars(const LambOptions& o, double step) {
   LambScalars<double> s;
   s.gradient_scale = o.gradient_scale;
   s.beta1 = o.beta1;
@@ -62,11 +62,6 @@ inline LambScalars<double> lamb_scalars(const LambOptions& o, double step) {
   s.adapt = o.adapt;
   s.trust_clip = o.trust_clip;
   return s;
-}
-
-// The scalars as a function of the step.
-inline auto lamb_scalars_of(const LambOptions& options) {
-  return [=](double step) { return lamb_scalars(options, step); };
 }
 
 template <class T>

@@ -25,15 +25,24 @@ inline std::uint32_t random_key(std::uint32_t seed, float step) {
   return mix_bits(mix_bits(seed) + static_cast<std::uint32_t>(step));
 }
 
-// For the i-th element of a tensor. Its value makes tensors differ that are alike in all else: low bits of a result
-// are as good as random, and a value that is exact in the narrower type is never changed.
-SF_HD std::uint32_t random_bits(std::uint32_t key, std::int64_t i, float x) {
-  return mix_bits((static_cast<std::uint32_t>(i) * 0x9e3779b9u + key) ^ float_bits(x));
+// For the i-th element of a tensor; the upper bits are the better ones. Its value makes tensors differ that are alike
+// in all else: low bits of a result are as good as random, and a value that is exact in the narrower type is never
+// changed. One multiplication is enough to round moments by, and a step in 8 bits is bound by arithmetic; errors of
+// parameters stay, so they are rounded by `mix_bits` of it.
+SF_HD std::uint32_t random_bits(std::uint32_t key, std::int32_t i, float x) {
+  std::uint32_t bits = (key + static_cast<std::uint32_t>(i)) ^ float_bits(x);
+  bits ^= bits >> 16;
+  return bits * 0x21f0aaadu;
+}
+
+// The key for a stretch that begins at the element `begin`, whose own elements then count from 0.
+SF_HD std::uint32_t random_key_at(std::uint32_t key, std::int64_t begin) {
+  return key + static_cast<std::uint32_t>(begin);
 }
 
 // Rounds to one of both neighbours, to each with the probability that makes the expectation x.
 SF_HD void store_stochastic(bf16* out, float x, std::uint32_t random) {
-  const std::uint32_t rounded = (float_bits(x) + (random & 0xffffu)) >> 16;
+  const std::uint32_t rounded = (float_bits(x) + (mix_bits(random) >> 16)) >> 16;
   out->bits = static_cast<std::uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 

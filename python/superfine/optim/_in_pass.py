@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, TypedDict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,6 +13,15 @@ from typing_extensions import Unpack
 from superfine.optim._layout import Layout
 from superfine_kernels import total_norm
 from superfine_kernels._library import reject, warn_once
+from superfine_kernels._moments import Group
+
+if TYPE_CHECKING:
+    from superfine.optim.in_backward import InBackward
+
+
+def clip_factor(norm: float, limit: float) -> float:
+    """What gradients of this norm are multiplied by, as in `torch.nn.utils.clip_grad_norm_`."""
+    return min(1.0, limit / (norm + 1e-6))
 
 
 class InPassOptions(TypedDict, total=False):
@@ -69,6 +78,7 @@ class InPass(torch.optim.Optimizer):
     grad_norm: float | None = None
     skipped_steps: int = 0
     _measured: tuple[float, float] | None = None  # by clip_grad_norm_: norm and limit
+    _release: InBackward | None = None  # what steps the parameters in backward, if anything does
 
     def _configure(self, **options: Unpack[InPassOptions]) -> None:
         name = type(self).__name__
@@ -76,7 +86,7 @@ class InPass(torch.optim.Optimizer):
             raise TypeError(f"{name}() got an unexpected keyword argument {min(unknown)!r}")
         for option, value in options.items():
             setattr(self, option, value)
-        self.state_dtype = _STATE_DTYPES.get(self.state_dtype, self.state_dtype)  # type: ignore[call-overload]
+        self.state_dtype = _STATE_DTYPES.get(self.state_dtype, self.state_dtype)
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             reject(name, "max_grad_norm", self.max_grad_norm, "a number > 0, or None")
         if self.master_weights not in (None, "split", "kahan"):
@@ -84,7 +94,9 @@ class InPass(torch.optim.Optimizer):
         if self.master_weights is not None and self.stochastic_rounding:
             reject(name, "stochastic_rounding", True, "False beside master_weights, which lose nothing")
         if self.state_dtype not in _STATE_DTYPES.values():
-            reject(name, "state_dtype", self.state_dtype, "torch.float32, torch.bfloat16, torch.uint8 or None")
+            reject(
+                name, "state_dtype", self.state_dtype, "torch.float32, torch.bfloat16, torch.uint8 or None"
+            )
         if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
             reject(name, "seed", self.seed, "an integer in [0, 2^32)")
 
@@ -109,6 +121,11 @@ class InPass(torch.optim.Optimizer):
         """
         if not max_norm > 0:
             reject("clip_grad_norm_", "max_norm", max_norm, "a number > 0")
+        if self._release is not None:
+            raise RuntimeError(
+                "clip_grad_norm_: the gradients were released in backward; expected max_grad_norm and clip= of "
+                "superfine.optim.in_backward instead"
+            )
         self.grad_norm = total_norm(list(self._grads()))
         if error_if_nonfinite and not math.isfinite(self.grad_norm):
             raise RuntimeError(
@@ -121,6 +138,8 @@ class InPass(torch.optim.Optimizer):
         """As torch's."""
         self._measured = None
         super().zero_grad(set_to_none)
+        if self._release is not None:
+            self._release.restart()
 
     def _gradient_scale(self) -> float | None:
         """The factor of this step's gradients; None for a step that is not to be taken."""
@@ -138,7 +157,8 @@ class InPass(torch.optim.Optimizer):
             self._skip()
             return None
         if measured is None and (self.max_grad_norm is not None or self.error_on_nonfinite):
-            measured = total_norm(list(self._grads())), self.max_grad_norm or math.inf
+            grads = list(self._grads())
+            measured = (total_norm(grads), self.max_grad_norm or math.inf) if grads else None
         if measured is not None:
             norm, limit = scale * measured[0], measured[1]
             self.grad_norm = norm
@@ -152,7 +172,7 @@ class InPass(torch.optim.Optimizer):
                 )
                 self._skip()
                 return None
-            scale *= min(1.0, limit / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+            scale *= clip_factor(norm, limit)
         return scale
 
     @torch.no_grad()
@@ -198,9 +218,11 @@ class InPass(torch.optim.Optimizer):
         group = self.param_groups[-1]
         if self._option(group, "decouple_lr"):
             group.setdefault("decay_lr", float(group["lr"]))
+        if self._release is not None:
+            self._release.attach()
 
     def _hyperparameters(self, group: dict[str, Any], scale: float) -> dict[str, Any]:
-        """What every op takes."""
+        """What the op takes for a group; here, what every op takes."""
         return {
             "lr": float(group["lr"]),
             "beta1": float(group["betas"][0]),
@@ -226,10 +248,26 @@ class InPass(torch.optim.Optimizer):
             group.get("amsgrad", False),
         )
 
-    def _make_missing_state(self, group: dict[str, Any]) -> bool:
+    def step_params(self, chosen: Sequence[tuple[dict[str, Any], list[Tensor]]], scale: float) -> None:
+        """Steps parameters that have a gradient, given by group, with `scale` times it; nothing else of a step."""
+        groups = [(params, self._hyperparameters(group, scale)) for group, params in chosen]
+        try:
+            self._op(groups, self.state)
+        except KeyError:  # nothing has been written: the step looks all state up first
+            added = [self._make_missing_state(group, params) for group, params in chosen]
+            if not any(added):
+                raise
+            self._op(groups, self.state)
+
+    @staticmethod
+    def _op(groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]]) -> None:
+        """The optimizer's op, such as `superfine_kernels.adamw_groups_`."""
+        raise NotImplementedError
+
+    def _make_missing_state(self, group: dict[str, Any], params: list[Tensor]) -> bool:
         """Gives parameters with a gradient the state, or the anchor, that they lack; returns whether any did."""
         added = False
-        for param in group["params"]:
+        for param in params:
             if param.grad is None:
                 continue
             state = self.state[param]

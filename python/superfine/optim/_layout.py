@@ -1,4 +1,4 @@
-"""How a parameter's optimizer state is stored: dtypes, hidden bits, 8-bit codes. Makes it, and converts checkpoints."""
+"""How a parameter's optimizer state is stored: dtypes, hidden bits, 8-bit codes; makes and converts it."""
 
 from __future__ import annotations
 

@@ -12,12 +12,14 @@ from typing_extensions import Unpack
 
 from superfine.optim._in_pass import InPass, InPassOptions
 from superfine.optim._profile import profiled_on_demand
-from superfine_kernels import adamw_group_
+from superfine_kernels import adamw_groups_
 from superfine_kernels._library import warn_once
 
 
-class _Adam(InPass):
+class _Adam(InPass, torch.optim.Adam):  # type: ignore[override]
     """The step of both; a group's `decoupled_weight_decay` tells them apart, as in torch."""
+
+    _op = staticmethod(adamw_groups_)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -53,15 +55,12 @@ class _Adam(InPass):
             return loss
         for group, reason in zip(self.param_groups, reasons, strict=True):
             if reason is not None:
-                warn_once(f"{type(self).__name__}: {reason}=True has no kernel yet; torch's implementation steps this group")
+                warn_once(
+                    f"{type(self).__name__}: {reason}=True has no kernel yet; torch's implementation steps this group"
+                )
                 self._step_group_with_torch(group)
-                continue
-            try:
-                self._step_group(group, scale)
-            except KeyError:  # nothing has been written: the step looks all state up first
-                if not self._make_missing_state(group):
-                    raise
-                self._step_group(group, scale)
+        ours = zip(self.param_groups, reasons, strict=True)
+        self.step_params([(group, group["params"]) for group, reason in ours if reason is None], scale)
         return loss
 
     def _reject_in_pass(self, reason: str, group: dict[str, Any]) -> None:
@@ -72,16 +71,13 @@ class _Adam(InPass):
         used = [name for name in names if self._option(group, name)]
         used += ["clip_grad_norm_()"] * (self._measured is not None)
         if used:
-            raise ValueError(f"{type(self).__name__}: {reason} is True beside {', '.join(used)}; expected one or the other")
+            raise ValueError(
+                f"{type(self).__name__}: {reason} is True beside {', '.join(used)}; expected one or the other"
+            )
 
-    def _step_group(self, group: dict[str, Any], scale: float) -> None:
-        adamw_group_(
-            group["params"],
-            self.state,
-            **self._hyperparameters(group, scale),
-            decoupled=group["decoupled_weight_decay"],
-            amsgrad=group["amsgrad"],
-        )
+    def _hyperparameters(self, group: dict[str, Any], scale: float) -> dict[str, Any]:
+        own = {"decoupled": group["decoupled_weight_decay"], "amsgrad": group["amsgrad"]}
+        return super()._hyperparameters(group, scale) | own
 
     def _step_group_with_torch(self, group: dict[str, Any]) -> None:
         lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
@@ -170,7 +166,7 @@ class AdamW(_Adam, torch.optim.AdamW):  # type: ignore[override]
         )
 
 
-class Adam(_Adam, torch.optim.Adam):  # type: ignore[override]
+class Adam(_Adam):
     """Adam (Kingma & Ba 2015), equal to `torch.optim.Adam`: weight decay is part of the gradient.
 
     Args:

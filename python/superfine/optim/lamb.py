@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from superfine.optim._in_pass import InPass, InPassOptions
 from superfine.optim._profile import profiled_on_demand
-from superfine_kernels import lamb_group_
+from superfine_kernels import lamb_groups_
 from superfine_kernels._library import reject
 
 
@@ -37,6 +37,8 @@ class LAMB(InPass):
         ValueError: arguments out of range; a gradient of another dtype, device or shape; parameters that overlap in
             memory. No parameter of that group has moved then.
     """
+
+    _op = staticmethod(lamb_groups_)
 
     def __init__(
         self,
@@ -90,23 +92,15 @@ class LAMB(InPass):
         scale = self._gradient_scale()
         if scale is None:
             return loss
-        for group in self.param_groups:
-            try:
-                self._step_group(group, scale)
-            except KeyError:  # nothing has been written: the step looks all state up first
-                if not self._make_missing_state(group):
-                    raise
-                self._step_group(group, scale)
+        self.step_params([(group, group["params"]) for group in self.param_groups], scale)
         return loss
 
-    def _step_group(self, group: dict[str, Any], scale: float) -> None:
+    def _hyperparameters(self, group: dict[str, Any], scale: float) -> dict[str, Any]:
         adapt = group["adapt"]
-        lamb_group_(
-            group["params"],
-            self.state,
-            **self._hyperparameters(group, scale),
-            bias_correction=group["bias_correction"],
-            grad_averaging=group["grad_averaging"],
-            adapt=group["weight_decay"] != 0 or group["always_adapt"] if adapt is None else adapt,
-            trust_clip=group["trust_clip"],
-        )
+        own = {
+            "bias_correction": group["bias_correction"],
+            "grad_averaging": group["grad_averaging"],
+            "adapt": group["weight_decay"] != 0 or group["always_adapt"] if adapt is None else adapt,
+            "trust_clip": group["trust_clip"],
+        }
+        return super()._hyperparameters(group, scale) | own

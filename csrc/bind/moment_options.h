@@ -1,0 +1,29 @@
+// The hyperparameters of the optimizers' ops, from Python's dicts of them (superfine_kernels/_moments.py).
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "math/adamw.h"
+#include "math/lamb.h"
+
+namespace superfine {
+
+inline AdamWOptions adamw_options(const pybind11::dict& hyper) {
+  return {hyper["lr"].cast<double>(),
+          hyper["beta1"].cast<double>(),
+          hyper["beta2"].cast<double>(),
+          hyper["eps"].cast<double>(),
+          hyper["weight_decay"].cast<double>(),
+          hyper["decoupled"].cast<bool>(),
+          hyper["gradient_scale"].cast<double>()};
+}
+
+inline LambOptions lamb_options(const pybind11::dict& hyper) {
+  return {hyper["lr"].cast<double>(),           hyper["beta1"].cast<double>(),
+          hyper["beta2"].cast<double>(),        hyper["eps"].cast<double>(),
+          hyper["weight_decay"].cast<double>(), hyper["bias_correction"].cast<bool>(),
+          hyper["grad_averaging"].cast<bool>(), hyper["adapt"].cast<bool>(),
+          hyper["trust_clip"].cast<bool>(),     hyper["gradient_scale"].cast<double>()};
+}
+
+}  // namespace superfine
