@@ -14,6 +14,7 @@
 
 #include "bind/cross_entropy_args.h"
 #include "bind/moment_lists.h"
+#include "bind/moment_options.h"
 #include "bind/tensor_list.h"
 #include "core/cuda_check.h"
 #include "cuda/adamw.h"
@@ -96,42 +97,38 @@ int common_device(const std::string& op, const TensorReader& reader, const py::l
   return device;
 }
 
-std::vector<std::size_t> adamw(const TensorReader& reader, const std::vector<py::list>& lists, double lr, double beta1,
-                               double beta2, double eps, double weight_decay, bool decoupled, double gradient_scale,
-                               bool zero_grads, bool stochastic_rounding, std::uint32_t seed, std::uintptr_t stream) {
-  MomentArguments arguments = read_moment_lists("adamw_", reader, TensorView::Device::cuda, lists,
-                                                {false, false, zero_grads, stochastic_rounding, seed}, 1);
-  const py::list& params = lists[kParam];
-  if (params.empty()) return {};
-  const DeviceGuard guard(common_device("adamw_", reader, params), "adamw_");
-  const auto tensors = advance<AdamWTensor>(
-      arguments, adamw_scalars_of({lr, beta1, beta2, eps, weight_decay, decoupled, gradient_scale}), seed);
-  reader.increment_version(params);
-  if (zero_grads) reader.increment_version(lists[kGrad]);
+// Says in torch's way what a step writes.
+void increment_versions(const TensorReader& reader, const std::vector<py::list>& lists, const MomentOptions& options) {
+  reader.increment_version(lists[kParam]);
+  if (options.zero_grads) reader.increment_version(lists[kGrad]);
+}
+
+std::vector<std::size_t> adamw(const TensorReader& reader, const std::vector<py::list>& lists, const py::dict& hyper,
+                               std::uintptr_t stream) {
+  const MomentOptions options = MomentOptions::of(0, hyper);
+  const AdamWOptions rule = adamw_options(hyper);
+  MomentArguments arguments = read_moment_lists("adamw_", reader, TensorView::Device::cuda, lists, options, 1);
+  if (lists[kParam].empty()) return {};
+  const DeviceGuard guard(common_device("adamw_", reader, lists[kParam]), "adamw_");
+  const auto tensors = advance<AdamWTensor>(arguments, [&](std::size_t, double step) { return scalars(rule, step); });
+  increment_versions(reader, lists, options);
   const py::gil_scoped_release release;
   cuda::adamw(tensors.data(), static_cast<std::int64_t>(tensors.size()), as_stream(stream));
   return arguments.rest;
 }
 
-std::vector<std::size_t> lamb(const TensorReader& reader, const std::vector<py::list>& lists, double lr, double beta1,
-                              double beta2, double eps, double weight_decay, bool bias_correction, bool grad_averaging,
-                              bool adapt, bool trust_clip, double gradient_scale, bool zero_grads,
-                              bool stochastic_rounding, std::uint32_t seed, const py::function& allocate,
-                              std::uintptr_t stream) {
-  MomentArguments arguments = read_moment_lists("lamb_", reader, TensorView::Device::cuda, lists,
-                                                {false, false, zero_grads, stochastic_rounding, seed}, 1);
-  const py::list& params = lists[kParam];
-  if (params.empty()) return {};
-  const DeviceGuard guard(common_device("lamb_", reader, params), "lamb_");
+std::vector<std::size_t> lamb(const TensorReader& reader, const std::vector<py::list>& lists, const py::dict& hyper,
+                              const py::function& allocate, std::uintptr_t stream) {
+  const MomentOptions options = MomentOptions::of(0, hyper);
+  const LambOptions rule = lamb_options(hyper);
+  MomentArguments arguments = read_moment_lists("lamb_", reader, TensorView::Device::cuda, lists, options, 1);
+  if (lists[kParam].empty()) return {};
+  const DeviceGuard guard(common_device("lamb_", reader, lists[kParam]), "lamb_");
   const std::int64_t count = static_cast<std::int64_t>(arguments.tensors.size());
   const std::size_t bytes = cuda::lamb_workspace_bytes(arguments.tensors.data(), count);
   void* workspace = pointer(allocate(bytes).cast<std::uintptr_t>());
-  const auto tensors = advance<LambTensor>(arguments,
-                                           lamb_scalars_of({lr, beta1, beta2, eps, weight_decay, bias_correction,
-                                                            grad_averaging, adapt, trust_clip, gradient_scale}),
-                                           seed);
-  reader.increment_version(params);
-  if (zero_grads) reader.increment_version(lists[kGrad]);
+  const auto tensors = advance<LambTensor>(arguments, [&](std::size_t, double step) { return scalars(rule, step); });
+  increment_versions(reader, lists, options);
   const py::gil_scoped_release release;
   cuda::lamb(tensors.data(), count, workspace, as_stream(stream));
   return arguments.rest;
@@ -149,17 +146,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("adamw", &adamw,
         "lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the "
         "positions that it left alone.",
-        py::arg("reader"), py::arg("lists"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-        py::arg("eps"), py::arg("weight_decay"), py::arg("decoupled"), py::arg("gradient_scale"), py::arg("zero_grads"),
-        py::arg("stochastic_rounding"), py::arg("seed"), py::arg("stream"));
-
+        py::arg("reader"), py::arg("lists"), py::arg("hyper"), py::kw_only(), py::arg("stream"));
   m.def("lamb", &lamb,
         "As adamw. `allocate` takes bytes and returns the address of that much memory on the device, which stays until "
         "the stream is done with it.",
-        py::arg("reader"), py::arg("lists"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-        py::arg("eps"), py::arg("weight_decay"), py::arg("bias_correction"), py::arg("grad_averaging"),
-        py::arg("adapt"), py::arg("trust_clip"), py::arg("gradient_scale"), py::arg("zero_grads"),
-        py::arg("stochastic_rounding"), py::arg("seed"), py::arg("allocate"), py::arg("stream"));
+        py::arg("reader"), py::arg("lists"), py::arg("hyper"), py::kw_only(), py::arg("allocate"), py::arg("stream"));
 
   m.def(
       "cross_entropy_forward",

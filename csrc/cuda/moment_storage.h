@@ -47,8 +47,7 @@ class Params {
   __device__ __forceinline__ Params(const MomentEntry& t, std::int64_t begin)
       : param_(static_cast<P*>(t.param) + begin),
         remainder_(kNarrow && t.remainder != nullptr ? t.remainder + begin : nullptr),
-        begin_(begin),
-        key_(~t.random_key),  // the moments have the other half of the keys
+        key_(random_key_at(~t.random_key, begin)),  // the moments have the other half of the keys
         master_(t.master) {}
 
   template <class AnyTile>
@@ -81,7 +80,7 @@ class Params {
       }
       if (master_ == Master::stochastic) {
         return for_each([&](int k, bf16& high, std::uint16_t&) {
-          store_stochastic(&high, x[k], random_bits(key_, begin_ + tile.place(k), x[k]));
+          store_stochastic(&high, x[k], random_bits(key_, tile.place(k), x[k]));
         });
       }
     }
@@ -115,7 +114,6 @@ class Params {
 
   P* param_;
   std::uint16_t* remainder_;
-  std::int64_t begin_;
   std::uint32_t key_;
   Master master_;
   typename Tile::template Elements<P> high_;
@@ -166,8 +164,7 @@ class Moments<Tile, std::uint8_t> {
         exp_avg_sq_(static_cast<std::uint8_t*>(t.exp_avg_sq) + begin),
         m_scales_(static_cast<float*>(t.max_or_scales) + begin / kQuantBlock),
         v_scales_(m_scales_ + quant_blocks(t.numel)),
-        begin_(begin),
-        key_(t.random_key) {}
+        key_(random_key_at(t.random_key, begin)) {}
 
   template <class AnyTile>
   __device__ __forceinline__ void read(const AnyTile& tile, bool once = false) {
@@ -193,24 +190,25 @@ class Moments<Tile, std::uint8_t> {
   }
   __device__ __forceinline__ void finish(const Tile& tile) {
     static_assert(Tile::kElements * kWarp == kQuantBlock);
-    const QuantScale m_new = scale_of(tile, new_m_), v_new = scale_of(tile, new_v_);
+    const QuantScale m_new = scale_of<FirstMoment>(tile, new_m_), v_new = scale_of<SecondMoment>(tile, new_v_);
     m_scale_ = m_new.scale;
     v_scale_ = v_new.scale;
 #pragma unroll
     for (int k = 0; k < Tile::kElements; ++k) {
       m_.set(k, quantize_first(new_m_[k], m_new.inverse));
-      v_.set(k, quantize_second(new_v_[k], v_new.inverse, random_bits(key_, begin_ + tile.place(k), new_v_[k])));
+      v_.set(k, quantize_second(new_v_[k], v_new.inverse, random_bits(key_, tile.place(k), new_v_[k])));
     }
   }
 
  private:
+  template <class Kind>
   __device__ __forceinline__ static QuantScale scale_of(const Tile& tile, const float (&x)[Tile::kElements]) {
     std::uint32_t largest = 0;
 #pragma unroll
     for (int k = 0; k < Tile::kElements; ++k) {
       if (tile.has(k)) largest = max(largest, float_bits(x[k]) & 0x7fffffffu);
     }
-    return quant_scale(__reduce_max_sync(0xffffffffu, largest));
+    return quant_scale<Kind>(__reduce_max_sync(0xffffffffu, largest));
   }
   template <class AnyTile>
   __device__ __forceinline__ static int block_of(const AnyTile& tile) {
@@ -221,7 +219,6 @@ class Moments<Tile, std::uint8_t> {
   std::uint8_t* exp_avg_sq_;
   float* m_scales_;
   float* v_scales_;
-  std::int64_t begin_;
   std::uint32_t key_;
   typename Tile::template Elements<std::uint8_t> m_, v_;
   float m_scale_, v_scale_;
