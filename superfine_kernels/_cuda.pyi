@@ -6,9 +6,9 @@ import collections.abc
 import superfine_kernels._cpu
 import typing
 __all__: list[str] = ['adamw', 'cross_entropy_backward', 'cross_entropy_denominator', 'cross_entropy_forward', 'cross_entropy_reduce', 'device_count', 'lamb', 'runtime_version', 'why_unavailable']
-def adamw(reader: superfine_kernels._cpu.TensorReader, lists: collections.abc.Sequence[list], *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, stream: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
+def adamw(reader: superfine_kernels._cpu.TensorReader, lists: collections.abc.Sequence[list], hyper: dict, *, stream: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
     """
-    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, steps. Returns the positions that it left alone.
+    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the positions that it left alone.
     """
 def cross_entropy_backward(input: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, row_stride: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_is_int64: bool, target_stride: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, ignore_index: typing.SupportsInt | typing.SupportsIndex, label_smoothing: typing.SupportsFloat | typing.SupportsIndex, lse: typing.SupportsInt | typing.SupportsIndex, scale: typing.SupportsInt | typing.SupportsIndex, scale_stride: typing.SupportsInt | typing.SupportsIndex, dlogits: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex, device: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
@@ -30,7 +30,7 @@ def device_count() -> int:
     """
     The number of GPUs; 0 without a driver.
     """
-def lamb(reader: superfine_kernels._cpu.TensorReader, lists: collections.abc.Sequence[list], *, lr: typing.SupportsFloat | typing.SupportsIndex, beta1: typing.SupportsFloat | typing.SupportsIndex, beta2: typing.SupportsFloat | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_decay: typing.SupportsFloat | typing.SupportsIndex, bias_correction: bool, grad_averaging: bool, adapt: bool, trust_clip: bool, gradient_scale: typing.SupportsFloat | typing.SupportsIndex, zero_grads: bool, allocate: collections.abc.Callable, stream: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
+def lamb(reader: superfine_kernels._cpu.TensorReader, lists: collections.abc.Sequence[list], hyper: dict, *, allocate: collections.abc.Callable, stream: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
     """
     As adamw. `allocate` takes bytes and returns the address of that much memory on the device, which stays until the stream is done with it.
     """

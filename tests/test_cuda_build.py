@@ -40,8 +40,11 @@ def test_every_architecture_has_every_kernel(usages):
         architecture = name.split()[0]
         by_architecture[architecture] = by_architecture.get(architecture, 0) + 1
     assert len(set(by_architecture.values())) == 1, by_architecture
-    # Six pairs of dtypes, with and without amsgrad; four dtypes, with and without smoothing, row held or not.
-    assert len(of_kernel(usages, "adamw_kernel")) % (6 * 2 * len(by_architecture)) == 0
+    # Seven pairs of dtypes and 8-bit moments; fp64, 8-bit moments and all other pairs.
+    assert len(of_kernel(usages, "adamw_kernel")) == 8 * len(by_architecture)
+    assert len(of_kernel(usages, "lamb_moments_kernel")) == 3 * len(by_architecture)
+    assert len(of_kernel(usages, "lamb_param_kernel")) == 3 * len(by_architecture)
+    # Four dtypes, with and without smoothing, row held or not.
     assert len(of_kernel(usages, "forward_kernel")) == 4 * 2 * 2 * len(by_architecture)
     assert len(of_kernel(usages, "backward_kernel")) == 4 * 2 * len(by_architecture)
 
@@ -49,7 +52,10 @@ def test_every_architecture_has_every_kernel(usages):
 def test_blocks_fit_into_a_multiprocessor(usages):
     registers = 65536
     for name, usage in of_kernel(usages, "adamw_kernel").items():
-        assert usage.registers * 256 * 3 <= registers, name  # three blocks hide each other's latency
+        assert usage.registers * 256 * 4 <= registers, name  # four blocks hide each other's latency
+    for kernel in ("lamb_moments_kernel", "lamb_param_kernel"):
+        for name, usage in of_kernel(usages, kernel).items():
+            assert usage.registers * 128 * 4 <= registers, name  # what each holds is in csrc/cuda/lamb.cu
     for kernel in ("forward_kernel", "backward_kernel"):
         for name, usage in of_kernel(usages, kernel).items():
             threads = 512 if f"{kernel}Id" in name else 1024  # mangled: the first template argument is double
@@ -106,12 +112,12 @@ def test_adamw_takes_cuda_tensors_only():
         "import torch\n"
         "from superfine_kernels import _cuda\n"
         "from superfine_kernels._library import READER\n"
-        "lists = [[torch.zeros(3)] for _ in range(4)] + [[], [], []] + [[torch.zeros(())]]\n"
-        "hyper = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, gradient_scale=1.0,\n"
-        "             zero_grads=False)\n"
-        "try:\n    _cuda.adamw(READER, lists, **hyper, stream=0)\n"
+        "lists = [[torch.zeros(3)] for _ in range(4)] + [[], [], [], []] + [[torch.zeros(())]]\n"
+        "hyper = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True,\n"
+        "             gradient_scale=1.0, zero_grads=False, stochastic_rounding=False, seed=0)\n"
+        "try:\n    _cuda.adamw(READER, lists, hyper, stream=0)\n"
         "except ValueError as error:\n    print(error)\n"
-        "print(_cuda.adamw(READER, [[]] * 8, **hyper, stream=0))\n"
+        "print(_cuda.adamw(READER, [[]] * 9, hyper, stream=0))\n"
     )
     error, nothing_left = output.splitlines()
     assert error.startswith("adamw_: params[0] is float32 ")
