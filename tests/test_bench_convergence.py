@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import replace
 
@@ -143,17 +144,17 @@ def test_a_file_of_something_else_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ours", "noise"),
+    ("ours", "is_noise"),
     [
         ([0.51, 0.62, 0.69], True),  # mean of differences 0.0067, its error 0.0088
         ([0.51, 0.61, 0.71], False),  # 0.01 in every seed, though seeds differ by 0.1
-        ([0.53, 0.61, 0.71], True),  # 0.0167, error 0.0067: 2.5 errors are within t's interval for 2 degrees
+        ([0.53, 0.61, 0.71], True),  # 0.0167, error 0.0067: t's interval for 2 degrees is 4.3 errors wide
     ],
 )
-def test_what_differs_within_seeds_is_judged_by_its_own_scatter(ours, noise):
+def test_what_differs_within_seeds_is_judged_by_its_own_scatter(ours, is_noise):
     difference = Difference.of(ours, [0.5, 0.6, 0.7])
     assert difference.mean == pytest.approx(sum(ours) / 3 - 0.6)
-    assert difference.is_noise == noise
+    assert difference.is_noise == is_noise
 
 
 def test_table_compares_seeds_that_both_have_and_says_what_is_noise():
@@ -169,7 +170,7 @@ def test_table_compares_seeds_that_both_have_and_says_what_is_noise():
         "0.5000",
         "0.6600",
         "+0.0100 ± 0.0000",
-        "higher",
+        "+0.1",
         "75.0%",
         "+0.0 ± 0.0",
     ]
@@ -177,10 +178,12 @@ def test_table_compares_seeds_that_both_have_and_says_what_is_noise():
 
     text = convergence.markdown({"settings": {"batch": 32, "lr": {"adamw": 5e-5, "lamb": 2e-3}}}, results)
     assert f"| {name} | 4 + 8 | 0.0% |" in text
-    assert "0.100 (AdamW)" in text
+    assert "0.100 (AdamW)." in text
 
-    console = Console(width=160, record=True, quiet=True)
+    console = Console(width=110, file=io.StringIO())
     convergence.print_table(console, results)
+    assert "AdamW, bf16, rounded" in console.file.getvalue()
+    assert "+0.0100 ± 0.0000      +0.1" in console.file.getvalue()
 
 
 def test_says_which_package_is_missing():
