@@ -339,7 +339,7 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
                 )
                 for name in ("test_loss", "test_accuracy")
             )
-            multiple = "" if not scatter else "noise" if loss.is_noise else f"{loss.mean / scatter:+.1f}"
+            multiple = "" if not scatter else "noise" if loss.is_noise else f"{loss.mean / scatter:+.2f}"
             compared = [loss.text(".4f"), multiple, right.text(".1f", 100)]
         table.append(
             [

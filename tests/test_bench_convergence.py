@@ -170,7 +170,7 @@ def test_table_compares_seeds_that_both_have_and_says_what_is_noise():
         "0.5000",
         "0.6600",
         "+0.0100 ± 0.0000",
-        "+0.1",
+        "+0.10",
         "75.0%",
         "+0.0 ± 0.0",
     ]
@@ -183,7 +183,7 @@ def test_table_compares_seeds_that_both_have_and_says_what_is_noise():
     console = Console(width=110, file=io.StringIO())
     convergence.print_table(console, results)
     assert "AdamW, bf16, rounded" in console.file.getvalue()
-    assert "+0.0100 ± 0.0000      +0.1" in console.file.getvalue()
+    assert "+0.0100 ± 0.0000     +0.10" in console.file.getvalue()
 
 
 def test_says_which_package_is_missing():
