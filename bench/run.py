@@ -157,12 +157,7 @@ def _begin(out: Path | None, described: dict[str, Any], resume: bool) -> records
         raise FileExistsError(f"bench: {file} exists; expected a new folder, or --resume to go on with it")
     found = records.read(file)
     if found.environment:
-        here = _decisive(described)
-        for name, value in _decisive(found.environment).items():
-            if value != here[name]:
-                raise ValueError(
-                    f"bench: {file} was measured with {name} {value}; expected {here[name]}, as here"
-                )
+        require_same(file, found.environment, described)
         before, peers = found.environment.get("peers") or {}, described["peers"]
         if not before.items() <= peers.items():
             raise ValueError(f"bench: {file} was measured with peers {before}; expected {peers}, as here")
@@ -172,6 +167,16 @@ def _begin(out: Path | None, described: dict[str, Any], resume: bool) -> records
     records.append(file, "environment", described)
     found.environment = described
     return found
+
+
+def require_same(file: Path, found: dict[str, Any], described: dict[str, Any]) -> None:
+    """ValueError unless results in `file`, of the environment `found`, may stand beside those of this one."""
+    here = _decisive(described)
+    for name, value in _decisive(found).items():
+        if value != here[name]:
+            raise ValueError(
+                f"bench: {file} was measured with {name} {value}; expected {here[name]}, as here"
+            )
 
 
 def _decisive(environment: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""The measured tables of README and docs, from ``bench/results/*/bench.jsonl``.
+"""The measured tables of README and docs, from ``bench/results/*/bench.jsonl`` and ``convergence.jsonl``.
 
     python -m superfine_bench.tables [--check]
 
 rewrites what lies between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``. NAME is a folder of
-``bench/results``, for the table of that machine, or ``ratios``, for one line per op and machine.
+``bench/results``, for the table of that machine, ``ratios``, for one line per op and machine, or ``convergence``, for
+where optimizers end.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from superfine._files import atomic_write
 
+from . import convergence
 from .compare import device_of
 from .display import (
     baseline_of,
@@ -33,6 +36,9 @@ from .records import FILE, MEASURED, Row, Run, read
 
 ROOT = Path(__file__).resolve().parent.parent
 REGION = re.compile(r"<!-- bench:(?P<name>[\w.-]+) -->\n(?P<text>.*?)<!-- /bench:(?P=name) -->", re.DOTALL)
+
+#: A file of results of training: its path, environment and results.
+Trained = tuple[Path, dict[str, Any], list[convergence.Result]]
 
 OP_NAMES = {
     "adamw": "AdamW step",
@@ -66,17 +72,20 @@ def outdated(root: Path) -> dict[Path, str]:
         ValueError: a region has a name that no results have, or is not closed.
     """
     runs = {path.parent.name: read(path) for path in sorted(root.glob(f"bench/results/*/{FILE}"))}
+    trained = [
+        (path, *convergence.read(path)) for path in sorted(root.glob(f"bench/results/*/{convergence.FILE}"))
+    ]
     found = {}
     for path in [root / "README.md", *sorted(root.glob("docs/*.md"))]:
         if path.is_file():
             text = path.read_text(encoding="utf-8")
-            up_to_date = _replace(path, text, runs, root)
+            up_to_date = _replace(path, text, runs, trained, root)
             if up_to_date != text:
                 found[path] = up_to_date
     return found
 
 
-def _replace(path: Path, text: str, runs: dict[str, Run], root: Path) -> str:
+def _replace(path: Path, text: str, runs: dict[str, Run], trained: Sequence[Trained], root: Path) -> str:
     opened = re.findall(r"<!-- bench:([^ ]*) -->", text)
     closed = [region["name"] for region in REGION.finditer(text)]
     if opened != closed or text.count("<!-- /bench:") != len(closed):
@@ -86,11 +95,16 @@ def _replace(path: Path, text: str, runs: dict[str, Run], root: Path) -> str:
         name = found["name"]
         if name == "ratios":
             content = ratios_table(runs)
+        elif name == "convergence" and trained:
+            content = "\n\n".join(
+                f"{convergence.markdown(environment, results)}\n\n{_origin(Run(environment), file, path)}"
+                for file, environment, results in trained
+            )
         elif name in runs:
-            link = os.path.relpath(root / "bench" / "results" / name / FILE, path.parent)
-            content = f"{measured_table(runs[name])}\n\n{_origin(runs[name])}: [the file]({link})."
+            file = root / "bench" / "results" / name / FILE
+            content = f"{measured_table(runs[name])}\n\n{_origin(runs[name], file, path)}"
         else:
-            expected = ", ".join(["ratios", *runs])
+            expected = ", ".join(["ratios", *["convergence"] * bool(trained), *runs])
             raise ValueError(f"tables: {path.name} has region {name!r}; expected one of {expected}")
         return f"<!-- bench:{name} -->\n{content}\n<!-- /bench:{name} -->"
 
@@ -167,8 +181,8 @@ def _ratio(row: Row) -> str:
     return ratio + (f" ({bounds})" if bounds else "") + (" \\*" if row.status == "suspect" else "")
 
 
-def _origin(run: Run) -> str:
-    """Where and with what the run was measured."""
+def _origin(run: Run, file: Path, page: Path) -> str:
+    """Where and with what the run in `file` was measured, with a link from `page`."""
     environment = run.environment
     torch = (environment.get("packages") or {}).get("torch")
     git = environment.get("git") or {}
@@ -178,7 +192,8 @@ def _origin(run: Run) -> str:
         else ""
     )
     kind = "quick run" if (environment.get("settings") or {}).get("quick") else "run"
-    return ", ".join(filter(None, [f"One {kind} on {device_of(run)}", torch and f"torch {torch}", commit]))
+    where = ", ".join(filter(None, [f"One {kind} on {device_of(run)}", torch and f"torch {torch}", commit]))
+    return f"{where}: [the file]({os.path.relpath(file, page.parent)})."
 
 
 if __name__ == "__main__":

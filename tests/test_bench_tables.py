@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from superfine_bench import Row, records, tables
+from superfine_bench import Row, convergence, records, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = Row(
@@ -44,6 +45,7 @@ def test_readme_and_docs_agree_with_the_results():
 def test_the_readme_shows_every_results_folder_it_names_and_docs_show_ratios():
     assert "<!-- bench:cpu-avx512 -->\n| op |" in (ROOT / "README.md").read_text()
     assert "<!-- bench:ratios -->\n| op |" in (ROOT / "docs" / "kernels.md").read_text()
+    assert "<!-- bench:convergence -->\n|  | bytes" in (ROOT / "docs" / "numerics.md").read_text()
 
 
 def test_rewrites_regions_and_nothing_else(project):
@@ -83,6 +85,22 @@ def test_ours_that_does_other_work_than_the_case_is_in_no_table(project):
     records.append_row(file, replace(OURS, provider="superfine AdamW", ratio=99.0))
     changed = {path.name: text for path, text in tables.outdated(project).items()}
     assert "99.0" not in changed["README.md"] + changed["kernels.md"]
+
+
+def test_training_runs_have_a_table_of_their_own(project):
+    region = "<!-- bench:convergence -->\n<!-- /bench:convergence -->\n"
+    (project / "docs" / "numerics.md").write_text(region)
+    with pytest.raises(ValueError, match="region 'convergence'; expected one of ratios, here"):
+        tables.outdated(project)
+    file = project / "bench" / "results" / "here" / convergence.FILE
+    settings = {"settings": {"batch": 32, "lr": {"adamw": 5e-5, "lamb": 2e-3}}}
+    records.append(file, "environment", ENVIRONMENT | settings)
+    result = convergence.Result("AdamW", 0, 120, 5e-5, 0.8, 0.8, 0.65, 0.8, 0.65, 0.0, 0.02, 4.0, 8.0, 30.0)
+    records.append(file, "training", dataclasses.asdict(result))
+    changed = {path.name: text for path, text in tables.outdated(project).items()}
+    assert "| AdamW | 4 + 8 | 0.0% | 0.8000 | 0.8000 |" in changed["numerics.md"]
+    assert "[the file](../bench/results/here/convergence.jsonl)" in changed["numerics.md"]
+    assert "convergence" not in changed["README.md"]
 
 
 def test_check_names_what_differs_and_changes_nothing(project, monkeypatch, capsys):

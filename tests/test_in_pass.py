@@ -10,15 +10,19 @@ import re
 import pytest
 import torch
 from kernel_cases import ADAMW_DTYPES, AdamWCase, LambCase
-from superfine.optim import LAMB, AdamW
+from superfine.optim import LAMB, Adam, AdamW
 from support import ISAS, assert_same_bits_in_lists, one_warning, same_bits, threads
 from torch import nn
 
 from superfine_kernels import adamw_, lamb_, total_norm
 from superfine_kernels._storage import join, split
 
-OPS = [(adamw_, AdamWCase, {}), (lamb_, LambCase, {"trust_clip": True})]
-OPTIMIZERS = [AdamW, LAMB]
+OPS = [
+    (adamw_, AdamWCase, {}),
+    (adamw_, AdamWCase, {"decoupled": False}),
+    (lamb_, LambCase, {"trust_clip": True}),
+]
+OPTIMIZERS = [AdamW, Adam, LAMB]
 SIZES = [0, 1, 31, 33, 1023, 1025, 2049, 70_000]
 
 

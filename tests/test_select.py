@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from small_models import bert, distilbert, gpt2, llama, mlp, roberta, starting, step, t5, trained
+from superfine.optim import LAMB, Adam
 from superfine.select import select
 from superfine.selectors import WORDS, layer_stacks, match
 from torch import nn
@@ -356,7 +357,7 @@ def test_table_of_a_single_layer_and_of_a_meta_model():
     assert "4" in str(select(model, "last:1"))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
+@pytest.mark.parametrize(("name", "kind"), [("adam", Adam), ("lamb", LAMB), ("sgd", torch.optim.SGD)])
 def test_optimizer_passes_arguments_on(name, kind):
     plan = select(mlp(), "last:1")
     extra = {"momentum": 0.9} if name == "sgd" else {"betas": (0.8, 0.9)}
@@ -383,7 +384,9 @@ def test_default_optimizer_is_superfines_adamw():
 
 def test_unknown_optimizer_is_an_error_with_a_near_miss():
     plan = select(mlp(), "last:1")
-    with pytest.raises(ValueError, match="'adamW'; expected one of adamw, adam, sgd; did you mean 'adamw'"):
+    with pytest.raises(
+        ValueError, match="'adamW'; expected one of adamw, adam, lamb, sgd; did you mean 'adamw'"
+    ):
         plan.optimizer("adamW", lr=0.1)
     with pytest.raises(TypeError):
         plan.optimizer("sgd", lr=0.1, beta=3)

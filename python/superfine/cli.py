@@ -43,7 +43,7 @@ def tune(
     model: Annotated[str | None, typer.Option(help="Hugging Face model folder or hub name.")] = None,
     select: Annotated[list[str] | None, typer.Option(help="What trains: last:2, head, norms, ...")] = None,
     output: Annotated[str | None, typer.Option(help="Run directory.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw, adam or sgd.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, adam, lamb or sgd.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate after warm-up.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples in one forward pass.")] = None,

@@ -89,17 +89,18 @@ class SelectConfig(_Section):
 class OptimizerConfig(_Section):
     """The optimizer and gradient clipping. An option left out takes the optimizer's own default."""
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "lamb", "sgd"] = "adamw"
     lr: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     betas: list[float] | None = Field(default=None, min_length=2, max_length=2)
     eps: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     momentum: float | None = Field(default=None, ge=0, lt=1)
+    state_dtype: Literal["bf16", "8bit"] | None = None
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)  # 0: no clipping
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
-        foreign = ("betas", "eps") if self.name == "sgd" else ("momentum",)
+        foreign = ("betas", "eps", "state_dtype") if self.name == "sgd" else ("momentum",)
         for key in foreign:
             if getattr(self, key) is not None:
                 raise ValueError(f"{key} is set; expected none, because {self.name} has no {key}")
@@ -109,7 +110,12 @@ class OptimizerConfig(_Section):
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for ``Plan.optimizer``."""
-        optional = {"betas": self.betas and tuple(self.betas), "eps": self.eps, "momentum": self.momentum}
+        optional = {
+            "betas": self.betas and tuple(self.betas),
+            "eps": self.eps,
+            "momentum": self.momentum,
+            "state_dtype": self.state_dtype,
+        }
         return {"lr": self.lr, "weight_decay": self.weight_decay} | {
             key: value for key, value in optional.items() if value is not None
         }

@@ -24,7 +24,7 @@ from superfine.selectors import layer_stacks, match
 
 __all__ = ["Plan", "select"]
 
-OPTIMIZERS = ("adamw", "adam", "sgd")
+OPTIMIZERS = ("adamw", "adam", "lamb", "sgd")
 
 
 def select(model: nn.Module, *selectors: str) -> Plan:
@@ -116,9 +116,9 @@ class Plan:
     ) -> torch.optim.Optimizer:
         """An optimizer over the selection, which checks its first step.
 
-        ``name``: ``"adamw"`` (``superfine.optim.AdamW``), ``"adam"`` or ``"sgd"`` (``torch.optim``; their
-        decay is L2 regularisation). Further arguments go to the optimizer. Groups are those of
-        :meth:`param_groups`.
+        ``name``: ``"adamw"``, ``"adam"``, ``"lamb"`` (``superfine.optim``) or ``"sgd"`` (``torch.optim``). The
+        decay of adam and sgd is L2 regularisation. Further arguments go to the optimizer. Groups are those of
+        :meth:`param_groups`; lamb adapts those with weight decay.
 
         The first step raises ``ValueError`` when a selected parameter has no gradient, or when a frozen one
         has a gradient or moves. ``first_step_check=False`` leaves that out, for models that use a part of
@@ -140,14 +140,13 @@ class Plan:
                 )
         groups = self.param_groups(weight_decay)
         optimizer: torch.optim.Optimizer
-        if name == "adamw":
-            from superfine.optim import AdamW
-
-            optimizer = AdamW(groups, lr=lr, weight_decay=weight_decay, **kwargs)
-        elif name == "adam":
-            optimizer = torch.optim.Adam(groups, lr=lr, weight_decay=weight_decay, **kwargs)
-        else:
+        if name == "sgd":
             optimizer = torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay, **kwargs)
+        else:
+            from superfine.optim import LAMB, Adam, AdamW
+
+            kind = {"adamw": AdamW, "adam": Adam, "lamb": LAMB}[name]
+            optimizer = kind(groups, lr=lr, weight_decay=weight_decay, **kwargs)
         if first_step_check:
             watch_first_step(self.model, self.names, optimizer)
         return optimizer

@@ -23,6 +23,7 @@ from superfine.checkpoint import MetricsLog, Progress
 from superfine.config import Config
 from superfine.evaluate import autocast, evaluate
 from superfine.hf import Encoded, epoch_order
+from superfine.optim._in_pass import InPass
 from superfine.schedule import lr_scale, warmup_steps
 from superfine.select import Plan
 from superfine.task import Task
@@ -168,6 +169,10 @@ class Trainer:
 
     def _clip(self, logged: bool) -> Tensor:
         limit = self.config.optimizer.max_grad_norm
+        if self.device.type == "cpu" and isinstance(self.optimizer, InPass):
+            norm = self.optimizer.clip_grad_norm_(limit or math.inf)  # the step scales what it reads
+            self._check_finite("gradient norm", norm.item())
+            return norm
         if limit:
             return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         gradients = [p.grad for p in self.parameters if p.grad is not None] if logged else []
