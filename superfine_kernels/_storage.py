@@ -7,6 +7,8 @@ random. Moments may be 8-bit codes (uint8), of which blocks of 256 share a scale
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from superfine_kernels._library import opmath_dtype
 BLOCK = 256  # elements that share a scale, in the order of memory
 
 _MASK = 0xFFFFFFFF
+_Bits = TypeVar("_Bits", int, Tensor)
 
 
 # --- parameters: a remainder, or rounding at random ---------------------------------------------------
@@ -40,7 +43,8 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 def split_off_rounding(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """float32 numbers rounded to `dtype`, and what that took away, rounded to it (Kahan)."""
     high = x.to(dtype)
-    return high, (x - high.float()).nan_to_num(nan=0.0).to(dtype)
+    rest = x - high.float()
+    return high, torch.where(rest.isfinite(), rest, 0.0).to(dtype)
 
 
 def round_at_random(x: Tensor, key: int) -> Tensor:
@@ -55,14 +59,10 @@ def round_at_random(x: Tensor, key: int) -> Tensor:
 
 def random_key(seed: int, step: int) -> int:
     """Of one step."""
-    return _mix((_mix(seed) + step) & _MASK)
+    return _mix_bits((_mix_bits(seed) + step) & _MASK)
 
 
-def _mix(x: int) -> int:
-    return int(_mix_bits(torch.tensor(x)))
-
-
-def _mix_bits(x: Tensor) -> Tensor:
+def _mix_bits(x: _Bits) -> _Bits:
     x = x ^ x >> 16
     x = x * 0x21F0AAAD & _MASK
     x = x ^ x >> 15
@@ -115,7 +115,7 @@ def quantize(exp_avg: Tensor, exp_avg_sq: Tensor, key: int | None = None) -> tup
         rounding = torch.full_like(flat, 0x80000, dtype=torch.int64)
         if magnitude_bits == 8 and key is not None:
             rounding = _random_bits(key, order) >> 12
-        scaled = flat.abs() * _spread(inverse, flat.numel())
+        scaled = torch.where(_spread(inverse > 0, flat.numel()), flat.abs() * _spread(inverse, flat.numel()), 0.0)
         bits = scaled.view(torch.int32).to(torch.int64) + rounding - _base(magnitude_bits)
         code = (bits >> 20).clamp(0, (1 << magnitude_bits) - 1)
         if magnitude_bits == 7:

@@ -16,6 +16,7 @@ ADAMW_DTYPES = [
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.float16),
     (torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16),
     (torch.float64, torch.float64),
 ]
 
@@ -49,12 +50,15 @@ class AdamWCase:
         generator = torch.Generator().manual_seed(len(sizes) + sum(sizes))
 
         def values(dtype: torch.dtype) -> list[Tensor]:
+            if dtype == torch.uint8:
+                codes = [torch.randint(0, 256, (n,), generator=generator, dtype=dtype) for n in sizes]
+                return [c.to(device) for c in codes]
             return [
                 torch.randn(n, generator=generator, dtype=torch.float64).to(dtype).to(device) for n in sizes
             ]
 
         def squares() -> list[Tensor]:
-            return [v.square_() for v in values(state)]
+            return values(state) if state == torch.uint8 else [v.square_() for v in values(state)]
 
         steps = [torch.tensor(float(i % 5)) for i in range(len(sizes))]
         return cls(
@@ -69,7 +73,7 @@ class AdamWCase:
     def all_lists(self) -> tuple[list[Tensor], ...]:
         """All that the op takes, in its order: `superfine_kernels._moments.LISTS`."""
         return (
-            self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, [], [], self.steps
+            self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, [], [], [], self.steps
         )  # fmt: skip
 
     def to(self, device: str) -> Self:

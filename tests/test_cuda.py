@@ -21,7 +21,7 @@ from kernel_cases import (
     labels,
     logits,
 )
-from moment_options import OPTIONS, assert_same_options, on_cpu, random_options
+from moment_options import OPTIONS, assert_same_options, on_cpu, random_options, with_amsgrad
 from torch import Tensor
 
 import superfine_kernels
@@ -140,9 +140,9 @@ def test_adamw_gives_the_bits_of_the_cpu_kernel(backend, param, state, amsgrad):
         assert_same_bits(case, expected)
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize(
-    ("param", "state", "names"), [*OPTIONS, (torch.float64, torch.float64, ("anchors", "zero_grads"))]
+    ("param", "state", "names", "amsgrad"),
+    with_amsgrad([*OPTIONS, (torch.float64, torch.float64, ("anchors", "zero_grads"))]),
 )
 def test_adamw_options_give_the_bits_of_the_cpu_kernel(backend, param, state, names, amsgrad):
     case = AdamWCase.random(SIZES, param, state, amsgrad, device="cuda")

@@ -53,6 +53,7 @@ inline bool same_order(const TensorView& a, const TensorView& b) {
 }
 
 inline bool is_contiguous(const TensorView& t) {
+  if (t.numel == 0) return true;
   std::int64_t expected = 1;
   for (int d = t.ndim - 1; d >= 0; expected *= t.shape[d--]) {
     if (t.shape[d] != 1 && t.strides[d] != expected) return false;

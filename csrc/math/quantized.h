@@ -40,7 +40,8 @@ constexpr std::int32_t kQuantBase = 0x3ff00000 - (((1 << kBits) - 1) << 20);
 template <int kBits>
 SF_HD std::int32_t quantize_magnitude(std::uint32_t magnitude_bits, float inverse, std::uint32_t rounding) {
   constexpr std::int32_t kMost = (1 << kBits) - 1;
-  const std::uint32_t bits = float_bits(bits_float(magnitude_bits) * inverse);
+  // Without a scale all codes are zero: the bits of infinity * 0 differ between processors.
+  const std::uint32_t bits = inverse > 0 ? float_bits(bits_float(magnitude_bits) * inverse) : 0u;
   const std::int32_t code = (static_cast<std::int32_t>(bits + rounding) - kQuantBase<kBits>) >> 20;
   return code < 0 ? 0 : code > kMost ? kMost : code;
 }
