@@ -20,7 +20,7 @@ pytestmark = [
 
 HYPER = {
     "lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.1, "bias_correction": True,
-    "grad_averaging": True, "adapt": True, "trust_clip": False, "gradient_scale": 1.0, "zero_grads": False,
+    "grad_averaging": True, "adapt": True, "trust_clip": False, "gradient_scale": 1.0,
 }  # fmt: skip
 
 # Nothing, one element, around one row of lanes (32), one block (2048), one program (8192), and several programs.
@@ -39,7 +39,8 @@ def same_step_on_cpu(case: LambCase, **hyper: float) -> LambCase:
 
 
 def step(case: LambCase, **hyper: float) -> list[int]:
-    return triton_lamb.lamb_(*case.all_lists(), **{**HYPER, **hyper})
+    options = {"zero_grads": False, "stochastic_rounding": False, "seed": 0}
+    return triton_lamb.lamb_(*case.all_lists(), **{**HYPER, **options, **hyper})
 
 
 @pytest.mark.parametrize(("param", "state"), [pair for pair in ADAMW_DTYPES if pair[0] != torch.float64])
@@ -96,9 +97,8 @@ def test_the_sums_of_more_chunks_than_there_are_lanes_are_added_in_order():
     # The second launch alone: 300 chunks go around the 4 x 32 lanes three times.
     generator = torch.Generator().manual_seed(0)
     sums = torch.rand(300, 2, generator=generator, dtype=torch.float64)
-    table = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 300 * triton_lamb.CHUNK, 0]])
-    hyper = {name: value for name, value in HYPER.items() if name != "zero_grads"} | {"lr": 1.0}
-    scalars = torch.tensor([triton_lamb._scalars(**hyper, step=1.0)], dtype=torch.float64)
+    table = torch.tensor([[*[0] * 8, 300 * triton_lamb.CHUNK, 0, 0]])
+    scalars = torch.tensor([triton_lamb._scalars(**{**HYPER, "lr": 1.0}, step=1.0)], dtype=torch.float64)
     step_sizes = torch.full((1,), torch.nan, dtype=torch.float64)
     triton_lamb._lamb_step_size[(1,)](
         table, scalars, sums, step_sizes, CHUNK=triton_lamb.CHUNK, SUM_BLOCKS=4, LANES=32
