@@ -86,7 +86,7 @@ STORAGES = [
 
 def _moments(amsgrad: bool) -> Iterator[tuple[list[Any], dict[str, Any], bool]]:
     """An optimizer's lists and hyperparameters for each storage, alone and with all else (True), aligned and not."""
-    ways = [(torch.empty, False), (torch.empty, True), (_unaligned, True)]
+    ways: list[tuple[Any, bool]] = [(torch.empty, False), (torch.empty, True), (_unaligned, True)]
     for (param, state, master), (empty, extras) in itertools.product(STORAGES, ways):
         remainder = {"split": torch.int16, "kahan": param}.get(master)
         v_max = state if amsgrad and extras and state != torch.uint8 else None

@@ -79,7 +79,7 @@ def _random_bits(key: int, x: Tensor) -> Tensor:
 
 def _memory_order(x: Tensor) -> Tensor:
     """`x` with its dimensions in the order in which they lie in memory, outermost first."""
-    return x.permute(sorted(range(x.dim()), key=lambda d: -x.stride(d)))
+    return x.permute(sorted(range(x.dim()), key=lambda d: -x.stride()[d]))
 
 
 def _in_order_of(like: Tensor, values: Tensor) -> Tensor:
@@ -115,7 +115,9 @@ def quantize(exp_avg: Tensor, exp_avg_sq: Tensor, key: int | None = None) -> tup
         rounding = torch.full_like(flat, 0x80000, dtype=torch.int64)
         if magnitude_bits == 8 and key is not None:
             rounding = _random_bits(key, order) >> 12
-        scaled = torch.where(_spread(inverse > 0, flat.numel()), flat.abs() * _spread(inverse, flat.numel()), 0.0)
+        scaled = torch.where(
+            _spread(inverse > 0, flat.numel()), flat.abs() * _spread(inverse, flat.numel()), 0.0
+        )
         bits = scaled.view(torch.int32).to(torch.int64) + rounding - _base(magnitude_bits)
         code = (bits >> 20).clamp(0, (1 << magnitude_bits) - 1)
         if magnitude_bits == 7:

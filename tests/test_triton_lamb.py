@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 import triton_interpreter
 from kernel_cases import ADAMW_DTYPES, LambCase, assert_same_bits
 from moment_options import OPTIONS, assert_same_options, on_cpu, random_options
+from support import assert_same_bits_in_lists
 
 import superfine_kernels
 from superfine_kernels.triton import lamb as triton_lamb
@@ -53,13 +54,35 @@ def test_gives_the_bits_of_the_cpu_kernel(param, state):
 
 @pytest.mark.parametrize(("param", "state", "names"), OPTIONS)
 def test_options_give_the_bits_of_the_cpu_kernel(param, state, names):
-    case = LambCase.random([33, 8193], param, state)
+    case = LambCase.random([2100, 8192], param, state)  # a program with a mask and one without
     options = random_options(case, names)
     expected, expected_options = case.to("cpu"), on_cpu(options)
     superfine_kernels.lamb_(*expected.lists(), **{**HYPER, **expected_options}, backend="cpu")
     superfine_kernels.lamb_(*case.lists(), **{**HYPER, **options}, backend="triton")
     assert_same_bits(case, expected)
     assert_same_options(options, expected_options)
+
+
+@pytest.mark.parametrize(("param", "state", "names"), [one for one in OPTIONS if "zero_grads" not in one[2]])
+def test_numbers_at_the_ends_of_their_range_as_on_the_cpu(param, state, names):
+    # Of 8-bit moments: blocks of zeros, of subnormal numbers, with infinity, with NaN, and a short one.
+    case = LambCase.random([4 * 256 + 100, 500], param, state)
+    case.params[0][:4] = torch.tensor([0.0, -0.0, 65519.0, -1e-40])
+    case.params[1][:2] = torch.tensor([3.4e38, torch.nan])
+    case.grads[0][:256] = 0
+    case.grads[0][256:512] = 1e-38
+    case.grads[0][600] = torch.inf
+    case.grads[0][900:902] = torch.tensor([torch.nan, torch.inf])
+    options = random_options(case, names)
+    if state == torch.uint8:
+        options["scales"][0][:, :2] = torch.tensor([0.0, 1e-38])
+        options["scales"][0][1, 4] = torch.nan
+    expected, expected_options = case.to("cpu"), on_cpu(options)
+    superfine_kernels.lamb_(*expected.lists(), **{**HYPER, **expected_options}, backend="cpu")
+    superfine_kernels.lamb_(*case.lists(), **{**HYPER, **options}, backend="triton")
+    assert_same_bits_in_lists(case.lists(), expected.lists())
+    for name in ("anchors", "remainders", "scales"):
+        assert_same_bits_in_lists([options.get(name, [])], [expected_options.get(name, [])])
 
 
 def test_float64_agrees_to_the_last_digits():
@@ -143,6 +166,19 @@ def test_misaligned_views_leave_their_neighbours_alone():
         views = [[t[1:8999] for t in tensors] for tensors in case.lists()[:4]]
         superfine_kernels.lamb_(*views, case.steps, **HYPER, backend=backend)
     assert_same_bits(whole, expected)
+
+
+def test_misaligned_codes_and_scales_leave_their_neighbours_alone():
+    whole = LambCase.random([9000], torch.float32, torch.uint8)
+    expected = whole.to("cpu")
+    scales = torch.rand(80)
+    scales_of = {"triton": scales, "cpu": scales.clone()}
+    for case, backend in ((whole, "triton"), (expected, "cpu")):
+        views = [[t[1:8999] for t in tensors] for tensors in case.lists()[:4]]
+        own = [scales_of[backend][3:75].view(2, 36)]
+        superfine_kernels.lamb_(*views, case.steps, **HYPER, scales=own, backend=backend)
+    assert_same_bits(whole, expected)
+    assert torch.equal(scales, scales_of["cpu"])
 
 
 def test_autograd_notices_the_step():

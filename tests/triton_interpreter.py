@@ -45,7 +45,9 @@ def round_to_odd(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
     back = total - a
     error = (a - (total - back)) + (b - back)
     even = (np.ascontiguousarray(total).view(np.int64) & 1 == 0).reshape(total.shape)
-    return np.where((error != 0) & np.isfinite(error) & even, np.nextafter(total, np.copysign(np.inf, error)), total)
+    return np.where(
+        (error != 0) & np.isfinite(error) & even, np.nextafter(total, np.copysign(np.inf, error)), total
+    )
 
 
 @functools.cache

@@ -1,11 +1,12 @@
-"""How the optimizers' Triton kernels store parameters and moments: csrc/core/dtype.h, math/random.h, math/quantized.h.
+"""How the optimizers' Triton kernels store parameters and moments: the rules of csrc/core/dtype.h, math/random.h and
+math/quantized.h.
 
 Numbers come in tiles. Each row of a tile lies within one block of 8-bit moments, so that a scale for each row is
 enough; other moments have None for scales.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: N803, N806 (constexpr values are written in capitals, as in Triton's own code)
+# ruff: noqa: N803, N806, SIM300 (constexpr values are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
 import triton
@@ -83,9 +84,10 @@ def load_scales(scales, blocks, first, mask, STATE: tl.constexpr):
     """Both moments' scales for rows that begin at `first`; `blocks`: of the tensor."""
     if STATE == tl.uint8:
         scales += first // QUANT_BLOCK
-        return tl.load(scales, mask=mask), tl.load(scales + blocks, mask=mask)
+        m_scale, v_scale = tl.load(scales, mask=mask), tl.load(scales + blocks, mask=mask)
     else:
-        return None, None
+        m_scale, v_scale = None, None
+    return m_scale, v_scale
 
 
 @triton.jit

@@ -12,12 +12,12 @@ Every rounding is that of csrc/math/adamw.h: contraction is off, two fmas are sp
 root round to nearest. Addresses, sizes and scalars travel in two small tables that the host copies at every
 step, so a step does not belong into a CUDA graph (one of the CUDA kernel does).
 
-Traffic per parameter: 28 bytes in float32, 14 in bfloat16 or float16, 22 there with float32 moments; moments in 8 bits
-move 4 bytes, so 16 in float32 and 10 in bfloat16. A remainder adds 4 bytes, an anchor one element, and zeros for g one.
+Traffic per parameter: 28 bytes in float32, 14 in bfloat16 or float16, 22 there with float32 moments; 16 and 10 with
+moments in 8 bits. A remainder adds 4 bytes, an anchor one element, and zeros for g one.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: N803 (constexpr parameters are written in capitals, as in Triton's own code)
+# ruff: noqa: N803, SIM300 (constexpr parameters are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
 import math
@@ -28,7 +28,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from superfine_kernels.triton._moments import COLUMNS, FIRST_CHUNK, NUMEL, RANDOM_KEY, find_tensor, on, pointer, prepare
+from superfine_kernels.triton._moments import (
+    COLUMNS,
+    FIRST_CHUNK,
+    NUMEL,
+    RANDOM_KEY,
+    find_tensor,
+    on,
+    pointer,
+    prepare,
+)
 from superfine_kernels.triton._storage import (
     QUANT_BLOCK,
     load_moments,
@@ -70,7 +79,8 @@ def _update_chunk(
     key = tl.load(row + RANDOM_KEY).to(tl.uint32)
     blocks = tl.cdiv(numel, QUANT_BLOCK)
 
-    for start in range(0, CHUNK, BLOCK):
+    end = tl.minimum(CHUNK, numel - begin) if MASKED else CHUNK
+    for start in range(0, end, BLOCK):
         first = begin + start + tl.arange(0, BLOCK // QUANT_BLOCK)[:, None] * QUANT_BLOCK
         offsets = first + tl.arange(0, QUANT_BLOCK)[None, :]
         row_mask = first < numel if MASKED else None

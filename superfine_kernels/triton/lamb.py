@@ -15,7 +15,7 @@ as long to launch a batch as the GPU to step it.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: N803 (constexpr parameters are written in capitals, as in Triton's own code)
+# ruff: noqa: N803, SIM300 (constexpr parameters are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
 import math
@@ -27,7 +27,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from superfine_kernels.triton._moments import COLUMNS, FIRST_CHUNK, NUMEL, RANDOM_KEY, find_tensor, on, pointer, prepare
+from superfine_kernels.triton._moments import (
+    COLUMNS,
+    FIRST_CHUNK,
+    NUMEL,
+    RANDOM_KEY,
+    find_tensor,
+    on,
+    pointer,
+    prepare,
+)
 from superfine_kernels.triton._storage import (
     QUANT_BLOCK,
     load_moments,
@@ -89,8 +98,9 @@ def _direction(p, anchor, m, v, offsets, mask, scalars, ANCHORED: tl.constexpr, 
 
 @triton.jit
 def _step_moments(
-    grad, exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, scalars, EVICT: tl.constexpr, OPMATH: tl.constexpr
-):
+    grad, exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, scalars,
+    EVICT: tl.constexpr, OPMATH: tl.constexpr,
+):  # fmt: skip
     gradient_scale = tl.load(scalars).to(OPMATH)
     beta1 = tl.load(scalars + 1).to(OPMATH)
     beta3 = tl.load(scalars + 2).to(OPMATH)
@@ -126,13 +136,15 @@ def _update_moments(
     lanes = tl.arange(0, LANES)[None, :]
     param_sum = tl.zeros((SUM_BLOCKS, LANES), OPMATH)
     direction_sum = tl.zeros((SUM_BLOCKS, LANES), OPMATH)
-    for start in range(0, SUM_BLOCK, QUANT_BLOCK):
+    end = tl.minimum(SUM_BLOCK, numel - begin) if MASKED else SUM_BLOCK
+    for start in range(0, end, QUANT_BLOCK):
         first = begin + start + tl.arange(0, SUM_BLOCKS)[:, None] * SUM_BLOCK
         row_mask = first < numel if MASKED else None
         m_scale, v_scale = load_scales(scales, blocks, first, row_mask, STATE)
+        new_m_scale, new_v_scale = m_scale, v_scale
         if STATE == tl.uint8:
-            # A scale follows from all of its block, whose moments are then computed again: they would need too many
-            # registers, and what they follow from is in the L1 cache.
+            # A scale follows from all of its block, whose moments are then computed again: to keep them would take
+            # too many registers, and what they follow from is in the L1 cache.
             m_largest = tl.zeros((SUM_BLOCKS, LANES), tl.uint32)
             v_largest = tl.zeros((SUM_BLOCKS, LANES), tl.uint32)
             for i in range(0, QUANT_BLOCK, LANES):
@@ -162,11 +174,7 @@ def _update_moments(
             tl.store(exp_avg + offsets, m, mask=mask)
             tl.store(exp_avg_sq + offsets, v, mask=mask)
 
-            # Of the moments as stored.
-            if STATE == tl.uint8:
-                m, v = moments_as_stored(m, v, new_m_scale, new_v_scale, OPMATH)
-            else:
-                m, v = m.to(OPMATH), v.to(OPMATH)
+            m, v = moments_as_stored(m, v, new_m_scale, new_v_scale, OPMATH)
             u = _direction(p, anchor, m, v, offsets, mask, scalars, ANCHORED, OPMATH)
             param_squares = tl.fma(p, p, param_sum)
             direction_squares = tl.fma(u, u, direction_sum)
@@ -189,13 +197,13 @@ def _lamb_moments(
     begin = (chunk - tl.load(row + FIRST_CHUNK)) * (SUM_BLOCKS * SUM_BLOCK)
     if begin + SUM_BLOCKS * SUM_BLOCK <= tl.load(row + NUMEL):  # without a mask, accesses are 16 bytes wide
         param_sum, direction_sum = _update_moments(
-            row, scalars, begin, False, PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, ZERO_GRAD,
-            SUM_BLOCKS, SUM_BLOCK, LANES,
+            row, scalars, begin, False,
+            PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, ZERO_GRAD, SUM_BLOCKS, SUM_BLOCK, LANES,
         )  # fmt: skip
     else:
         param_sum, direction_sum = _update_moments(
-            row, scalars, begin, True, PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, ZERO_GRAD,
-            SUM_BLOCKS, SUM_BLOCK, LANES,
+            row, scalars, begin, True,
+            PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, ZERO_GRAD, SUM_BLOCKS, SUM_BLOCK, LANES,
         )  # fmt: skip
     one = tl.arange(0, 1)
     tl.store(sums + 2 * chunk + one, _sum_block_lanes(param_sum.to(tl.float64), SUM_BLOCKS))
@@ -246,7 +254,8 @@ def _update_param(
     key = tl.load(row + RANDOM_KEY).to(tl.uint32)
     blocks = tl.cdiv(numel, QUANT_BLOCK)
 
-    for start in range(0, CHUNK, BLOCK):
+    end = tl.minimum(CHUNK, numel - begin) if MASKED else CHUNK
+    for start in range(0, end, BLOCK):
         first = begin + start + tl.arange(0, BLOCK // QUANT_BLOCK)[:, None] * QUANT_BLOCK
         offsets = first + tl.arange(0, QUANT_BLOCK)[None, :]
         row_mask = first < numel if MASKED else None
@@ -255,7 +264,7 @@ def _update_param(
         m_scale, v_scale = load_scales(scales, blocks, first, row_mask, STATE)
         m, v = load_moments(exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, OPMATH)
         u = _direction(p, anchor, m, v, offsets, mask, scalars, ANCHORED, OPMATH)
-        p = tl.fma(negative_step_size + tl.zeros_like(p), u, p)
+        p = tl.fma(tl.broadcast_to(negative_step_size, p.shape), u, p)  # -0 stays -0
         store_param(param, remainders, offsets, p, mask, key, MASTER)
 
 
@@ -273,12 +282,14 @@ def _lamb_param(
     step_size = tl.load(step_sizes + index).to(OPMATH)
     if begin + CHUNK <= tl.load(row + NUMEL):
         _update_param(
-            row, scalars, begin, step_size, False, PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK
-        )
+            row, scalars, begin, step_size, False,
+            PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK,
+        )  # fmt: skip
     else:
         _update_param(
-            row, scalars, begin, step_size, True, PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK
-        )
+            row, scalars, begin, step_size, True,
+            PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK,
+        )  # fmt: skip
 
 
 def lamb_(
