@@ -71,34 +71,45 @@ def _unaligned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(*shape[:-1], shape[-1] + 1, dtype=dtype)[..., 1:]
 
 
-def _moments(empty: Any, amsgrad: bool, extras: bool) -> Iterator[list[Any]]:
-    """The lists of an optimizer's op for each pair of dtypes; `extras`: with anchors and, for bfloat16, low bits."""
-    wide_state = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
-    for param, state in [*((dtype, dtype) for dtype in DTYPES), *wide_state]:
-        dtypes = [
-            param, param, state, state, state if amsgrad else None, param if extras else None,
-            torch.int16 if extras and param == torch.bfloat16 else None,
-        ]  # fmt: skip
-        yield [*([empty(4096, dtype=dtype)] if dtype else [] for dtype in dtypes), [torch.zeros(())]]
+#: (parameter, moments, what keeps the rest of a 16-bit parameter); fp16 stands for bf16 where only those differ.
+STORAGES = [
+    *((dtype, dtype, "none") for dtype in DTYPES),
+    *((torch.float32, state, "none") for state in (torch.bfloat16, torch.uint8)),
+    *((torch.bfloat16, state, "none") for state in (torch.float32, torch.uint8)),
+    *((torch.float16, state, "none") for state in (torch.float32, torch.uint8)),
+    *((torch.bfloat16, state, "split") for state in (torch.bfloat16, torch.float32, torch.uint8)),
+    *((torch.bfloat16, state, "kahan") for state in (torch.bfloat16, torch.float32, torch.uint8)),
+    *((torch.bfloat16, state, "stochastic") for state in (torch.bfloat16, torch.float32, torch.uint8)),
+    (torch.float16, torch.float16, "kahan"),
+]
+
+
+def _moments(amsgrad: bool) -> Iterator[tuple[list[Any], dict[str, Any], bool]]:
+    """An optimizer's lists and hyperparameters for each storage, alone and with all else (True), aligned and not."""
+    ways: list[tuple[Any, bool]] = [(torch.empty, False), (torch.empty, True), (_unaligned, True)]
+    for (param, state, master), (empty, extras) in itertools.product(STORAGES, ways):
+        remainder = {"split": torch.int16, "kahan": param}.get(master)
+        v_max = state if amsgrad and extras and state != torch.uint8 else None
+        dtypes = [param, param, state, state, v_max, param if extras else None, remainder]
+        lists = [[empty(4096, dtype=dtype)] if dtype else [] for dtype in dtypes]
+        scales = [torch.empty(2, 16)] if state == torch.uint8 else []
+        options = {"stochastic_rounding": master == "stochastic", "seed": 0, "gradient_scale": 1.0}
+        yield [*lists, scales, [torch.zeros(())]], {**options, "zero_grads": extras}, extras
 
 
 def _adamw(kernels: Any) -> None:
-    combinations = [*itertools.product((torch.empty,), (False, True), (False, True))]
-    for empty, amsgrad, extras in [*combinations, (_unaligned, False, False), (_unaligned, True, True)]:
-        for lists in _moments(empty, amsgrad, extras):
-            kernels.adamw_(
-                *lists, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, gradient_scale=1.0,
-                zero_grads=extras,
-            )  # fmt: skip
+    hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+    for lists, options, extras in _moments(amsgrad=True):
+        for decoupled in (True, False)[: 1 + extras]:
+            kernels.adamw_(*lists, **hyper, **options, decoupled=decoupled)
 
 
 def _lamb(kernels: Any) -> None:
-    for empty, extras in itertools.product((torch.empty, _unaligned), (False, True)):
-        for lists in _moments(empty, False, extras):
-            kernels.lamb_(
-                *lists, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=0.01, bias_correction=True,
-                grad_averaging=True, adapt=True, trust_clip=False, gradient_scale=1.0, zero_grads=extras,
-            )  # fmt: skip
+    for lists, options, _ in _moments(amsgrad=False):
+        kernels.lamb_(
+            *lists, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=0.01, bias_correction=True,
+            grad_averaging=True, adapt=True, trust_clip=False, **options,
+        )  # fmt: skip
 
 
 def _cross_entropy(kernels: Any) -> None:

@@ -43,7 +43,8 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 def split_off_rounding(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """float32 numbers rounded to `dtype`, and what that took away, rounded to it (Kahan)."""
     high = x.to(dtype)
-    return high, (x - high.float()).nan_to_num(nan=0.0).to(dtype)
+    rest = x - high.float()
+    return high, torch.where(rest.isfinite(), rest, 0.0).to(dtype)
 
 
 def round_at_random(x: Tensor, key: int) -> Tensor:
@@ -58,7 +59,7 @@ def round_at_random(x: Tensor, key: int) -> Tensor:
 
 def random_key(seed: int, step: int) -> int:
     """Of one step."""
-    return _mix((_mix(seed) + step) & _MASK)
+    return _mix_bits((_mix_bits(seed) + step) & _MASK)
 
 
 def _mix(x: _Bits) -> _Bits:
@@ -111,6 +112,7 @@ def quantize(exp_avg: Tensor, exp_avg_sq: Tensor, key: int | None = None) -> tup
         order = _memory_order(x)
         flat = order.flatten()
         scale, inverse = _scales(flat, magnitude_bits)
+        flat = torch.where(_spread(inverse, flat.numel()) > 0, flat, 0.0)
         rounding = torch.full_like(flat, 0x80000, dtype=torch.int64)
         if magnitude_bits == 8 and key is not None:
             rounding = _random_bits(key, order) >> 12

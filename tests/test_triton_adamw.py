@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("triton")
 import triton_interpreter
 from kernel_cases import ADAMW_DTYPES, AdamWCase, assert_same_bits
-from moment_options import OPTIONS, assert_same_options, on_cpu, random_options
+from moment_options import OPTIONS, assert_same_options, on_cpu, random_options, with_amsgrad
+from support import assert_same_bits_in_lists
 
 import superfine_kernels
 from superfine_kernels.triton import adamw as triton_adamw
@@ -36,7 +37,9 @@ def same_step_on_cpu(case: AdamWCase, **hyper: float) -> AdamWCase:
 
 
 def step(case: AdamWCase, **hyper: float) -> list[int]:
-    options = {"gradient_scale": 1.0, "zero_grads": False}
+    options = {
+        "decoupled": True, "gradient_scale": 1.0, "zero_grads": False, "stochastic_rounding": False, "seed": 0,
+    }  # fmt: skip
     return triton_adamw.adamw_(*case.all_lists(), **{**HYPER, **options, **hyper})
 
 
@@ -49,8 +52,7 @@ def test_gives_the_bits_of_the_cpu_kernel(param, state, amsgrad):
     assert_same_bits(case, expected)
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize(("param", "state", "names"), OPTIONS)
+@pytest.mark.parametrize(("param", "state", "names", "amsgrad"), with_amsgrad(OPTIONS))
 def test_options_give_the_bits_of_the_cpu_kernel(param, state, names, amsgrad):
     case = AdamWCase.random([0, 513, 4097], param, state, amsgrad)
     options = random_options(case, names)
@@ -76,6 +78,79 @@ def test_remainders_at_the_ends_of_their_range_as_on_the_cpu():
     )
     assert torch.equal(case.params[0].view(torch.int16), expected.params[0].view(torch.int16))
     assert torch.equal(remainders, options["remainders"][0])
+
+
+#: What rounds to infinity in each dtype, what is subnormal, and what is no number.
+EDGES = torch.tensor(
+    [0.0, -0.0, 1e-45, -1e-40, 65519.0, 65520.0, 3.3895e38, -3.4e38, torch.inf, -torch.inf, torch.nan]
+)
+
+
+@pytest.mark.parametrize(("param", "state", "names"), [one for one in OPTIONS if "zero_grads" not in one[2]])
+def test_numbers_at_the_ends_of_their_range_as_on_the_cpu(param, state, names):
+    # Of 8-bit moments: blocks of zeros, of subnormal numbers, with infinity, with NaN, and a short one.
+    case = AdamWCase.random([4 * 256 + 100], param, state)
+    case.params[0][: len(EDGES)] = EDGES
+    case.params[0].neg_()
+    case.grads[0][:256] = 0
+    case.grads[0][256:512] = 1e-38
+    case.grads[0][600] = torch.inf
+    case.grads[0][900:902] = torch.tensor([torch.nan, torch.inf])
+    options = random_options(case, names)
+    if state == torch.uint8:
+        options["scales"][0][:, :2] = torch.tensor([0.0, 1e-38])
+        options["scales"][0][1, 4] = torch.nan
+    expected, expected_options = case.to("cpu"), on_cpu(options)
+    for _ in range(2):
+        superfine_kernels.adamw_(*expected.lists(), **HYPER, **expected_options, backend="cpu")
+        superfine_kernels.adamw_(*case.lists(), **HYPER, **options, backend="triton")
+    assert_same_bits_in_lists(case.lists(), expected.lists())
+    for name in ("anchors", "remainders", "scales"):
+        assert_same_bits_in_lists([options.get(name, [])], [expected_options.get(name, [])])
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("param", "state", "names"),
+    [
+        (torch.float32, torch.float32, ()),
+        (torch.float32, torch.uint8, ("anchors",)),
+        (torch.bfloat16, torch.bfloat16, ("remainders", "anchors", "zero_grads")),
+        (torch.bfloat16, torch.bfloat16, ("stochastic_rounding",)),
+        (torch.float16, torch.float32, ("kahan", "anchors")),
+    ],
+)
+def test_coupled_decay_gives_the_bits_of_the_cpu_kernel(param, state, names, weight_decay):
+    case = AdamWCase.random([513, 4097], param, state)
+    options = random_options(case, names)
+    expected, expected_options = case.to("cpu"), on_cpu(options)
+    hyper = {**HYPER, "weight_decay": weight_decay, "decoupled": False, "gradient_scale": -0.3}
+    superfine_kernels.adamw_(*expected.lists(), **hyper, **expected_options, backend="cpu")
+    superfine_kernels.adamw_(*case.lists(), **hyper, **options, backend="triton")
+    assert_same_bits(case, expected)
+    assert_same_options(options, expected_options)
+
+
+def test_what_is_rounded_at_random_follows_from_seed_and_step():
+    first, second, third = (AdamWCase.random([600], torch.bfloat16, torch.uint8) for _ in range(3))
+    third.steps[0] += 1
+    for case, seed in ((first, 1), (second, 2), (third, 1)):
+        options = {**random_options(case, ("stochastic_rounding",)), "seed": seed}
+        superfine_kernels.adamw_(*case.lists(), **{**HYPER, "lr": 0.0}, **options, backend="triton")
+    assert not torch.equal(first.exp_avg_sqs[0], second.exp_avg_sqs[0])
+    assert not torch.equal(first.exp_avg_sqs[0], third.exp_avg_sqs[0])
+
+
+def test_remainders_of_both_kinds_in_one_call():
+    split = AdamWCase.random([600], torch.bfloat16, torch.bfloat16)
+    options = [random_options(split, ("remainders",)), random_options(split, ("kahan",))]
+    remainders = [one["remainders"][0] for one in options]
+    merged = AdamWCase(*(tensors * 2 for tensors in split.lists())).to("cpu")
+    expected, expected_remainders = merged.to("cpu"), [r.clone() for r in remainders]
+    superfine_kernels.adamw_(*expected.lists(), **HYPER, remainders=expected_remainders, backend="cpu")
+    superfine_kernels.adamw_(*merged.lists(), **HYPER, remainders=remainders, backend="triton")
+    assert_same_bits(merged, expected)
+    assert_same_bits_in_lists([remainders], [expected_remainders])
 
 
 def test_float64_agrees_to_the_last_digits():
@@ -113,7 +188,7 @@ def test_every_program_finds_its_tensor():
 
 
 def test_mixed_dtypes_in_one_call():
-    cases = [AdamWCase.random([700, 3], param, state) for param, state in ADAMW_DTYPES[:5]]
+    cases = [AdamWCase.random([700, 3], param, state) for param, state in ADAMW_DTYPES[:6]]
     merged = AdamWCase(*([t for case in cases for t in case.lists()[k]] for k in range(6)))
     expected = same_step_on_cpu(merged)
     step(merged)
@@ -134,6 +209,19 @@ def test_misaligned_views_leave_their_neighbours_alone():
         )  # fmt: skip
     assert_same_bits(whole, expected)
     assert torch.equal(remainders, remainders_of["cpu"])
+
+
+def test_misaligned_codes_and_scales_leave_their_neighbours_alone():
+    whole = AdamWCase.random([5000], torch.float32, torch.uint8)
+    expected = whole.to("cpu")
+    scales = torch.rand(50)
+    scales_of = {"triton": scales, "cpu": scales.clone()}
+    for case, backend in ((whole, "triton"), (expected, "cpu")):
+        views = [[t[1:4999] for t in tensors] for tensors in case.lists()[:4]]
+        own = [scales_of[backend][3:43].view(2, 20)]
+        superfine_kernels.adamw_(*views, [], case.steps, **HYPER, scales=own, backend=backend)
+    assert_same_bits(whole, expected)
+    assert torch.equal(scales, scales_of["cpu"])
 
 
 def test_transposed_parameters_are_stepped_in_place():
@@ -220,25 +308,94 @@ def test_bad_lists_are_refused_before_anything_is_written(spoil, message):
         assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True) if a.device.type == "cpu")
 
 
+REMAINDER = (
+    r"expected int16 \(9,\) on cpu beside a bfloat16 parameter, or the dtype of a bfloat16 or float16 one"
+)
+SCALES = r"expected a contiguous float32 \(2, 1\) on the device of the parameter, for uint8 moments"
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("param", "state", "options", "message"),
     [
         (
-            {"remainders": [torch.zeros(9, dtype=torch.int16)]},
+            torch.float32, torch.float32, {"remainders": [torch.zeros(9, dtype=torch.int16)]},
+            rf"remainders\[0\] is int16 \(9,\) on cpu; {REMAINDER}",
+        ),
+        (
+            torch.float32, torch.float32, {"remainders": [torch.zeros(9)]},
+            rf"remainders\[0\] is float32 \(9,\) on cpu; {REMAINDER}",
+        ),
+        (
+            torch.float16, torch.float16, {"remainders": [torch.zeros(9, dtype=torch.int16)]},
             r"remainders\[0\] is int16 \(9,\) on cpu; expected int16 \(9,\) on cpu beside a bfloat16 parameter",
         ),
         (
-            {"anchors": [torch.zeros(8)]},
+            torch.bfloat16, torch.bfloat16, {"remainders": [torch.zeros(9).half()]},
+            r"remainders\[0\] is float16 \(9,\) on cpu",
+        ),
+        (
+            torch.bfloat16, torch.bfloat16, {"remainders": [torch.zeros(8).bfloat16()]},
+            r"remainders\[0\] is bfloat16 \(8,\) on cpu",
+        ),
+        (
+            torch.float32, torch.float32, {"anchors": [torch.zeros(8)]},
             r"anchors\[0\] is float32 \(8,\) on cpu; expected float32 \(9,\) on cpu",
         ),
-        ({"anchors": [torch.zeros(9)] * 2}, r"anchors has 2 tensors; expected 1, one for each of params"),
+        (
+            torch.float32, torch.float32, {"anchors": [torch.zeros(9)] * 2},
+            r"anchors has 2 tensors; expected 1, one for each of params",
+        ),
+        (
+            torch.float32, torch.float16, {},
+            r"exp_avgs\[0\] is float16 \(9,\) on cpu; expected float32 \(9,\) on cpu",
+        ),
+        (torch.float64, torch.uint8, {"scales": [torch.zeros(2, 1)]}, r"exp_avgs\[0\] is uint8 \(9,\) on cpu"),
+        (torch.float32, torch.uint8, {}, rf"scales\[0\] is missing; {SCALES}"),
+        (
+            torch.float32, torch.uint8, {"scales": [torch.zeros(1, 2)]},
+            rf"scales\[0\] is float32 \(1, 2\) on cpu; {SCALES}",
+        ),
+        (
+            torch.float32, torch.uint8, {"scales": [torch.zeros(2, 1).double()]},
+            rf"scales\[0\] is float64 \(2, 1\) on cpu; {SCALES}",
+        ),
+        (
+            torch.float32, torch.uint8, {"scales": [torch.zeros(2, 3)[:, ::3]]},
+            rf"scales\[0\] is float32 \(2, 1\) on cpu; {SCALES}",
+        ),
+        (
+            torch.float32, torch.float32, {"scales": [torch.zeros(2, 1)]},
+            r"scales\[0\] is float32 \(2, 1\) on cpu; expected none beside moments that are not uint8",
+        ),
+        (
+            torch.float32, torch.uint8,
+            {"scales": [torch.zeros(2, 1)], "max_exp_avg_sqs": [torch.zeros(9, dtype=torch.uint8)]},
+            r"max_exp_avg_sqs\[0\] is uint8 \(9,\) on cpu; expected none beside uint8 moments, which AMSGrad",
+        ),
     ],
-)
-def test_bad_options_are_refused_as_by_the_cpu_kernel(options, message):
-    case = AdamWCase.random([9])
+)  # fmt: skip
+def test_bad_options_are_refused_as_by_the_cpu_kernel(param, state, options, message):
+    case = AdamWCase.random([9], param, state)
+    lists = {name: tensors for name, tensors in vars(case).items() if name != "max_exp_avg_sqs"}
     for backend in ("triton", "cpu"):
         with pytest.raises(ValueError, match=f"adamw_: {message}"):
-            superfine_kernels.adamw_(*case.lists(), **HYPER, **options, backend=backend)
+            superfine_kernels.adamw_(**lists, **HYPER, **options, backend=backend)
+
+
+def test_scales_may_not_overlap():
+    case = AdamWCase.random([9, 9], torch.float32, torch.uint8)
+    for backend in ("triton", "cpu"):
+        with pytest.raises(ValueError, match="overlap in memory"):
+            superfine_kernels.adamw_(*case.lists(), **HYPER, scales=[torch.zeros(2, 1)] * 2, backend=backend)
+
+
+def test_integer_parameters_are_refused_as_by_the_cpu_kernel():
+    ones = [[torch.ones(3, dtype=torch.int64)] for _ in range(4)]
+    for backend in ("triton", "cpu"):
+        with pytest.raises(
+            ValueError, match=r"params\[0\] is int64 \(3,\) on cpu; expected a float32, bfloat16"
+        ):
+            superfine_kernels.adamw_(*ones, [], [torch.zeros(())], **HYPER, backend=backend)
 
 
 def test_zeroed_gradients_may_not_overlap():

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(
         triton_interpreter.ACTIVE, reason="compiles in another process, the same with it or without"
     ),
-    pytest.mark.slow,  # half a minute for each generation, until Triton's cache has it
+    pytest.mark.slow,  # a minute for each generation, until Triton's cache has it
 ]
 
 SOURCES = Path(superfine_kernels.triton.__file__).parent
@@ -61,13 +61,34 @@ def test_blocks_fit_into_a_multiprocessor(kernels):
 def test_adamw_loads_packs_where_tensors_are_aligned(kernels):
     for kernel in of_op(kernels, "adamw", ALIGNED="True"):
         assert re.search(r"ld\.global\S*\.(?:v4\.b32|v2\.b64|v2\.b32)", kernel.ptx), kernel
-    for kernel in of_op(kernels, "adamw", ALIGNED="True", PARAM="fp32", STATE="fp32"):
-        assert_16_bytes_wide(kernel.ptx)
+    for state in ("fp32", "bf16", "uint8"):
+        for kernel in of_op(kernels, "adamw", ALIGNED="True", PARAM="fp32", STATE=state):
+            assert_16_bytes_wide(kernel.ptx)
 
 
-def test_adamw_rounds_as_the_cpu_kernel_does(kernels):
+def test_lamb_loads_packs_where_tensors_are_aligned(kernels):
+    moments = [kernel for kernel in kernels if kernel.kernel == "_lamb_moments"]
+    params = [kernel for kernel in kernels if kernel.kernel == "_lamb_param"]
+    for state in ("fp32", "bf16", "uint8"):
+        for kernel in of_op(moments, "lamb", ALIGNED="True", PARAM="fp32", STATE=state):
+            assert re.search(r"ld\.global\S*\.(v4\.b32|v2\.b64)", kernel.ptx), kernel
+        for kernel in of_op(params, "lamb", ALIGNED="True", PARAM="fp32", STATE=state):
+            assert_16_bytes_wide(kernel.ptx)
+
+
+def test_codes_of_8_bit_moments_are_written_in_words_where_there_is_no_mask(kernels):
+    for kernel in kernels:
+        quantized = (kernel.constants.get("STATE"), kernel.constants.get("ALIGNED")) == ("uint8", "True")
+        if quantized and kernel.kernel in ("_adamw", "_lamb_moments"):
+            assert kernel.ptx.count("st.global.b8") == 2 * 4, kernel  # both moments, 4 elements a thread
+
+
+def test_optimizers_round_as_the_cpu_kernels_do(kernels):
     for kernel in of_op(kernels, "adamw", OPMATH="fp32"):
-        assert not re.search(r"\.f64|\.approx|div\.full", kernel.ptx), kernel
+        assert not re.search(r"\.f64|\.ftz|\.approx|div\.full", kernel.ptx), kernel
+    for kernel in kernels:
+        if kernel.op == "lamb":  # its sums are in float64
+            assert not re.search(r"\.ftz|\.approx|div\.full", kernel.ptx), kernel
 
 
 def test_cross_entropy_computes_in_float64_for_float64_only(kernels):

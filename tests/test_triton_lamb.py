@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 import triton_interpreter
 from kernel_cases import ADAMW_DTYPES, LambCase, assert_same_bits
 from moment_options import OPTIONS, assert_same_options, on_cpu, random_options
+from support import assert_same_bits_in_lists
 
 import superfine_kernels
 from superfine_kernels.triton import lamb as triton_lamb
@@ -20,7 +21,7 @@ pytestmark = [
 
 HYPER = {
     "lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.1, "bias_correction": True,
-    "grad_averaging": True, "adapt": True, "trust_clip": False, "gradient_scale": 1.0, "zero_grads": False,
+    "grad_averaging": True, "adapt": True, "trust_clip": False, "gradient_scale": 1.0,
 }  # fmt: skip
 
 # Nothing, one element, around one row of lanes (32), one block (2048), one program (8192), and several programs.
@@ -39,7 +40,8 @@ def same_step_on_cpu(case: LambCase, **hyper: float) -> LambCase:
 
 
 def step(case: LambCase, **hyper: float) -> list[int]:
-    return triton_lamb.lamb_(*case.all_lists(), **{**HYPER, **hyper})
+    options = {"zero_grads": False, "stochastic_rounding": False, "seed": 0}
+    return triton_lamb.lamb_(*case.all_lists(), **{**HYPER, **options, **hyper})
 
 
 @pytest.mark.parametrize(("param", "state"), [pair for pair in ADAMW_DTYPES if pair[0] != torch.float64])
@@ -52,13 +54,35 @@ def test_gives_the_bits_of_the_cpu_kernel(param, state):
 
 @pytest.mark.parametrize(("param", "state", "names"), OPTIONS)
 def test_options_give_the_bits_of_the_cpu_kernel(param, state, names):
-    case = LambCase.random([33, 8193], param, state)
+    case = LambCase.random([2100, 8192], param, state)  # a program with a mask and one without
     options = random_options(case, names)
     expected, expected_options = case.to("cpu"), on_cpu(options)
     superfine_kernels.lamb_(*expected.lists(), **{**HYPER, **expected_options}, backend="cpu")
     superfine_kernels.lamb_(*case.lists(), **{**HYPER, **options}, backend="triton")
     assert_same_bits(case, expected)
     assert_same_options(options, expected_options)
+
+
+@pytest.mark.parametrize(("param", "state", "names"), [one for one in OPTIONS if "zero_grads" not in one[2]])
+def test_numbers_at_the_ends_of_their_range_as_on_the_cpu(param, state, names):
+    # Of 8-bit moments: blocks of zeros, of subnormal numbers, with infinity, with NaN, and a short one.
+    case = LambCase.random([4 * 256 + 100, 500], param, state)
+    case.params[0][:4] = torch.tensor([0.0, -0.0, 65519.0, -1e-40])
+    case.params[1][:2] = torch.tensor([3.4e38, torch.nan])
+    case.grads[0][:256] = 0
+    case.grads[0][256:512] = 1e-38
+    case.grads[0][600] = torch.inf
+    case.grads[0][900:902] = torch.tensor([torch.nan, torch.inf])
+    options = random_options(case, names)
+    if state == torch.uint8:
+        options["scales"][0][:, :2] = torch.tensor([0.0, 1e-38])
+        options["scales"][0][1, 4] = torch.nan
+    expected, expected_options = case.to("cpu"), on_cpu(options)
+    superfine_kernels.lamb_(*expected.lists(), **{**HYPER, **expected_options}, backend="cpu")
+    superfine_kernels.lamb_(*case.lists(), **{**HYPER, **options}, backend="triton")
+    assert_same_bits_in_lists(case.lists(), expected.lists())
+    for name in ("anchors", "remainders", "scales"):
+        assert_same_bits_in_lists([options.get(name, [])], [expected_options.get(name, [])])
 
 
 def test_float64_agrees_to_the_last_digits():
@@ -96,9 +120,8 @@ def test_the_sums_of_more_chunks_than_there_are_lanes_are_added_in_order():
     # The second launch alone: 300 chunks go around the 4 x 32 lanes three times.
     generator = torch.Generator().manual_seed(0)
     sums = torch.rand(300, 2, generator=generator, dtype=torch.float64)
-    table = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 300 * triton_lamb.CHUNK, 0]])
-    hyper = {name: value for name, value in HYPER.items() if name != "zero_grads"} | {"lr": 1.0}
-    scalars = torch.tensor([triton_lamb._scalars(**hyper, step=1.0)], dtype=torch.float64)
+    table = torch.tensor([[*[0] * 8, 300 * triton_lamb.CHUNK, 0, 0]])
+    scalars = torch.tensor([triton_lamb._scalars(**{**HYPER, "lr": 1.0}, step=1.0)], dtype=torch.float64)
     step_sizes = torch.full((1,), torch.nan, dtype=torch.float64)
     triton_lamb._lamb_step_size[(1,)](
         table, scalars, sums, step_sizes, CHUNK=triton_lamb.CHUNK, SUM_BLOCKS=4, LANES=32
@@ -143,6 +166,19 @@ def test_misaligned_views_leave_their_neighbours_alone():
         views = [[t[1:8999] for t in tensors] for tensors in case.lists()[:4]]
         superfine_kernels.lamb_(*views, case.steps, **HYPER, backend=backend)
     assert_same_bits(whole, expected)
+
+
+def test_misaligned_codes_and_scales_leave_their_neighbours_alone():
+    whole = LambCase.random([9000], torch.float32, torch.uint8)
+    expected = whole.to("cpu")
+    scales = torch.rand(80)
+    scales_of = {"triton": scales, "cpu": scales.clone()}
+    for case, backend in ((whole, "triton"), (expected, "cpu")):
+        views = [[t[1:8999] for t in tensors] for tensors in case.lists()[:4]]
+        own = [scales_of[backend][3:75].view(2, 36)]
+        superfine_kernels.lamb_(*views, case.steps, **HYPER, scales=own, backend=backend)
+    assert_same_bits(whole, expected)
+    assert torch.equal(scales, scales_of["cpu"])
 
 
 def test_autograd_notices_the_step():

@@ -37,6 +37,19 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
+def round_to_odd(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """`a + b`, of whose float64 neighbours the odd one where it is neither: rounded again, it is as if rounded once.
+
+    (Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums"; the error of a sum is Knuth's.)
+    """
+    back = total - a
+    error = (a - (total - back)) + (b - back)
+    even = (np.ascontiguousarray(total).view(np.int64) & 1 == 0).reshape(total.shape)
+    return np.where(
+        (error != 0) & np.isfinite(error) & even, np.nextafter(total, np.copysign(np.inf, error)), total
+    )
+
+
 @functools.cache
 def install() -> None:
     """Applies the repairs to the interpreter of this process."""
@@ -64,7 +77,11 @@ def install() -> None:
     def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         # A product of two float32 is exact in float64. (float64 itself stays unfused.)
         wide = [t.data.astype(np.float64) for t in (x, y, z)]
-        return handle((wide[0] * wide[1] + wide[2]).astype(z.data.dtype), z.dtype.scalar)
+        product, addend = wide[0] * wide[1], wide[2]
+        total = product + addend
+        if z.data.dtype == np.float32:
+            total = round_to_odd(product, addend, total)
+        return handle(total.astype(z.data.dtype), z.dtype.scalar)
 
     def refuse_low_precision(operation: Callable) -> Callable:
         def checked(self: Any, *args: Any) -> Any:

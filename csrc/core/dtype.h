@@ -83,7 +83,7 @@ template <class E>
 SF_HD void store_compensated(float x, E* high, E* low) {
   store(high, x);
   const float rest = x - load(*high);
-  store(low, rest == rest ? rest : 0.0f);  // infinity leaves nothing
+  store(low, rest - rest == 0 ? rest : 0.0f);  // what is rounded to infinity leaves nothing
 }
 
 SF_HD void store(f16* out, float x) {

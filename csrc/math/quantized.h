@@ -55,9 +55,12 @@ SF_HD float dequantize_magnitude(std::int32_t code, float scale) {
   return (bits_float(static_cast<std::uint32_t>((code << 20) + Kind::kBase)) - Kind::kFirst) * scale;
 }
 
+// What is quantized of x: nothing where there is no scale. (The bits of a NaN differ between processors.)
+SF_HD float quantized_part(float x, float inverse) { return inverse > 0 ? x : 0.0f; }
+
 // Rounded to the nearest code.
 SF_HD std::uint8_t quantize_first(float x, float inverse) {
-  const std::uint32_t bits = float_bits(x);
+  const std::uint32_t bits = float_bits(quantized_part(x, inverse));
   const std::int32_t code = quantize_magnitude<FirstMoment>(bits_float(bits & 0x7fffffffu), inverse, 0x80000u);
   return static_cast<std::uint8_t>(code | (bits >> 24 & 0x80u));
 }
@@ -68,6 +71,7 @@ SF_HD float dequantize_first(std::uint8_t code, float scale) {
 
 // x >= 0, rounded at random. What is not zero does not become zero, as it is divided by.
 SF_HD std::uint8_t quantize_second(float x, float inverse, std::uint32_t random) {
+  x = quantized_part(x, inverse);
   const std::int32_t code = quantize_magnitude<SecondMoment>(x, inverse, random >> 12);
   const std::int32_t least = float_bits(x) != 0 ? 1 : 0;
   return static_cast<std::uint8_t>(code < least ? least : code);

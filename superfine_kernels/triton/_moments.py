@@ -9,11 +9,12 @@ the number of its first chunk.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import triton
@@ -22,18 +23,29 @@ from torch import Tensor
 
 from superfine_kernels._library import describe, opmath_dtype, reject
 from superfine_kernels._moments import LISTS, OPTIONAL
+from superfine_kernels._storage import random_key, scales_shape
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float64: tl.float64,
+    torch.uint8: tl.uint8,
 }
 
-# Columns of the table of addresses (int64): LISTS without the steps, 0 where a list is absent; and these two.
-NUMEL = tl.constexpr(7)
-FIRST_CHUNK = tl.constexpr(8)
-COLUMNS = tl.constexpr(9)
+#: The moments' dtypes that kernels take, by the parameter's.
+STATE_DTYPES = {
+    torch.float32: (torch.float32, torch.bfloat16, torch.uint8),
+    torch.bfloat16: (torch.bfloat16, torch.float32, torch.uint8),
+    torch.float16: (torch.float16, torch.float32, torch.uint8),
+    torch.float64: (torch.float64,),
+}
+
+# Columns of the table of addresses (int64): LISTS without the steps, 0 where a list is absent; and these.
+NUMEL = tl.constexpr(8)
+FIRST_CHUNK = tl.constexpr(9)
+RANDOM_KEY = tl.constexpr(10)  # of the step
+COLUMNS = tl.constexpr(11)
 
 
 # --- in the kernels ---------------------------------------------------------------------------------------
@@ -60,33 +72,6 @@ def find_tensor(table, count, chunk):
     return index
 
 
-@triton.jit
-def load_param(param, remainders, offsets, mask, SPLIT: tl.constexpr, OPMATH: tl.constexpr):
-    """The parameter; with SPLIT joined with its lower bits, as `join` of csrc/core/dtype.h does."""
-    high = tl.load(param + offsets, mask=mask)
-    if SPLIT:
-        low = tl.load(remainders + offsets, mask=mask).to(tl.uint32)
-        bits = (high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16) | low
-        rounded_up = tl.where((bits & 0x7FFF0000) != 0, (low >> 15) << 16, 0)
-        p = (bits - rounded_up).to(tl.float32, bitcast=True)
-    else:
-        p = high.to(OPMATH)
-    return p
-
-
-@triton.jit
-def store_param(param, remainders, offsets, p, mask, SPLIT: tl.constexpr):
-    """Stores the parameter rounded; with SPLIT in two halves, as `split` of csrc/core/dtype.h does."""
-    if SPLIT:
-        bits = p.to(tl.uint32, bitcast=True)
-        bits = tl.where(p != p, tl.full(bits.shape, 0x7FC00000, tl.uint32), bits)
-        high = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        tl.store(param + offsets, high, mask=mask)
-        tl.store(remainders + offsets, (bits & 0xFFFF).to(tl.uint16), mask=mask)
-    else:
-        tl.store(param + offsets, p.to(param.dtype.element_ty), mask=mask)
-
-
 # --- on the host ------------------------------------------------------------------------------------------
 
 
@@ -99,7 +84,7 @@ def on(device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Launch:
-    """Tensors that one launch steps: those of one pair of dtypes, aligned to 16 bytes or not.
+    """Tensors that one launch steps: those of one storage, aligned to 16 bytes or not.
 
     Attributes:
         table, scalars: a row for each tensor, on the device.
@@ -121,6 +106,8 @@ def prepare(
     scalars_of: Callable[[float], list[float]],
     scalar_dtype: torch.dtype | None = None,
     zero_grads: bool,
+    stochastic_rounding: bool,
+    seed: int,
 ) -> tuple[list[int], list[Launch]]:
     """Checks the lists, counts one step more, and makes the tables of the launches.
 
@@ -136,21 +123,25 @@ def prepare(
     named = dict(zip(LISTS, lists, strict=True))
     params, states, steps = named["params"], named["exp_avgs"], named["steps"]
     rest = check(op, named, zero_grads)
-    kinds: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = defaultdict(list)
+    scalars_of, key_of = functools.cache(scalars_of), functools.cache(functools.partial(random_key, seed))
+    kinds: dict[tuple[torch.dtype, torch.dtype, str, bool], list[int]] = defaultdict(list)
     for i in sorted(set(range(len(params))) - set(rest)):
         aligned = all(tensors[i].data_ptr() % 16 == 0 for tensors in lists[:-1] if tensors)
-        kinds[params[i].dtype, states[i].dtype, aligned].append(i)
+        remainder = named["remainders"][i] if named["remainders"] else None
+        master = _master(params[i], remainder, stochastic_rounding)
+        kinds[params[i].dtype, states[i].dtype, master, aligned].append(i)
         steps[i] += 1
     launches = []
-    for (param_dtype, state_dtype, aligned), positions in kinds.items():
+    for (param_dtype, state_dtype, master, aligned), positions in kinds.items():
         rows: list[list[int]] = []
         scalars: list[list[float]] = []
         chunks = 0
         for i in positions:
             if (numel := params[i].numel()) > 0:
+                step = float(steps[i])
                 addresses = [tensors[i].data_ptr() if tensors else 0 for tensors in lists[:-1]]
-                rows.append([*addresses, numel, chunks])
-                scalars.append(scalars_of(float(steps[i])))
+                rows.append([*addresses, numel, chunks, key_of(int(step))])
+                scalars.append(scalars_of(step))
                 chunks += triton.cdiv(numel, chunk)
         if chunks > 0:
             device, opmath = params[0].device, opmath_dtype(param_dtype)
@@ -161,8 +152,8 @@ def prepare(
                     chunks,
                     {
                         "PARAM": TRITON_DTYPES[param_dtype], "STATE": TRITON_DTYPES[state_dtype],
-                        "OPMATH": TRITON_DTYPES[opmath], "ALIGNED": aligned,
-                        "ANCHORED": len(named["anchors"]) > 0, "SPLIT": len(named["remainders"]) > 0,
+                        "OPMATH": TRITON_DTYPES[opmath], "MASTER": master,
+                        "ANCHORED": len(named["anchors"]) > 0, "ALIGNED": aligned,
                     },
                 )
             )  # fmt: skip
@@ -172,9 +163,16 @@ def prepare(
     return rest, launches
 
 
+def _master(param: Tensor, remainder: Tensor | None, stochastic_rounding: bool) -> str:
+    """What keeps the part of a parameter that rounding would lose: `Master` of csrc/math/moments.h."""
+    if remainder is None:
+        return "stochastic" if stochastic_rounding and param.dtype == torch.bfloat16 else "none"
+    return "split" if remainder.dtype == torch.int16 else "kahan"
+
+
 def check(op: str, lists: Mapping[str, Sequence[Tensor]], zero_grads: bool) -> list[int]:
     """The checks of csrc/bind/moment_lists.h; returns the positions that the kernel does not take."""
-    params, steps = lists["params"], lists["steps"]
+    params = lists["params"]
     present = {name: tensors for name, tensors in lists.items() if tensors or name not in OPTIONAL}
     for name, tensors in present.items():
         if len(tensors) != len(params):
@@ -183,34 +181,24 @@ def check(op: str, lists: Mapping[str, Sequence[Tensor]], zero_grads: bool) -> l
             )
     rest: list[int] = []
     written: list[tuple[int, int]] = []
-    for i, (param, step) in enumerate(zip(params, steps, strict=True)):
+    for i, param in enumerate(params):
         if param.device != params[0].device:
             reject(op, f"params[{i}]", param, f"a tensor on {params[0].device}, as params[0]")
+        own = {name: tensors[i] for name, tensors in present.items()}
+        _check_one(op, i, own)
+        step, scales = own.pop("steps"), own.pop("scales", None)
         if step.numel() != 1 or step.dtype != torch.float32 or step.device.type != "cpu":
             reject(op, f"steps[{i}]", step, "float32 () on cpu")
-        own = {name: tensors[i] for name, tensors in present.items() if name != "steps"}
-        for name, t in own.items():
-            fits = t.shape == param.shape and t.device == param.device
-            if name == "remainders":
-                if not fits or t.dtype != torch.int16 or param.dtype != torch.bfloat16:
-                    place = describe(param).partition(" ")[2]
-                    reject(op, f"{name}[{i}]", t, f"int16 {place} beside a bfloat16 parameter")
-            elif name == "exp_avgs":
-                if not fits or not _may_be_state(param.dtype, t.dtype):
-                    reject(op, f"{name}[{i}]", t, describe(param))
-            else:
-                like = param if name in ("params", "grads", "anchors") else own["exp_avgs"]
-                if not fits or t.dtype != like.dtype:
-                    reject(op, f"{name}[{i}]", t, describe(like))
-        if not (
-            _has_kernel(param.dtype, own["exp_avgs"].dtype)
-            and _is_dense(param)
-            and all(_same_order(t, param) for t in own.values())
+        if (
+            param.dtype not in STATE_DTYPES
+            or not _is_dense(param)
+            or not all(_same_order(t, param) for t in own.values())
         ):
             rest.append(i)
         elif param.numel() > 0:
             read_only = ("anchors",) if zero_grads else ("grads", "anchors")
             stored = [t for name, t in own.items() if name not in read_only]
+            stored += [] if scales is None else [scales]
             written += [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in stored]
     if any(after[0] < before[1] for before, after in itertools.pairwise(sorted(written))):
         raise ValueError(
@@ -220,15 +208,51 @@ def check(op: str, lists: Mapping[str, Sequence[Tensor]], zero_grads: bool) -> l
     return rest
 
 
-def _may_be_state(param: torch.dtype, state: torch.dtype) -> bool:
-    if param in TRITON_DTYPES or state in TRITON_DTYPES:
-        return _has_kernel(param, state)
-    return True  # the eager reference takes them
+def _check_one(op: str, i: int, own: Mapping[str, Tensor]) -> None:
+    """That what belongs to the `i`-th parameter has the shape, device and dtype that it should have."""
+    param, exp_avg = own["params"], own["exp_avgs"]
 
+    def refuse(name: str, expected: str) -> NoReturn:
+        reject(op, f"{name}[{i}]", own[name], expected)
 
-def _has_kernel(param: torch.dtype, state: torch.dtype) -> bool:
-    wide_state = state == torch.float32 and param in (torch.bfloat16, torch.float16)
-    return param in TRITON_DTYPES and (state == param or wide_state)
+    def fits(t: Tensor) -> bool:
+        return t.shape == param.shape and t.device == param.device
+
+    if param.dtype not in STATE_DTYPES and not param.is_complex():
+        refuse("params", "a float32, bfloat16, float16, float64 or complex tensor")
+    if not fits(exp_avg) or exp_avg.dtype not in STATE_DTYPES.get(param.dtype, (param.dtype,)):
+        refuse("exp_avgs", describe(param))
+    for name in ("grads", "exp_avg_sqs", "max_exp_avg_sqs", "anchors"):
+        like = param if name in ("grads", "anchors") else exp_avg
+        if name in own and not (fits(own[name]) and own[name].dtype == like.dtype):
+            refuse(name, describe(like))
+    if "remainders" in own:
+        remainder = own["remainders"]
+        kinds = {torch.bfloat16: (torch.int16, torch.bfloat16), torch.float16: (torch.float16,)}
+        if not fits(remainder) or remainder.dtype not in kinds.get(param.dtype, ()):
+            place = describe(param).partition(" ")[2]
+            refuse(
+                "remainders",
+                f"int16 {place} beside a bfloat16 parameter, or the dtype of a bfloat16 or float16 one",
+            )
+    if exp_avg.dtype != torch.uint8:
+        if "scales" in own:
+            refuse("scales", "none beside moments that are not uint8")
+        return
+    shape = scales_shape(param.numel())
+    expected = f"a contiguous float32 {shape} on the device of the parameter, for uint8 moments"
+    if "scales" not in own:
+        raise ValueError(f"{op}: scales[{i}] is missing; expected {expected}")
+    scales = own["scales"]
+    if (
+        scales.dtype != torch.float32
+        or scales.device != param.device
+        or scales.shape != shape
+        or not scales.is_contiguous()
+    ):
+        refuse("scales", expected)
+    if "max_exp_avg_sqs" in own:
+        refuse("max_exp_avg_sqs", "none beside uint8 moments, which AMSGrad does not have")
 
 
 def _is_dense(t: Tensor) -> bool:

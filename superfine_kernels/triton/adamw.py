@@ -6,16 +6,18 @@
     v <- beta2 * v + (1 - beta2) * g * g
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
+Adam adds weight_decay * p, or * (p - a), to g instead of the second line.
+
 Every rounding is that of csrc/math/adamw.h: contraction is off, two fmas are spelled out, division and square
 root round to nearest. Addresses, sizes and scalars travel in two small tables that the host copies at every
 step, so a step does not belong into a CUDA graph (one of the CUDA kernel does).
 
-Traffic per parameter: 28 bytes in float32, 14 in bfloat16 or float16, 22 there with float32 moments. Low bits add 4
-bytes, an anchor one element, and zeros for g one.
+Traffic per parameter: 28 bytes in float32, 14 in bfloat16 or float16, 22 there with float32 moments; 16 and 10 with
+moments in 8 bits. A remainder adds 4 bytes, an anchor one element, and zeros for g one.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: N803 (constexpr parameters are written in capitals, as in Triton's own code)
+# ruff: noqa: N803, SIM300 (constexpr parameters are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
 import math
@@ -30,12 +32,22 @@ from superfine_kernels.triton._moments import (
     COLUMNS,
     FIRST_CHUNK,
     NUMEL,
+    RANDOM_KEY,
     find_tensor,
-    load_param,
     on,
     pointer,
     prepare,
+)
+from superfine_kernels.triton._storage import (
+    QUANT_BLOCK,
+    load_moments,
+    load_param,
+    load_scales,
+    magnitude_bits,
+    quant_scale,
+    quantize,
     store_param,
+    store_scales,
 )
 
 #: Elements per program: enough to amortise the search for its tensor; 1M parameters still make 256 programs.
@@ -45,92 +57,107 @@ CHUNK = 4096
 BLOCK = 512
 WARPS = 4
 
-SCALARS = tl.constexpr(8)  # columns of the table of scalars: AdamWScalars of csrc/math/adamw.h, in its order
+SCALARS = tl.constexpr(9)  # columns of the table of scalars: AdamWScalars of csrc/math/adamw.h, in its order
 
 
 @triton.jit
-def _update(
-    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, offsets, mask, scalars,
-    AMSGRAD: tl.constexpr, ANCHORED: tl.constexpr, SPLIT: tl.constexpr, ZERO_GRAD: tl.constexpr,
-    OPMATH: tl.constexpr,
-):  # fmt: skip
-    decay = tl.load(scalars)
-    one_minus_beta1 = tl.load(scalars + 1)
-    beta2 = tl.load(scalars + 2)
-    one_minus_beta2 = tl.load(scalars + 3)
-    eps = tl.load(scalars + 4)
-    negative_step_size = tl.load(scalars + 5)
-    sqrt_bias_correction2 = tl.load(scalars + 6)
-    gradient_scale = tl.load(scalars + 7)
-
-    p = load_param(param, remainders, offsets, mask, SPLIT, OPMATH)
-    g = tl.load(grad + offsets, mask=mask).to(OPMATH)
-    m = tl.load(exp_avg + offsets, mask=mask).to(OPMATH)
-    v = tl.load(exp_avg_sq + offsets, mask=mask).to(OPMATH)
-
-    if ZERO_GRAD:
-        tl.store(grad + offsets, tl.zeros(g.shape, grad.dtype.element_ty), mask=mask)
-    g = g * gradient_scale
-    if ANCHORED:
-        a = tl.load(anchor + offsets, mask=mask).to(OPMATH)
-        p = tl.fma(decay + tl.zeros_like(p), p - a, a)
-    else:
-        p = p * decay
-    m = tl.fma(one_minus_beta1 + tl.zeros_like(m), g - m, m)
-    v = tl.fma(one_minus_beta2 * g, g, v * beta2)
-    second_moment = v
-    if AMSGRAD:
-        v_max = tl.load(max_exp_avg_sq + offsets, mask=mask).to(OPMATH)
-        second_moment = tl.where((v_max < v) | (v != v), v, v_max)  # NaN wins, as in torch.maximum
-        tl.store(max_exp_avg_sq + offsets, second_moment.to(max_exp_avg_sq.dtype.element_ty), mask=mask)
-    if p.dtype == tl.float64:  # the plain operations round to nearest
-        denominator = tl.sqrt(second_moment) / sqrt_bias_correction2 + eps
-        p = p + (negative_step_size * m) / denominator
-    else:
-        denominator = tl.div_rn(tl.sqrt_rn(second_moment), sqrt_bias_correction2 + tl.zeros_like(m)) + eps
-        p = p + tl.div_rn(negative_step_size * m, denominator)
-
-    store_param(param, remainders, offsets, p, mask, SPLIT)
-    tl.store(exp_avg + offsets, m.to(exp_avg.dtype.element_ty), mask=mask)
-    tl.store(exp_avg_sq + offsets, v.to(exp_avg_sq.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["count"])
-def _adamw(
-    table, scalars, count,
-    PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, ALIGNED: tl.constexpr,
-    AMSGRAD: tl.constexpr, ANCHORED: tl.constexpr, SPLIT: tl.constexpr, ZERO_GRAD: tl.constexpr,
+def _update_chunk(
+    row, scalars, begin, MASKED: tl.constexpr,
+    PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
+    AMSGRAD: tl.constexpr, ANCHORED: tl.constexpr, COUPLED: tl.constexpr, ZERO_GRAD: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0)
-    index = find_tensor(table, count, chunk)
-    row = table + index * COLUMNS
     param = pointer(row, 0, PARAM, ALIGNED)
     grad = pointer(row, 1, PARAM, ALIGNED)
     exp_avg = pointer(row, 2, STATE, ALIGNED)
     exp_avg_sq = pointer(row, 3, STATE, ALIGNED)
     max_exp_avg_sq = pointer(row, 4, STATE, ALIGNED)
     anchor = pointer(row, 5, PARAM, ALIGNED)
-    remainders = pointer(row, 6, tl.uint16, ALIGNED)
+    remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED)
+    scales = pointer(row, 7, tl.float32, False)
     numel = tl.load(row + NUMEL)
-    begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
-    scalars += index * SCALARS
+    key = tl.load(row + RANDOM_KEY).to(tl.uint32)
+    blocks = tl.cdiv(numel, QUANT_BLOCK)
 
-    if begin + CHUNK <= numel:  # without a mask, accesses are 16 bytes wide
-        for start in range(0, CHUNK, BLOCK):
-            offsets = begin + start + tl.arange(0, BLOCK)
-            _update(
-                param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, offsets, None, scalars,
-                AMSGRAD, ANCHORED, SPLIT, ZERO_GRAD, OPMATH,
-            )  # fmt: skip
+    end = tl.minimum(CHUNK, numel - begin) if MASKED else CHUNK
+    for start in range(0, end, BLOCK):
+        first = begin + start + tl.arange(0, BLOCK // QUANT_BLOCK)[:, None] * QUANT_BLOCK
+        offsets = first + tl.arange(0, QUANT_BLOCK)[None, :]
+        row_mask = first < numel if MASKED else None
+        mask = offsets < numel if MASKED else None
+
+        decay = tl.load(scalars)
+        one_minus_beta1 = tl.load(scalars + 1)
+        beta2 = tl.load(scalars + 2)
+        one_minus_beta2 = tl.load(scalars + 3)
+        eps = tl.load(scalars + 4)
+        negative_step_size = tl.load(scalars + 5)
+        sqrt_bias_correction2 = tl.load(scalars + 6)
+        gradient_scale = tl.load(scalars + 7)
+
+        p = load_param(param, remainders, offsets, mask, MASTER, OPMATH)
+        g = tl.load(grad + offsets, mask=mask).to(OPMATH)
+        m_scale, v_scale = load_scales(scales, blocks, first, row_mask, STATE)
+        m, v = load_moments(exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, OPMATH)
+
+        if ZERO_GRAD:
+            tl.store(grad + offsets, tl.zeros(g.shape, PARAM), mask=mask)
+        g = g * gradient_scale
+        if ANCHORED:
+            a = tl.load(anchor + offsets, mask=mask).to(OPMATH)
+        if COUPLED:
+            coupled_decay = tl.load(scalars + 8) + tl.zeros_like(p)
+            g = tl.fma(coupled_decay, p - a if ANCHORED else p, g)
+        elif ANCHORED:
+            p = tl.fma(decay + tl.zeros_like(p), p - a, a)
+        else:
+            p = p * decay
+        m = tl.fma(one_minus_beta1 + tl.zeros_like(m), g - m, m)
+        v = tl.fma(one_minus_beta2 * g, g, v * beta2)
+        second_moment = v
+        if AMSGRAD:
+            v_max = tl.load(max_exp_avg_sq + offsets, mask=mask).to(OPMATH)
+            second_moment = tl.where((v_max < v) | (v != v), v, v_max)  # NaN wins, as in torch.maximum
+            tl.store(max_exp_avg_sq + offsets, second_moment.to(STATE), mask=mask)
+        if p.dtype == tl.float64:  # the plain operations round to nearest
+            denominator = tl.sqrt(second_moment) / sqrt_bias_correction2 + eps
+            p = p + (negative_step_size * m) / denominator
+        else:
+            denominator = tl.div_rn(tl.sqrt_rn(second_moment), sqrt_bias_correction2 + tl.zeros_like(m)) + eps
+            p = p + tl.div_rn(negative_step_size * m, denominator)
+
+        store_param(param, remainders, offsets, p, mask, key, MASTER)
+        if STATE == tl.uint8:
+            m_scale, m_inverse = quant_scale(magnitude_bits(m, mask), 7)
+            v_scale, v_inverse = quant_scale(magnitude_bits(v, mask), 8)
+            store_scales(scales, blocks, first, m_scale, v_scale, row_mask)
+            m, v = quantize(m, v, m_inverse, v_inverse, offsets, key)
+        tl.store(exp_avg + offsets, m.to(STATE), mask=mask)
+        tl.store(exp_avg_sq + offsets, v.to(STATE), mask=mask)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _adamw(
+    table, scalars, count,
+    PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
+    AMSGRAD: tl.constexpr, ANCHORED: tl.constexpr, COUPLED: tl.constexpr, ZERO_GRAD: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0)
+    index = find_tensor(table, count, chunk)
+    row = table + index * COLUMNS
+    scalars += index * SCALARS
+    begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
+    if begin + CHUNK <= tl.load(row + NUMEL):  # without a mask, accesses are 16 bytes wide
+        _update_chunk(
+            row, scalars, begin, False,
+            PARAM, STATE, OPMATH, MASTER, ALIGNED, AMSGRAD, ANCHORED, COUPLED, ZERO_GRAD, CHUNK, BLOCK,
+        )  # fmt: skip
     else:
-        for start in range(0, CHUNK, BLOCK):
-            offsets = begin + start + tl.arange(0, BLOCK)
-            mask = offsets < numel
-            _update(
-                param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, offsets, mask, scalars,
-                AMSGRAD, ANCHORED, SPLIT, ZERO_GRAD, OPMATH,
-            )  # fmt: skip
+        _update_chunk(
+            row, scalars, begin, True,
+            PARAM, STATE, OPMATH, MASTER, ALIGNED, AMSGRAD, ANCHORED, COUPLED, ZERO_GRAD, CHUNK, BLOCK,
+        )  # fmt: skip
 
 
 def adamw_(
@@ -141,9 +168,12 @@ def adamw_(
     max_exp_avg_sqs: Sequence[Tensor],
     anchors: Sequence[Tensor],
     remainders: Sequence[Tensor],
+    scales: Sequence[Tensor],
     steps: Sequence[Tensor],
     *,
     zero_grads: bool,
+    stochastic_rounding: bool,
+    seed: int,
     **hyper: Any,
 ) -> list[int]:
     """One AdamW step over lists of tensors of one device, in place.
@@ -154,17 +184,20 @@ def adamw_(
     """
     rest, launches = prepare(
         "adamw_",
-        (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, steps),
+        (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps),
         chunk=CHUNK,
         scalars_of=lambda step: _scalars(**hyper, step=step),
         zero_grads=zero_grads,
+        stochastic_rounding=stochastic_rounding,
+        seed=seed,
     )
+    coupled = not hyper["decoupled"] and hyper["weight_decay"] != 0
     for launch in launches:
         with on(launch.table.device):
             _adamw[(launch.chunks,)](
                 launch.table, launch.scalars, len(launch.table), **launch.constants,
-                AMSGRAD=len(max_exp_avg_sqs) > 0, ZERO_GRAD=zero_grads, CHUNK=CHUNK, BLOCK=BLOCK,
-                num_warps=WARPS, enable_fp_fusion=False,
+                AMSGRAD=len(max_exp_avg_sqs) > 0, COUPLED=coupled, ZERO_GRAD=zero_grads,
+                CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
     return rest
 
@@ -176,12 +209,13 @@ def _scalars(
     beta2: float,
     eps: float,
     weight_decay: float,
+    decoupled: bool,
     gradient_scale: float,
     step: float,
 ) -> list[float]:
     """`adamw_scalars` of csrc/math/adamw.h, in double; the table rounds them once."""
     return [
-        1 - lr * weight_decay,
+        1 - lr * weight_decay if decoupled else 1.0,
         1 - beta1,
         beta2,
         1 - beta2,
@@ -189,4 +223,5 @@ def _scalars(
         -(lr / (1 - beta1**step)),
         math.sqrt(1 - beta2**step),
         gradient_scale,
+        0.0 if decoupled else weight_decay,
     ]

@@ -15,7 +15,7 @@ as long to launch a batch as the GPU to step it.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: N803 (constexpr parameters are written in capitals, as in Triton's own code)
+# ruff: noqa: N803, SIM300 (constexpr parameters are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
 import math
@@ -31,12 +31,23 @@ from superfine_kernels.triton._moments import (
     COLUMNS,
     FIRST_CHUNK,
     NUMEL,
+    RANDOM_KEY,
     find_tensor,
-    load_param,
     on,
     pointer,
     prepare,
+)
+from superfine_kernels.triton._storage import (
+    QUANT_BLOCK,
+    load_moments,
+    load_param,
+    load_scales,
+    magnitude_bits,
+    moments_as_stored,
+    quant_scale,
+    quantize,
     store_param,
+    store_scales,
 )
 
 # The order of the sums, as in csrc/math/lamb.h.
@@ -86,76 +97,114 @@ def _direction(p, anchor, m, v, offsets, mask, scalars, ANCHORED: tl.constexpr, 
 
 
 @triton.jit
-def _update_moments(
-    param, grad, exp_avg, exp_avg_sq, anchor, remainders, offsets, mask, scalars, param_sum, direction_sum,
-    ANCHORED: tl.constexpr, SPLIT: tl.constexpr, ZERO_GRAD: tl.constexpr, OPMATH: tl.constexpr,
+def _step_moments(
+    grad, exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, scalars,
+    EVICT: tl.constexpr, OPMATH: tl.constexpr,
 ):  # fmt: skip
     gradient_scale = tl.load(scalars).to(OPMATH)
     beta1 = tl.load(scalars + 1).to(OPMATH)
     beta3 = tl.load(scalars + 2).to(OPMATH)
     beta2 = tl.load(scalars + 3).to(OPMATH)
     one_minus_beta2 = tl.load(scalars + 4).to(OPMATH)
-
-    p = load_param(param, remainders, offsets, mask, SPLIT, OPMATH)
-    g = tl.load(grad + offsets, mask=mask, eviction_policy="evict_first").to(OPMATH)
-    m = tl.load(exp_avg + offsets, mask=mask).to(OPMATH)
-    v = tl.load(exp_avg_sq + offsets, mask=mask).to(OPMATH)
-
-    if ZERO_GRAD:
-        zeros = tl.zeros(g.shape, grad.dtype.element_ty)
-        tl.store(grad + offsets, zeros, mask=mask, eviction_policy="evict_first")
+    g = tl.load(grad + offsets, mask=mask, eviction_policy=EVICT).to(OPMATH)
+    m, v = load_moments(exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, OPMATH)
     g = g * gradient_scale
-    m = tl.fma(beta1 + tl.zeros_like(m), m, beta3 * g).to(exp_avg.dtype.element_ty)
-    v = tl.fma(one_minus_beta2 * g, g, v * beta2).to(exp_avg_sq.dtype.element_ty)
-    tl.store(exp_avg + offsets, m, mask=mask)
-    tl.store(exp_avg_sq + offsets, v, mask=mask)
-
-    # Of the moments as stored.
-    u = _direction(p, anchor, m.to(OPMATH), v.to(OPMATH), offsets, mask, scalars, ANCHORED, OPMATH)
-    param_squares = tl.fma(p, p, param_sum)
-    direction_squares = tl.fma(u, u, direction_sum)
-    if mask is not None:
-        param_squares = tl.where(mask, param_squares, param_sum)
-        direction_squares = tl.where(mask, direction_squares, direction_sum)
-    return param_squares, direction_squares
+    m = tl.fma(beta1 + tl.zeros_like(m), m, beta3 * g)
+    v = tl.fma(one_minus_beta2 * g, g, v * beta2)
+    return m, v
 
 
-@triton.jit(do_not_specialize=["count"])
-def _lamb_moments(
-    table, scalars, count, sums,
-    PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, ALIGNED: tl.constexpr,
-    ANCHORED: tl.constexpr, SPLIT: tl.constexpr, ZERO_GRAD: tl.constexpr,
+@triton.jit
+def _update_moments(
+    row, scalars, begin, MASKED: tl.constexpr,
+    PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
+    ANCHORED: tl.constexpr, ZERO_GRAD: tl.constexpr,
     SUM_BLOCKS: tl.constexpr, SUM_BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0)
-    index = find_tensor(table, count, chunk)
-    row = table + index * COLUMNS
+    """Steps the moments of a chunk; returns the sums of squares of parameter and direction in each lane."""
     param = pointer(row, 0, PARAM, ALIGNED)
     grad = pointer(row, 1, PARAM, ALIGNED)
     exp_avg = pointer(row, 2, STATE, ALIGNED)
     exp_avg_sq = pointer(row, 3, STATE, ALIGNED)
     anchor = pointer(row, 5, PARAM, ALIGNED)
-    remainders = pointer(row, 6, tl.uint16, ALIGNED)
+    remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED)
+    scales = pointer(row, 7, tl.float32, False)
     numel = tl.load(row + NUMEL)
-    begin = (chunk - tl.load(row + FIRST_CHUNK)) * (SUM_BLOCKS * SUM_BLOCK)
-    scalars += index * SCALARS
+    key = tl.load(row + RANDOM_KEY).to(tl.uint32)
+    blocks = tl.cdiv(numel, QUANT_BLOCK)
 
-    first = begin + tl.arange(0, SUM_BLOCKS)[:, None] * SUM_BLOCK + tl.arange(0, LANES)[None, :]
+    lanes = tl.arange(0, LANES)[None, :]
     param_sum = tl.zeros((SUM_BLOCKS, LANES), OPMATH)
     direction_sum = tl.zeros((SUM_BLOCKS, LANES), OPMATH)
-    if begin + SUM_BLOCKS * SUM_BLOCK <= numel:  # without a mask, accesses are 16 bytes wide
-        for start in range(0, SUM_BLOCK, LANES):
-            param_sum, direction_sum = _update_moments(
-                param, grad, exp_avg, exp_avg_sq, anchor, remainders, first + start, None, scalars,
-                param_sum, direction_sum, ANCHORED, SPLIT, ZERO_GRAD, OPMATH,
-            )  # fmt: skip
+    end = tl.minimum(SUM_BLOCK, numel - begin) if MASKED else SUM_BLOCK
+    for start in range(0, end, QUANT_BLOCK):
+        first = begin + start + tl.arange(0, SUM_BLOCKS)[:, None] * SUM_BLOCK
+        row_mask = first < numel if MASKED else None
+        m_scale, v_scale = load_scales(scales, blocks, first, row_mask, STATE)
+        new_m_scale, new_v_scale = m_scale, v_scale
+        if STATE == tl.uint8:
+            # A scale follows from all of its block, whose moments are then computed again: to keep them would take
+            # too many registers, and what they follow from is in the L1 cache.
+            m_largest = tl.zeros((SUM_BLOCKS, LANES), tl.uint32)
+            v_largest = tl.zeros((SUM_BLOCKS, LANES), tl.uint32)
+            for i in range(0, QUANT_BLOCK, LANES):
+                offsets = first + i + lanes
+                mask = offsets < numel if MASKED else None
+                m, v = _step_moments(
+                    grad, exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, scalars, "", OPMATH
+                )
+                m_largest = tl.maximum(m_largest, magnitude_bits(m, mask))
+                v_largest = tl.maximum(v_largest, magnitude_bits(v, mask))
+            new_m_scale, m_inverse = quant_scale(m_largest, 7)
+            new_v_scale, v_inverse = quant_scale(v_largest, 8)
+            store_scales(scales, blocks, first, new_m_scale, new_v_scale, row_mask)
+        for i in range(0, QUANT_BLOCK, LANES):
+            offsets = first + i + lanes
+            mask = offsets < numel if MASKED else None
+            p = load_param(param, remainders, offsets, mask, MASTER, OPMATH)
+            m, v = _step_moments(
+                grad, exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, scalars, "evict_first", OPMATH
+            )
+            if ZERO_GRAD:
+                zeros = tl.zeros(p.shape, PARAM)
+                tl.store(grad + offsets, zeros, mask=mask, eviction_policy="evict_first")
+            if STATE == tl.uint8:
+                m, v = quantize(m, v, m_inverse, v_inverse, offsets, key)
+            m, v = m.to(STATE), v.to(STATE)
+            tl.store(exp_avg + offsets, m, mask=mask)
+            tl.store(exp_avg_sq + offsets, v, mask=mask)
+
+            m, v = moments_as_stored(m, v, new_m_scale, new_v_scale, OPMATH)
+            u = _direction(p, anchor, m, v, offsets, mask, scalars, ANCHORED, OPMATH)
+            param_squares = tl.fma(p, p, param_sum)
+            direction_squares = tl.fma(u, u, direction_sum)
+            param_sum = tl.where(mask, param_squares, param_sum) if MASKED else param_squares
+            direction_sum = tl.where(mask, direction_squares, direction_sum) if MASKED else direction_squares
+    return param_sum, direction_sum
+
+
+@triton.jit(do_not_specialize=["count"])
+def _lamb_moments(
+    table, scalars, count, sums,
+    PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
+    ANCHORED: tl.constexpr, ZERO_GRAD: tl.constexpr,
+    SUM_BLOCKS: tl.constexpr, SUM_BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0)
+    index = find_tensor(table, count, chunk)
+    row = table + index * COLUMNS
+    scalars += index * SCALARS
+    begin = (chunk - tl.load(row + FIRST_CHUNK)) * (SUM_BLOCKS * SUM_BLOCK)
+    if begin + SUM_BLOCKS * SUM_BLOCK <= tl.load(row + NUMEL):  # without a mask, accesses are 16 bytes wide
+        param_sum, direction_sum = _update_moments(
+            row, scalars, begin, False,
+            PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, ZERO_GRAD, SUM_BLOCKS, SUM_BLOCK, LANES,
+        )  # fmt: skip
     else:
-        for start in range(0, SUM_BLOCK, LANES):
-            mask = first + start < numel
-            param_sum, direction_sum = _update_moments(
-                param, grad, exp_avg, exp_avg_sq, anchor, remainders, first + start, mask, scalars,
-                param_sum, direction_sum, ANCHORED, SPLIT, ZERO_GRAD, OPMATH,
-            )  # fmt: skip
+        param_sum, direction_sum = _update_moments(
+            row, scalars, begin, True,
+            PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, ZERO_GRAD, SUM_BLOCKS, SUM_BLOCK, LANES,
+        )  # fmt: skip
     one = tl.arange(0, 1)
     tl.store(sums + 2 * chunk + one, _sum_block_lanes(param_sum.to(tl.float64), SUM_BLOCKS))
     tl.store(sums + 2 * chunk + 1 + one, _sum_block_lanes(direction_sum.to(tl.float64), SUM_BLOCKS))
@@ -191,51 +240,56 @@ def _lamb_step_size(
 
 @triton.jit
 def _update_param(
-    param, exp_avg, exp_avg_sq, anchor, remainders, offsets, mask, scalars, negative_step_size,
-    ANCHORED: tl.constexpr, SPLIT: tl.constexpr, OPMATH: tl.constexpr,
+    row, scalars, begin, negative_step_size, MASKED: tl.constexpr,
+    PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
+    ANCHORED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    p = load_param(param, remainders, offsets, mask, SPLIT, OPMATH)
-    m = tl.load(exp_avg + offsets, mask=mask, eviction_policy="evict_first").to(OPMATH)
-    v = tl.load(exp_avg_sq + offsets, mask=mask, eviction_policy="evict_first").to(OPMATH)
-    u = _direction(p, anchor, m, v, offsets, mask, scalars, ANCHORED, OPMATH)
-    p = tl.fma(negative_step_size + tl.zeros_like(p), u, p)
-    store_param(param, remainders, offsets, p, mask, SPLIT)
+    param = pointer(row, 0, PARAM, ALIGNED)
+    exp_avg = pointer(row, 2, STATE, ALIGNED)
+    exp_avg_sq = pointer(row, 3, STATE, ALIGNED)
+    anchor = pointer(row, 5, PARAM, ALIGNED)
+    remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED)
+    scales = pointer(row, 7, tl.float32, False)
+    numel = tl.load(row + NUMEL)
+    key = tl.load(row + RANDOM_KEY).to(tl.uint32)
+    blocks = tl.cdiv(numel, QUANT_BLOCK)
+
+    end = tl.minimum(CHUNK, numel - begin) if MASKED else CHUNK
+    for start in range(0, end, BLOCK):
+        first = begin + start + tl.arange(0, BLOCK // QUANT_BLOCK)[:, None] * QUANT_BLOCK
+        offsets = first + tl.arange(0, QUANT_BLOCK)[None, :]
+        row_mask = first < numel if MASKED else None
+        mask = offsets < numel if MASKED else None
+        p = load_param(param, remainders, offsets, mask, MASTER, OPMATH)
+        m_scale, v_scale = load_scales(scales, blocks, first, row_mask, STATE)
+        m, v = load_moments(exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, OPMATH)
+        u = _direction(p, anchor, m, v, offsets, mask, scalars, ANCHORED, OPMATH)
+        p = tl.fma(tl.broadcast_to(negative_step_size, p.shape), u, p)  # -0 stays -0
+        store_param(param, remainders, offsets, p, mask, key, MASTER)
 
 
 @triton.jit(do_not_specialize=["count"])
 def _lamb_param(
     table, scalars, count, step_sizes,
-    PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, ALIGNED: tl.constexpr,
-    ANCHORED: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
+    ANCHORED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     index = find_tensor(table, count, chunk)
     row = table + index * COLUMNS
-    param = pointer(row, 0, PARAM, ALIGNED)
-    exp_avg = pointer(row, 2, STATE, ALIGNED)
-    exp_avg_sq = pointer(row, 3, STATE, ALIGNED)
-    anchor = pointer(row, 5, PARAM, ALIGNED)
-    remainders = pointer(row, 6, tl.uint16, ALIGNED)
-    numel = tl.load(row + NUMEL)
-    begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
     scalars += index * SCALARS
+    begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
     step_size = tl.load(step_sizes + index).to(OPMATH)
-
-    if begin + CHUNK <= numel:
-        for start in range(0, CHUNK, BLOCK):
-            offsets = begin + start + tl.arange(0, BLOCK)
-            _update_param(
-                param, exp_avg, exp_avg_sq, anchor, remainders, offsets, None, scalars, step_size,
-                ANCHORED, SPLIT, OPMATH,
-            )  # fmt: skip
+    if begin + CHUNK <= tl.load(row + NUMEL):
+        _update_param(
+            row, scalars, begin, step_size, False,
+            PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK,
+        )  # fmt: skip
     else:
-        for start in range(0, CHUNK, BLOCK):
-            offsets = begin + start + tl.arange(0, BLOCK)
-            mask = offsets < numel
-            _update_param(
-                param, exp_avg, exp_avg_sq, anchor, remainders, offsets, mask, scalars, step_size,
-                ANCHORED, SPLIT, OPMATH,
-            )  # fmt: skip
+        _update_param(
+            row, scalars, begin, step_size, True,
+            PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK,
+        )  # fmt: skip
 
 
 def lamb_(
@@ -246,9 +300,12 @@ def lamb_(
     max_exp_avg_sqs: Sequence[Tensor],
     anchors: Sequence[Tensor],
     remainders: Sequence[Tensor],
+    scales: Sequence[Tensor],
     steps: Sequence[Tensor],
     *,
     zero_grads: bool,
+    stochastic_rounding: bool,
+    seed: int,
     **hyper: Any,
 ) -> list[int]:
     """One LAMB step over lists of tensors of one device, in place.
@@ -259,11 +316,13 @@ def lamb_(
     """
     rest, launches = prepare(
         "lamb_",
-        (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, steps),
+        (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps),
         chunk=CHUNK,
         scalars_of=lambda step: _scalars(**hyper, step=step),
         scalar_dtype=torch.float64,
         zero_grads=zero_grads,
+        stochastic_rounding=stochastic_rounding,
+        seed=seed,
     )
     for launch in launches:
         tables, count, device = (launch.table, launch.scalars), len(launch.table), launch.table.device
