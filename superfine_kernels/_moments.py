@@ -162,9 +162,12 @@ class MomentOp:
                     for lists in state_lists([param], state, groups[index][1]):
                         self.step_rest([0], lists, _of_op(groups[index][1]))
                 return
-        for params, hyper in groups:
-            for lists in state_lists(params, state, hyper):
-                self(lists, _of_op(hyper), None)
+        # All state is looked up before anything is stepped: a caller may add what is missing and try again.
+        calls = [
+            (lists, _of_op(hyper)) for params, hyper in groups for lists in state_lists(params, state, hyper)
+        ]
+        for lists, hyper in calls:
+            self(lists, hyper, None)
 
 
 def _of_op(hyper: dict[str, Any]) -> dict[str, Any]:

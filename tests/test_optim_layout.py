@@ -162,6 +162,23 @@ def test_layouts_that_do_not_go_together_are_refused(kind, dtype, options, messa
         train(kind(params, **options), params, [0])
 
 
+class _Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_state_that_one_group_lacks_is_made_before_any_group_moves(kind):
+    # Lists are stepped one by one for subclasses, as they are on a GPU.
+    first = torch.ones(4).as_subclass(_Subclass).requires_grad_()
+    second = nn.Parameter(torch.ones(4))
+    optimizer = kind([{"params": [first]}, {"params": [second]}])
+    first.grad = torch.ones_like(first)
+    optimizer.step()
+    second.grad = torch.ones_like(second)
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in (first, second)] == [2, 1]
+
+
 def test_amsgrad_has_no_8_bit_form():
     params = parameters(F32)
     with pytest.raises(ValueError, match="amsgrad, whose maxima have no 8-bit form"):
