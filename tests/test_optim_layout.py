@@ -162,6 +162,35 @@ def test_layouts_that_do_not_go_together_are_refused(kind, dtype, options, messa
         train(kind(params, **options), params, [0])
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"master_weights": "Split"}, "master_weights is 'Split'"),
+        ({"state_dtype": "8-bit"}, "state_dtype is '8-bit'"),
+        ({"stochastic_rounding": True}, "stochastic_rounding is True"),
+    ],
+)
+def test_wrong_options_of_a_group_are_refused_when_it_is_added(kind, options, message):
+    optimizer = kind(parameters(BF16), master_weights="kahan")
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": parameters(BF16), **options})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_groups_keep_options_that_the_checkpoint_lacks(kind):
+    params = parameters(F32)
+    theirs = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:]}])
+    train(theirs, params, [0])
+    ours = kind([{"params": params[:1], "state_dtype": "8bit", "anchored": True}, {"params": params[1:]}])
+    ours.load_state_dict(theirs.state_dict())
+    train(ours, params, [1])
+    assert ours.state[params[0]]["exp_avg"].dtype == torch.uint8
+    assert "anchor" in ours.state[params[0]]
+    assert ours.state[params[1]]["exp_avg"].dtype == F32
+
+
 class _Subclass(torch.Tensor):
     pass
 
