@@ -6,7 +6,9 @@ optional list. `remainders` of 16-bit parameters and `scales` of 8-bit moments a
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,8 +145,8 @@ class MomentOp:
         chosen = [[tensors[i] for i in rest] if tensors else [] for tensors in lists]
         first = chosen[0][0]
         warn_once(
-            f"{self.name}_: some parameters (the first is {first.dtype} with strides {first.stride()}) have a dtype "
-            "or layout that no kernel takes; eager torch steps them"
+            f"{self.name}_: some parameters (the first is {first.dtype} with strides {first.stride()}), their "
+            "gradients or their state have a dtype or layout that no kernel takes; eager torch steps them"
         )
         with torch.no_grad():
             self.reference(tuple(chosen), **hyper)
@@ -158,13 +160,17 @@ class MomentOp:
             native = getattr(_cpu, f"{self.name}_groups")
             rest = native(READER, groups, state, threads=threads(), isa="")
             if rest is not None:
-                for index, param in rest:
-                    for lists in state_lists([param], state, groups[index][1]):
-                        self.step_rest([0], lists, _of_op(groups[index][1]))
+                for index, pairs in itertools.groupby(rest, key=operator.itemgetter(0)):
+                    hyper = groups[index][1]
+                    for lists in state_lists([param for _, param in pairs], state, hyper):
+                        self.step_rest(range(len(lists[0])), lists, _of_op(hyper))
                 return
-        for params, hyper in groups:
-            for lists in state_lists(params, state, hyper):
-                self(lists, _of_op(hyper), None)
+        # All state is looked up before anything is stepped: a caller may add what is missing and try again.
+        calls = [
+            (lists, _of_op(hyper)) for params, hyper in groups for lists in state_lists(params, state, hyper)
+        ]
+        for lists, hyper in calls:
+            self(lists, hyper, None)
 
 
 def _of_op(hyper: dict[str, Any]) -> dict[str, Any]:

@@ -38,9 +38,8 @@ def cost(
     param, state = param_dtype.itemsize, (state_dtype or param_dtype).itemsize
     params = 3 + anchored + zero_grads  # tensors of the parameter's dtype that are read or written
     moved = params * param + (6 if amsgrad else 4) * state + 4 * remainders
-    scales = (
-        4 * numel // 64 if state == 1 else 0
-    )  # read and written, for both moments, 4 bytes for each 256 elements
+    # Scales of both moments, read and written: 4 bytes for each 256 elements.
+    scales = 4 * numel // 64 if state == 1 else 0
     return Cost(bytes=numel * moved + scales, flops=numel * (15 + amsgrad + 2 * anchored))
 
 

@@ -297,6 +297,14 @@ def test_slices_of_a_parameter_leave_their_neighbours_alone():
     assert ours.data_ptr() == parent.data_ptr()
 
 
+def test_one_warning_covers_all_parameters_that_no_kernel_takes():
+    params = [nn.Parameter(torch.ones(3, n, dtype=torch.complex64)) for n in (2, 4, 5)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with one_warning("layout that no kernel takes"):
+        AdamW(params).step()
+
+
 def test_channels_last_models_are_stepped_in_place_without_a_warning():
     ours = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
     theirs = copy.deepcopy(ours)

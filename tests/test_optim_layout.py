@@ -98,6 +98,21 @@ def test_checkpoints_convert_between_layouts(kind, dtype):
                     assert ((a - b).abs() <= a.abs() / 15 + 2e-5 * largest).all()
 
 
+def test_codes_are_loaded_as_they_were_saved():
+    # Rounding at random may leave a block without the greatest code, so codes made anew would not be these.
+    params = parameters(F32)
+    optimizer = AdamW(params, state_dtype="8bit")
+    train(optimizer, params, [0])
+    for p in params:
+        optimizer.state[p]["exp_avg_sq"].clamp_(max=254)
+    twin = AdamW(params, state_dtype="8bit")
+    twin.load_state_dict(optimizer.state_dict())
+    for p in params:
+        for name in ("exp_avg", "exp_avg_sq", "scales"):
+            assert same_bits(twin.state[p][name], optimizer.state[p][name])
+            assert twin.state[p][name].data_ptr() != optimizer.state[p][name].data_ptr()
+
+
 @pytest.mark.parametrize("kind", [AdamW, Adam])
 def test_torch_loads_moments_of_float_layouts_and_spoils_codes(kind):
     params = parameters(F32)
@@ -160,6 +175,52 @@ def test_layouts_that_do_not_go_together_are_refused(kind, dtype, options, messa
     params = [nn.Parameter(torch.zeros(3, dtype=dtype))]
     with pytest.raises(ValueError, match=message):
         train(kind(params, **options), params, [0])
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"master_weights": "Split"}, "master_weights is 'Split'"),
+        ({"state_dtype": "8-bit"}, "state_dtype is '8-bit'"),
+        ({"stochastic_rounding": True}, "stochastic_rounding is True"),
+    ],
+)
+def test_wrong_options_of_a_group_are_refused_when_it_is_added(kind, options, message):
+    optimizer = kind(parameters(BF16), master_weights="kahan")
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": parameters(BF16), **options})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_groups_keep_options_that_the_checkpoint_lacks(kind):
+    params = parameters(F32)
+    theirs = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:]}])
+    train(theirs, params, [0])
+    ours = kind([{"params": params[:1], "state_dtype": "8bit", "anchored": True}, {"params": params[1:]}])
+    ours.load_state_dict(theirs.state_dict())
+    train(ours, params, [1])
+    assert ours.state[params[0]]["exp_avg"].dtype == torch.uint8
+    assert "anchor" in ours.state[params[0]]
+    assert ours.state[params[1]]["exp_avg"].dtype == F32
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_state_that_one_group_lacks_is_made_before_any_group_moves(kind):
+    # Lists are stepped one by one for subclasses, as they are on a GPU.
+    first = torch.ones(4).as_subclass(_Subclass).requires_grad_()
+    second = nn.Parameter(torch.ones(4))
+    optimizer = kind([{"params": [first]}, {"params": [second]}])
+    first.grad = torch.ones_like(first)
+    optimizer.step()
+    second.grad = torch.ones_like(second)
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in (first, second)] == [2, 1]
 
 
 def test_amsgrad_has_no_8_bit_form():

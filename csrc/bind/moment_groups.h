@@ -14,27 +14,25 @@
 namespace superfine {
 
 // A walk through an optimizer's state in the order of its parameters, which is the order in which the
-// state was made: the next entry is nearly always the one looked for, and no hash is computed.
+// state was made: one of the next entries is nearly always the one looked for, and no hash is computed.
 class StateWalk {
  public:
   explicit StateWalk(PyObject* state) : state_(state) {}
 
   PyObject* find(PyObject* param) {  // borrowed; null if there is none
+    constexpr int kAhead = 8;        // parameters in a row that are left out
     PyObject *key = nullptr, *value = nullptr;
     Py_ssize_t position = position_;
-    if (PyDict_Next(state_, &position, &key, &value) != 0 && key == param) {
-      position_ = position;
-      __builtin_prefetch(value);
-      return value;
-    }
-    position_ = position = 0;
-    while (PyDict_Next(state_, &position, &key, &value) != 0) {
+    for (int i = 0; i < kAhead && PyDict_Next(state_, &position, &key, &value) != 0; ++i) {
       if (key == param) {
         position_ = position;
+        __builtin_prefetch(value);
         return value;
       }
     }
-    return nullptr;
+    value = PyDict_GetItemWithError(state_, param);
+    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    return value;
   }
 
  private:

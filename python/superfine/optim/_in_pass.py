@@ -89,14 +89,6 @@ class InPass(torch.optim.Optimizer):
         self.state_dtype = _STATE_DTYPES.get(self.state_dtype, self.state_dtype)
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             reject(name, "max_grad_norm", self.max_grad_norm, "a number > 0, or None")
-        if self.master_weights not in (None, "split", "kahan"):
-            reject(name, "master_weights", self.master_weights, "'split', 'kahan' or None")
-        if self.master_weights is not None and self.stochastic_rounding:
-            reject(name, "stochastic_rounding", True, "False beside master_weights, which lose nothing")
-        if self.state_dtype not in _STATE_DTYPES.values():
-            reject(
-                name, "state_dtype", self.state_dtype, "torch.float32, torch.bfloat16, torch.uint8 or None"
-            )
         if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
             reject(name, "seed", self.seed, "an integer in [0, 2^32)")
 
@@ -213,7 +205,21 @@ class InPass(torch.optim.Optimizer):
         return decay / first if first else 0.0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; keeps the first lr where weight decay is measured by it: schedulers change lr from now on."""
+        """As torch's; keeps the first lr where weight decay is measured by it: schedulers change lr from now on.
+
+        Raises:
+            ValueError: the group's own options, or those of the optimizer for it, are out of range.
+        """
+        name = type(self).__name__
+        master_weights, state_dtype = (
+            self._option(param_group, option) for option in ("master_weights", "state_dtype")
+        )
+        if master_weights not in (None, "split", "kahan"):
+            reject(name, "master_weights", master_weights, "'split', 'kahan' or None")
+        if master_weights is not None and self._option(param_group, "stochastic_rounding"):
+            reject(name, "stochastic_rounding", True, "False beside master_weights, which lose nothing")
+        if _STATE_DTYPES.get(state_dtype, state_dtype) not in _STATE_DTYPES.values():
+            reject(name, "state_dtype", state_dtype, "torch.float32, torch.bfloat16, torch.uint8 or None")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if self._option(group, "decouple_lr"):
@@ -285,12 +291,14 @@ class InPass(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but what is saved is converted to the layout of state that this optimizer was made for.
 
+        Groups keep the options that the checkpoint's groups do not have: torch's know nothing of `state_dtype`.
         Hidden bits begin anew where the checkpoint has none of the kind.
 
         Raises:
             ValueError: 8-bit moments, or their scales, that another optimizer has converted to another dtype.
         """
         loaded: dict[str, Any] = {}
+        own_groups = self.param_groups
         hook = self.register_load_state_dict_pre_hook(
             lambda _, given: loaded.update(given)
         )  # after all others
@@ -298,6 +306,9 @@ class InPass(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        for group, own in zip(self.param_groups, own_groups, strict=True):
+            for name in own.keys() - group.keys():
+                group[name] = own[name]
         saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
         params = [(group, param) for group in self.param_groups for param in group["params"]]
         for saved_id, (group, param) in zip(saved_ids, params, strict=True):

@@ -15,6 +15,7 @@ from superfine_kernels._library import describe, reject
 
 _HALVES = (torch.bfloat16, torch.float16)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_CODES = ("exp_avg", "exp_avg_sq", "scales")  # of 8-bit moments
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,19 @@ class Layout:
 
     def convert(self, param: Tensor, saved: Mapping[str, Any], state: dict[str, Any]) -> dict[str, Tensor]:
         """The entries of `saved` state in this layout; removes from `state` what the layout does not have."""
-        moments = {name: saved[name].to(param.device) for name in _MOMENTS if name in saved}
-        if "scales" in saved:
-            moments = _dequantized(moments, saved["scales"].to(param.device))
-        found: dict[str, Tensor] = {}
-        if self.moments == torch.uint8 and moments:
-            pair = [moments[name].float() for name in _MOMENTS[:2]]
-            found["exp_avg"], found["exp_avg_sq"], found["scales"] = _storage.quantize(*pair)
-        else:
-            found = {name: t.to(dtype=self.moments, copy=True) for name, t in moments.items()}
+        moments = {name: saved[name].to(param.device) for name in (*_MOMENTS, "scales") if name in saved}
+        if "scales" in moments:
+            _check_codes(moments)
+            if self.moments != torch.uint8:
+                m, v = _storage.dequantize(*(moments[name] for name in _CODES))
+                moments = {"exp_avg": m, "exp_avg_sq": v}
+        elif self.moments == torch.uint8 and moments:
+            codes = _storage.quantize(*(moments[name].float() for name in _MOMENTS[:2]))
+            moments = dict(zip(_CODES, codes, strict=True))
+        found = {
+            name: t.to(dtype=torch.float32 if name == "scales" else self.moments, copy=True)
+            for name, t in moments.items()
+        }
         if self.remainder is not None:
             low = saved.get("remainder")
             if low is not None and low.dtype == self.remainder:  # torch's optimizers convert them
@@ -92,14 +97,10 @@ class Layout:
         return found
 
 
-def _dequantized(moments: dict[str, Tensor], scales: Tensor) -> dict[str, Tensor]:
-    first, second = (moments[name] for name in _MOMENTS[:2])
-    for name, t, dtype in (("exp_avg", first, torch.uint8), ("exp_avg_sq", second, torch.uint8),
-                           ("scales", scales, torch.float32)):  # fmt: skip
-        if t.dtype != dtype:
+def _check_codes(moments: dict[str, Tensor]) -> None:
+    for name, dtype in zip(_CODES, (torch.uint8, torch.uint8, torch.float32), strict=True):
+        if moments[name].dtype != dtype:
             raise ValueError(
-                f"load_state_dict: {name} is {describe(t)} beside scales of 8-bit moments; expected {dtype}. Another "
-                "optimizer has converted it; load the checkpoint that was saved by Superfine's"
+                f"load_state_dict: {name} is {describe(moments[name])} beside scales of 8-bit moments; expected "
+                f"{dtype}. Another optimizer has converted it; load the checkpoint that was saved by Superfine's"
             )
-    m, v = _storage.dequantize(first, second, scales)
-    return {"exp_avg": m, "exp_avg_sq": v}

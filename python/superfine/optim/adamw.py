@@ -1,4 +1,4 @@
-"""AdamW and Adam as drop-ins for torch's: same arguments, same state, one kernel call a step and group."""
+"""AdamW and Adam as drop-ins for torch's: same arguments, same state, one kernel call a step."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class AdamW(_Adam, torch.optim.AdamW):  # type: ignore[override]
 
     Raises:
         ValueError: arguments out of range, as torch; a gradient of another dtype, device or shape; parameters
-            that overlap in memory. No parameter of that group has moved then.
+            that overlap in memory. Where all of them lie on the CPU, none has moved then.
         FloatingPointError: a gradient is not finite, with `error_on_nonfinite`; nothing has moved then.
     """
 

@@ -1,4 +1,4 @@
-"""LAMB for large batches: `torch.optim` conventions, one kernel call a step and group."""
+"""LAMB for large batches: `torch.optim` conventions, one kernel call a step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LAMB(InPass):
 
     Raises:
         ValueError: arguments out of range; a gradient of another dtype, device or shape; parameters that overlap in
-            memory. No parameter of that group has moved then.
+            memory. Where all of them lie on the CPU, none has moved then.
     """
 
     _op = staticmethod(lamb_groups_)
