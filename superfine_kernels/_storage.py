@@ -59,7 +59,7 @@ def round_at_random(x: Tensor, key: int) -> Tensor:
 
 def random_key(seed: int, step: int) -> int:
     """Of one step."""
-    return _mix_bits((_mix_bits(seed) + step) & _MASK)
+    return _mix((_mix(seed) + step) & _MASK)
 
 
 def _mix(x: _Bits) -> _Bits:

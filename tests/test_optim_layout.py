@@ -223,6 +223,18 @@ def test_state_that_one_group_lacks_is_made_before_any_group_moves(kind):
     assert [optimizer.state[p]["step"].item() for p in (first, second)] == [2, 1]
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_groups_store_state_as_they_were_made_to_and_not_as_the_checkpoint_did(kind):
+    params = parameters(F32)
+    lean = kind([{"params": params, "state_dtype": "8bit"}])
+    train(lean, params, [0])
+    for options, dtype in (({}, F32), ({"state_dtype": "bf16"}, BF16)):
+        other = kind([{"params": params, **options}])
+        other.load_state_dict(lean.state_dict())
+        assert other.state[params[0]]["exp_avg"].dtype == dtype
+        train(other, params, [1])
+
+
 def test_amsgrad_has_no_8_bit_form():
     params = parameters(F32)
     with pytest.raises(ValueError, match="amsgrad, whose maxima have no 8-bit form"):

@@ -291,7 +291,7 @@ class InPass(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but what is saved is converted to the layout of state that this optimizer was made for.
 
-        Groups keep the options that the checkpoint's groups do not have: torch's know nothing of `state_dtype`.
+        Groups keep how they store things, and the options that the checkpoint's groups do not have.
         Hidden bits begin anew where the checkpoint has none of the kind.
 
         Raises:
@@ -307,8 +307,9 @@ class InPass(torch.optim.Optimizer):
         finally:
             hook.remove()
         for group, own in zip(self.param_groups, own_groups, strict=True):
-            for name in own.keys() - group.keys():
-                group[name] = own[name]
+            for name in _LAYOUT_OPTIONS:
+                group.pop(name, None)
+            group.update({name: own[name] for name in own.keys() - group.keys()})
         saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
         params = [(group, param) for group in self.param_groups for param in group["params"]]
         for saved_id, (group, param) in zip(saved_ids, params, strict=True):
@@ -323,6 +324,8 @@ _STATE_DTYPES: dict[object, torch.dtype | None] = {
     torch.bfloat16: torch.bfloat16, "bf16": torch.bfloat16,
     torch.uint8: torch.uint8, "8bit": torch.uint8,
 }  # fmt: skip
+
+_LAYOUT_OPTIONS = ("master_weights", "stochastic_rounding", "state_dtype")
 
 #: What copies and pickles take along.
 _ATTRIBUTES = (*InPassOptions.__annotations__, "grad_norm", "skipped_steps")
