@@ -78,8 +78,8 @@ STORAGES = [
     *((torch.bfloat16, state, "none") for state in (torch.float32, torch.uint8)),
     *((torch.float16, state, "none") for state in (torch.float32, torch.uint8)),
     *((torch.bfloat16, state, "split") for state in (torch.bfloat16, torch.float32, torch.uint8)),
-    *((torch.bfloat16, state, "kahan") for state in (torch.bfloat16, torch.float32, torch.uint8)),
-    *((torch.bfloat16, state, "stochastic") for state in (torch.bfloat16, torch.float32, torch.uint8)),
+    *((torch.bfloat16, state, "kahan") for state in (torch.bfloat16, torch.uint8)),
+    *((torch.bfloat16, state, "stochastic") for state in (torch.bfloat16, torch.uint8)),
     (torch.float16, torch.float16, "kahan"),
 ]
 

@@ -56,7 +56,7 @@ def load_param(param, remainders, offsets, mask, MASTER: tl.constexpr, OPMATH: t
 
 
 @triton.jit
-def store_param(param, remainders, offsets, p, mask, key, MASTER: tl.constexpr):
+def store_param(param, remainders, offsets, p, mask, key, begin, MASTER: tl.constexpr):
     """Stores the parameter rounded: `split`, `store_compensated` and `store_stochastic` of csrc/."""
     if MASTER == "split":
         bits = p.to(tl.uint32, bitcast=True)
@@ -65,7 +65,7 @@ def store_param(param, remainders, offsets, p, mask, key, MASTER: tl.constexpr):
         tl.store(remainders + offsets, (bits & 0xFFFF).to(tl.uint16), mask=mask)
     elif MASTER == "stochastic":
         # The moments have the other half of the keys.
-        rounding = _mix_bits(_random_bits(key ^ 0xFFFFFFFF, offsets, p)) >> 16
+        rounding = _mix_bits(_random_bits(key ^ 0xFFFFFFFF, begin + offsets, p)) >> 16
         rounded = (p.to(tl.uint32, bitcast=True) + rounding) >> 16
         rounded = tl.where(p != p, tl.full(rounded.shape, 0x7FC0, tl.uint32), rounded)
         high = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -82,21 +82,12 @@ def store_param(param, remainders, offsets, p, mask, key, MASTER: tl.constexpr):
 
 
 @triton.jit
-def load_scales(scales, blocks, first, mask, STATE: tl.constexpr):
-    """Both moments' scales for rows that begin at `first`; `blocks`: of the tensor."""
+def load_scales(m_scales, v_scales, block, mask, STATE: tl.constexpr):
     if STATE == tl.uint8:
-        scales += first // QUANT_BLOCK
-        m_scale, v_scale = tl.load(scales, mask=mask), tl.load(scales + blocks, mask=mask)
+        m_scale, v_scale = tl.load(m_scales + block, mask=mask), tl.load(v_scales + block, mask=mask)
     else:
         m_scale, v_scale = None, None
     return m_scale, v_scale
-
-
-@triton.jit
-def store_scales(scales, blocks, first, m_scale, v_scale, mask):
-    scales += first // QUANT_BLOCK
-    tl.store(scales, m_scale, mask=mask)
-    tl.store(scales + blocks, v_scale, mask=mask)
 
 
 @triton.jit
@@ -145,16 +136,17 @@ def quant_scale(bits, BITS: tl.constexpr):
 
 
 @triton.jit
-def quantize(m, v, m_inverse, v_inverse, offsets, key):
-    """The codes of both moments, the second rounded at random."""
-    random = _random_bits(key, offsets, v) >> 12
-    m = tl.where(m_inverse > 0, m, 0.0)
-    v = tl.where(v_inverse > 0, v, 0.0)
-    m_bits = m.to(tl.uint32, bitcast=True)
-    m_code = _quantize_magnitude(tl.abs(m), m_inverse, 0x80000, 7) | ((m_bits >> 24) & 0x80)
-    v_code = _quantize_magnitude(v, v_inverse, random, 8)
-    v_code = tl.where((v_code == 0) & (v != 0), 1, v_code)
-    return m_code.to(tl.uint8), v_code.to(tl.uint8)
+def quantize_first(m, inverse):
+    m = tl.where(inverse > 0, m, 0.0)
+    sign = (m.to(tl.uint32, bitcast=True) >> 24) & 0x80
+    return (_quantize_magnitude(tl.abs(m), inverse, 0x80000, 7) | sign).to(tl.uint8)
+
+
+@triton.jit
+def quantize_second(v, inverse, offsets, key):
+    v = tl.where(inverse > 0, v, 0.0)
+    code = _quantize_magnitude(v, inverse, _random_bits(key, offsets, v) >> 12, 8)
+    return tl.where((code == 0) & (v != 0), 1, code).to(tl.uint8)
 
 
 @triton.jit

@@ -45,9 +45,9 @@ from superfine_kernels.triton._storage import (
     load_scales,
     magnitude_bits,
     quant_scale,
-    quantize,
+    quantize_first,
+    quantize_second,
     store_param,
-    store_scales,
 )
 
 #: Elements per program: enough to amortise the search for its tensor; 1M parameters still make 256 programs.
@@ -67,24 +67,24 @@ def _update_chunk(
     AMSGRAD: tl.constexpr, ANCHORED: tl.constexpr, COUPLED: tl.constexpr, ZERO_GRAD: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    param = pointer(row, 0, PARAM, ALIGNED)
-    grad = pointer(row, 1, PARAM, ALIGNED)
-    exp_avg = pointer(row, 2, STATE, ALIGNED)
-    exp_avg_sq = pointer(row, 3, STATE, ALIGNED)
-    max_exp_avg_sq = pointer(row, 4, STATE, ALIGNED)
-    anchor = pointer(row, 5, PARAM, ALIGNED)
-    remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED)
-    scales = pointer(row, 7, tl.float32, False)
+    param = pointer(row, 0, PARAM, ALIGNED) + begin
+    grad = pointer(row, 1, PARAM, ALIGNED) + begin
+    exp_avg = pointer(row, 2, STATE, ALIGNED) + begin
+    exp_avg_sq = pointer(row, 3, STATE, ALIGNED) + begin
+    max_exp_avg_sq = pointer(row, 4, STATE, ALIGNED) + begin
+    anchor = pointer(row, 5, PARAM, ALIGNED) + begin
+    remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED) + begin
     numel = tl.load(row + NUMEL)
+    left = tl.minimum(numel - begin, CHUNK).to(tl.int32)
     key = tl.load(row + RANDOM_KEY).to(tl.uint32)
-    blocks = tl.cdiv(numel, QUANT_BLOCK)
+    m_scales = pointer(row, 7, tl.float32, False) + begin // QUANT_BLOCK
+    v_scales = m_scales + tl.cdiv(numel, QUANT_BLOCK)
 
-    end = tl.minimum(CHUNK, numel - begin) if MASKED else CHUNK
-    for start in range(0, end, BLOCK):
-        first = begin + start + tl.arange(0, BLOCK // QUANT_BLOCK)[:, None] * QUANT_BLOCK
-        offsets = first + tl.arange(0, QUANT_BLOCK)[None, :]
-        row_mask = first < numel if MASKED else None
-        mask = offsets < numel if MASKED else None
+    for start in range(0, CHUNK, BLOCK):
+        block = start // QUANT_BLOCK + tl.arange(0, BLOCK // QUANT_BLOCK)[:, None]
+        offsets = block * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
+        block_mask = block * QUANT_BLOCK < left if MASKED else None
+        mask = offsets < left if MASKED else None
 
         decay = tl.load(scalars)
         one_minus_beta1 = tl.load(scalars + 1)
@@ -97,7 +97,7 @@ def _update_chunk(
 
         p = load_param(param, remainders, offsets, mask, MASTER, OPMATH)
         g = tl.load(grad + offsets, mask=mask).to(OPMATH)
-        m_scale, v_scale = load_scales(scales, blocks, first, row_mask, STATE)
+        m_scale, v_scale = load_scales(m_scales, v_scales, block, block_mask, STATE)
         m, v = load_moments(exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, OPMATH)
 
         if ZERO_GRAD:
@@ -126,12 +126,14 @@ def _update_chunk(
             denominator = tl.div_rn(tl.sqrt_rn(second_moment), sqrt_bias_correction2 + tl.zeros_like(m)) + eps
             p = p + tl.div_rn(negative_step_size * m, denominator)
 
-        store_param(param, remainders, offsets, p, mask, key, MASTER)
+        store_param(param, remainders, offsets, p, mask, key, begin, MASTER)
         if STATE == tl.uint8:
-            m_scale, m_inverse = quant_scale(magnitude_bits(m, mask), 7)
-            v_scale, v_inverse = quant_scale(magnitude_bits(v, mask), 8)
-            store_scales(scales, blocks, first, m_scale, v_scale, row_mask)
-            m, v = quantize(m, v, m_inverse, v_inverse, offsets, key)
+            m_scale, inverse = quant_scale(magnitude_bits(m, mask), 7)
+            tl.store(m_scales + block, m_scale, mask=block_mask)
+            m = quantize_first(m, inverse)
+            v_scale, inverse = quant_scale(magnitude_bits(v, mask), 8)
+            tl.store(v_scales + block, v_scale, mask=block_mask)
+            v = quantize_second(v, inverse, begin + offsets, key)
         tl.store(exp_avg + offsets, m.to(STATE), mask=mask)
         tl.store(exp_avg_sq + offsets, v.to(STATE), mask=mask)
 

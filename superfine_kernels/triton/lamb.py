@@ -45,9 +45,9 @@ from superfine_kernels.triton._storage import (
     magnitude_bits,
     moments_as_stored,
     quant_scale,
-    quantize,
+    quantize_first,
+    quantize_second,
     store_param,
-    store_scales,
 )
 
 # The order of the sums, as in csrc/math/lamb.h.
@@ -122,25 +122,26 @@ def _update_moments(
     SUM_BLOCKS: tl.constexpr, SUM_BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Steps the moments of a chunk; returns the sums of squares of parameter and direction in each lane."""
-    param = pointer(row, 0, PARAM, ALIGNED)
-    grad = pointer(row, 1, PARAM, ALIGNED)
-    exp_avg = pointer(row, 2, STATE, ALIGNED)
-    exp_avg_sq = pointer(row, 3, STATE, ALIGNED)
-    anchor = pointer(row, 5, PARAM, ALIGNED)
-    remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED)
-    scales = pointer(row, 7, tl.float32, False)
+    param = pointer(row, 0, PARAM, ALIGNED) + begin
+    grad = pointer(row, 1, PARAM, ALIGNED) + begin
+    exp_avg = pointer(row, 2, STATE, ALIGNED) + begin
+    exp_avg_sq = pointer(row, 3, STATE, ALIGNED) + begin
+    anchor = pointer(row, 5, PARAM, ALIGNED) + begin
+    remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED) + begin
     numel = tl.load(row + NUMEL)
+    left = tl.minimum(numel - begin, SUM_BLOCKS * SUM_BLOCK).to(tl.int32)
     key = tl.load(row + RANDOM_KEY).to(tl.uint32)
-    blocks = tl.cdiv(numel, QUANT_BLOCK)
+    m_scales = pointer(row, 7, tl.float32, False) + begin // QUANT_BLOCK
+    v_scales = m_scales + tl.cdiv(numel, QUANT_BLOCK)
 
     lanes = tl.arange(0, LANES)[None, :]
     param_sum = tl.zeros((SUM_BLOCKS, LANES), OPMATH)
     direction_sum = tl.zeros((SUM_BLOCKS, LANES), OPMATH)
-    end = tl.minimum(SUM_BLOCK, numel - begin) if MASKED else SUM_BLOCK
-    for start in range(0, end, QUANT_BLOCK):
-        first = begin + start + tl.arange(0, SUM_BLOCKS)[:, None] * SUM_BLOCK
-        row_mask = first < numel if MASKED else None
-        m_scale, v_scale = load_scales(scales, blocks, first, row_mask, STATE)
+    for start in range(0, SUM_BLOCK, QUANT_BLOCK):
+        first = start + tl.arange(0, SUM_BLOCKS)[:, None] * SUM_BLOCK
+        block = first // QUANT_BLOCK
+        block_mask = first < left if MASKED else None
+        m_scale, v_scale = load_scales(m_scales, v_scales, block, block_mask, STATE)
         new_m_scale, new_v_scale = m_scale, v_scale
         if STATE == tl.uint8:
             # A scale follows from all of its block, whose moments are then computed again: to keep them would take
@@ -149,7 +150,7 @@ def _update_moments(
             v_largest = tl.zeros((SUM_BLOCKS, LANES), tl.uint32)
             for i in range(0, QUANT_BLOCK, LANES):
                 offsets = first + i + lanes
-                mask = offsets < numel if MASKED else None
+                mask = offsets < left if MASKED else None
                 m, v = _step_moments(
                     grad, exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, scalars, "", OPMATH
                 )
@@ -157,10 +158,11 @@ def _update_moments(
                 v_largest = tl.maximum(v_largest, magnitude_bits(v, mask))
             new_m_scale, m_inverse = quant_scale(m_largest, 7)
             new_v_scale, v_inverse = quant_scale(v_largest, 8)
-            store_scales(scales, blocks, first, new_m_scale, new_v_scale, row_mask)
+            tl.store(m_scales + block, new_m_scale, mask=block_mask)
+            tl.store(v_scales + block, new_v_scale, mask=block_mask)
         for i in range(0, QUANT_BLOCK, LANES):
             offsets = first + i + lanes
-            mask = offsets < numel if MASKED else None
+            mask = offsets < left if MASKED else None
             p = load_param(param, remainders, offsets, mask, MASTER, OPMATH)
             m, v = _step_moments(
                 grad, exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, scalars, "evict_first", OPMATH
@@ -169,7 +171,8 @@ def _update_moments(
                 zeros = tl.zeros(p.shape, PARAM)
                 tl.store(grad + offsets, zeros, mask=mask, eviction_policy="evict_first")
             if STATE == tl.uint8:
-                m, v = quantize(m, v, m_inverse, v_inverse, offsets, key)
+                m = quantize_first(m, m_inverse)
+                v = quantize_second(v, v_inverse, begin + offsets, key)
             m, v = m.to(STATE), v.to(STATE)
             tl.store(exp_avg + offsets, m, mask=mask)
             tl.store(exp_avg_sq + offsets, v, mask=mask)
@@ -244,28 +247,28 @@ def _update_param(
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     ANCHORED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    param = pointer(row, 0, PARAM, ALIGNED)
-    exp_avg = pointer(row, 2, STATE, ALIGNED)
-    exp_avg_sq = pointer(row, 3, STATE, ALIGNED)
-    anchor = pointer(row, 5, PARAM, ALIGNED)
-    remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED)
-    scales = pointer(row, 7, tl.float32, False)
+    param = pointer(row, 0, PARAM, ALIGNED) + begin
+    exp_avg = pointer(row, 2, STATE, ALIGNED) + begin
+    exp_avg_sq = pointer(row, 3, STATE, ALIGNED) + begin
+    anchor = pointer(row, 5, PARAM, ALIGNED) + begin
+    remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED) + begin
     numel = tl.load(row + NUMEL)
+    left = tl.minimum(numel - begin, CHUNK).to(tl.int32)
     key = tl.load(row + RANDOM_KEY).to(tl.uint32)
-    blocks = tl.cdiv(numel, QUANT_BLOCK)
+    m_scales = pointer(row, 7, tl.float32, False) + begin // QUANT_BLOCK
+    v_scales = m_scales + tl.cdiv(numel, QUANT_BLOCK)
 
-    end = tl.minimum(CHUNK, numel - begin) if MASKED else CHUNK
-    for start in range(0, end, BLOCK):
-        first = begin + start + tl.arange(0, BLOCK // QUANT_BLOCK)[:, None] * QUANT_BLOCK
-        offsets = first + tl.arange(0, QUANT_BLOCK)[None, :]
-        row_mask = first < numel if MASKED else None
-        mask = offsets < numel if MASKED else None
+    for start in range(0, CHUNK, BLOCK):
+        block = start // QUANT_BLOCK + tl.arange(0, BLOCK // QUANT_BLOCK)[:, None]
+        offsets = block * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
+        block_mask = block * QUANT_BLOCK < left if MASKED else None
+        mask = offsets < left if MASKED else None
         p = load_param(param, remainders, offsets, mask, MASTER, OPMATH)
-        m_scale, v_scale = load_scales(scales, blocks, first, row_mask, STATE)
+        m_scale, v_scale = load_scales(m_scales, v_scales, block, block_mask, STATE)
         m, v = load_moments(exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, OPMATH)
         u = _direction(p, anchor, m, v, offsets, mask, scalars, ANCHORED, OPMATH)
         p = tl.fma(tl.broadcast_to(negative_step_size, p.shape), u, p)  # -0 stays -0
-        store_param(param, remainders, offsets, p, mask, key, MASTER)
+        store_param(param, remainders, offsets, p, mask, key, begin, MASTER)
 
 
 @triton.jit(do_not_specialize=["count"])
