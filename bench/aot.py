@@ -88,6 +88,8 @@ def _moments(amsgrad: bool) -> Iterator[tuple[list[Any], dict[str, Any], bool]]:
     """An optimizer's lists and hyperparameters for each storage, alone and with all else (True), aligned and not."""
     ways: list[tuple[Any, bool]] = [(torch.empty, False), (torch.empty, True), (_unaligned, True)]
     for (param, state, master), (empty, extras) in itertools.product(STORAGES, ways):
+        if empty is _unaligned and master != "none":  # how elements are read does not depend on it
+            continue
         remainder = {"split": torch.int16, "kahan": param}.get(master)
         v_max = state if amsgrad and extras and state != torch.uint8 else None
         dtypes = [param, param, state, state, v_max, param if extras else None, remainder]
