@@ -1,4 +1,4 @@
-"""Multi-tensor AdamW in Triton: one launch for all tensors of one (parameter, state) pair of dtypes.
+"""Multi-tensor AdamW in Triton: one launch for all tensors of one storage.
 
     g <- gradient_scale * g
     p <- p * (1 - lr * weight_decay)              or toward an anchor a: a + (p - a) * (1 - lr * weight_decay)

@@ -1,4 +1,4 @@
-"""Multi-tensor LAMB in Triton: three launches for all tensors of one (parameter, state) pair of dtypes.
+"""Multi-tensor LAMB in Triton: three launches for all tensors of one storage.
 
     g <- gradient_scale * g
     m <- beta1 * m + beta3 * g                             beta3 = 1 - beta1, or 1 without grad_averaging
