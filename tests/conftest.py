@@ -13,6 +13,7 @@ import support
 import torch
 import triton_interpreter
 
+from superfine_kernels import _backends
 from superfine_kernels._library import warn_once
 
 # A shell that runs the tests in the background has SIGINT ignored; the tests of Ctrl-C need it.
@@ -64,6 +65,27 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+# --- kernels on a GPU ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request) -> str:
+    reason = _backends.why_unavailable(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def cuda_module():
+    reason = _backends.why_unavailable("cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    from superfine_kernels import _cuda
+
+    return _cuda
 
 
 # --- runs of superfine tune; what they need is imported late: transformers takes seconds --------------------

@@ -19,14 +19,6 @@ HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 
 SIZES = [0, 1, 31, 32, 33, 2047, 2048, 2049, 8191, 8192, 8193, 100_003, 1_100_001, 20_000_001]
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request) -> str:
-    reason = _backends.why_unavailable(request.param)
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
-
-
 def step_on_cpu(case: LambCase, **hyper) -> LambCase:
     expected = case.to("cpu")
     superfine_kernels.lamb_(*expected.lists(), **{**HYPER, **hyper}, backend="cpu")
