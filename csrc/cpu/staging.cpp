@@ -139,8 +139,8 @@ void store_moments(const MomentTensor& t, std::int64_t begin, std::int64_t n, St
 #pragma omp simd
                    for (std::int64_t i = first; i < last; ++i) {
                      const float vi = stage.exp_avg_sq[i];
-                     m[i] = quantize_first(stage.exp_avg[i], m_scale.inverse);
-                     v[i] = quantize_second(vi, v_scale.inverse, random_bits(key, static_cast<std::int32_t>(i), vi));
+                     m[i] = quantize_first(stage.exp_avg[i], m_scale);
+                     v[i] = quantize_second(vi, v_scale, random_bits(key, static_cast<std::int32_t>(i), vi));
                    }
                  });
 }

@@ -195,8 +195,8 @@ class Moments<Tile, std::uint8_t> {
     v_scale_ = v_new.scale;
 #pragma unroll
     for (int k = 0; k < Tile::kElements; ++k) {
-      m_.set(k, quantize_first(new_m_[k], m_new.inverse));
-      v_.set(k, quantize_second(new_v_[k], v_new.inverse, random_bits(key_, tile.place(k), new_v_[k])));
+      m_.set(k, quantize_first(new_m_[k], m_new));
+      v_.set(k, quantize_second(new_v_[k], v_new, random_bits(key_, tile.place(k), new_v_[k])));
     }
   }
 

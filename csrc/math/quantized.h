@@ -31,8 +31,11 @@ struct EightBit {
 using FirstMoment = EightBit<7>;
 using SecondMoment = EightBit<8>;
 
+// `kept` masks what is quantized: all bits, or none where there is no scale, as those of a NaN differ between
+// processors.
 struct QuantScale {
   float scale, inverse;
+  std::uint32_t kept;
 };
 
 // From the bits of the largest magnitude of a block, which gets the greatest code. Blocks that are not finite become
@@ -40,9 +43,9 @@ struct QuantScale {
 template <class Kind>
 SF_HD QuantScale quant_scale(std::uint32_t largest_bits) {
   const float largest = bits_float(largest_bits);
-  if (largest_bits >= 0x7f800000u) return {bits_float(0x7fc00000u), 0.0f};
-  if (largest_bits < 0x00800000u) return {0.0f, 0.0f};
-  return {largest / Kind::kTop, (Kind::kTop - 0x1p-20f) / largest};  // a little less, so that no code is too great
+  if (largest_bits >= 0x7f800000u) return {bits_float(0x7fc00000u), 0.0f, 0u};
+  if (largest_bits < 0x00800000u) return {0.0f, 0.0f, 0u};
+  return {largest / Kind::kTop, (Kind::kTop - 0x1p-20f) / largest, ~0u};  // a little less: no code is too great
 }
 
 template <class Kind>
@@ -55,13 +58,10 @@ SF_HD float dequantize_magnitude(std::int32_t code, float scale) {
   return (bits_float(static_cast<std::uint32_t>((code << 20) + Kind::kBase)) - Kind::kFirst) * scale;
 }
 
-// What is quantized of x: nothing where there is no scale. (The bits of a NaN differ between processors.)
-SF_HD float quantized_part(float x, float inverse) { return inverse > 0 ? x : 0.0f; }
-
 // Rounded to the nearest code.
-SF_HD std::uint8_t quantize_first(float x, float inverse) {
-  const std::uint32_t bits = float_bits(quantized_part(x, inverse));
-  const std::int32_t code = quantize_magnitude<FirstMoment>(bits_float(bits & 0x7fffffffu), inverse, 0x80000u);
+SF_HD std::uint8_t quantize_first(float x, const QuantScale& s) {
+  const std::uint32_t bits = float_bits(x) & s.kept;
+  const std::int32_t code = quantize_magnitude<FirstMoment>(bits_float(bits & 0x7fffffffu), s.inverse, 0x80000u);
   return static_cast<std::uint8_t>(code | (bits >> 24 & 0x80u));
 }
 SF_HD float dequantize_first(std::uint8_t code, float scale) {
@@ -70,10 +70,10 @@ SF_HD float dequantize_first(std::uint8_t code, float scale) {
 }
 
 // x >= 0, rounded at random. What is not zero does not become zero, as it is divided by.
-SF_HD std::uint8_t quantize_second(float x, float inverse, std::uint32_t random) {
-  x = quantized_part(x, inverse);
-  const std::int32_t code = quantize_magnitude<SecondMoment>(x, inverse, random >> 12);
-  const std::int32_t least = float_bits(x) != 0 ? 1 : 0;
+SF_HD std::uint8_t quantize_second(float x, const QuantScale& s, std::uint32_t random) {
+  const std::uint32_t bits = float_bits(x) & s.kept;
+  const std::int32_t code = quantize_magnitude<SecondMoment>(bits_float(bits), s.inverse, random >> 12);
+  const std::int32_t least = bits != 0 ? 1 : 0;
   return static_cast<std::uint8_t>(code < least ? least : code);
 }
 SF_HD float dequantize_second(std::uint8_t code, float scale) {
