@@ -77,10 +77,10 @@ class AdamWCase:
         )  # fmt: skip
 
     def to(self, device: str) -> Self:
-        """A copy on `device`; steps stay on the CPU."""
-        copies = {name: [t.detach().clone() for t in tensors] for name, tensors in vars(self).items()}
-        moved = {name: [t.to(device) for t in copies[name]] for name in copies.keys() - {"steps"}}
-        return type(self)(**{**copies, **moved})
+        """A copy on `device`."""
+        return type(self)(
+            **{name: [t.detach().clone().to(device) for t in tensors] for name, tensors in vars(self).items()}
+        )
 
 
 class LambCase(AdamWCase):

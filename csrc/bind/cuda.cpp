@@ -85,18 +85,6 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// All parameters lie on one device, or it throws.
-int common_device(const std::string& op, const TensorReader& reader, const py::list& params) {
-  const int device = reader.read(params[0]).device_index;
-  for (std::size_t i = 1; i < params.size(); ++i) {
-    if (reader.read(params[i]).device_index != device) {
-      reject_tensor(op, kParam, i, describe(params[i]),
-                    "a tensor on cuda:" + std::to_string(device) + ", as params[0]");
-    }
-  }
-  return device;
-}
-
 // Says in torch's way what a step writes.
 void increment_versions(const TensorReader& reader, const std::vector<py::list>& lists, const MomentOptions& options) {
   reader.increment_version(lists[kParam]);
@@ -109,7 +97,7 @@ std::vector<std::size_t> adamw(const TensorReader& reader, const std::vector<py:
   const AdamWOptions rule = adamw_options(hyper);
   MomentArguments arguments = read_moment_lists("adamw_", reader, TensorView::Device::cuda, lists, options, 1);
   if (lists[kParam].empty()) return {};
-  const DeviceGuard guard(common_device("adamw_", reader, lists[kParam]), "adamw_");
+  const DeviceGuard guard(arguments.device_index, "adamw_");
   const auto tensors = advance<AdamWTensor>(arguments, [&](std::size_t, double step) { return scalars(rule, step); });
   increment_versions(reader, lists, options);
   const py::gil_scoped_release release;
@@ -123,7 +111,7 @@ std::vector<std::size_t> lamb(const TensorReader& reader, const std::vector<py::
   const LambOptions rule = lamb_options(hyper);
   MomentArguments arguments = read_moment_lists("lamb_", reader, TensorView::Device::cuda, lists, options, 1);
   if (lists[kParam].empty()) return {};
-  const DeviceGuard guard(common_device("lamb_", reader, lists[kParam]), "lamb_");
+  const DeviceGuard guard(arguments.device_index, "lamb_");
   const std::int64_t count = static_cast<std::int64_t>(arguments.tensors.size());
   const std::size_t bytes = cuda::lamb_workspace_bytes(arguments.tensors.data(), count);
   void* workspace = pointer(allocate(bytes).cast<std::uintptr_t>());

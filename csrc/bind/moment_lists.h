@@ -40,9 +40,10 @@ struct MomentOptions {
 // Parameters that kernels take, in their order, and the positions of the others.
 struct MomentArguments {
   std::vector<MomentTensor> tensors;
-  std::vector<float*> steps;  // one per tensor: the count of steps taken, in host memory
+  std::vector<float*> steps;  // one per tensor: the count of steps taken, on the tensor's device
   std::vector<const MomentOptions*> options;
   std::vector<std::size_t> rest;  // that no kernel takes: other dtypes, strides that differ
+  int device_index = 0;           // of all of them
 };
 
 // A parameter and what belongs to it.
@@ -162,12 +163,13 @@ class MomentReader {
   std::optional<MomentArguments> read(bool may_span_devices, int threads) {
     MomentArguments result;
     std::uint64_t hashes = 0;
+    if (!objects_.empty()) device_index_ = careful_view(kParam, 0).device_index;
     if (!read_usual(result, hashes, threads)) {
       result = {};
       hashes = 0;
       for (std::size_t i = 0; i < objects_.size(); ++i) {
         const Views views = careful_views(i);
-        if (views[kParam].device != device_ && may_span_devices) return std::nullopt;
+        if (!is_here(views[kParam]) && may_span_devices) return std::nullopt;
         MomentTensor tensor;
         if (takes(views, *objects_[i].options, tensor)) {
           hashes += detail::hash(tensor);
@@ -181,6 +183,7 @@ class MomentReader {
       }
     }
     detail::reject_new_overlap(op_, result.tensors, hashes);
+    result.device_index = device_index_;
     return result;
   }
 
@@ -223,9 +226,8 @@ class MomentReader {
   // Whether a kernel takes this parameter; then `tensor` is what it takes.
   bool takes(const Views& views, const MomentOptions& options, MomentTensor& tensor) const {
     const TensorView &param = views[kParam], &exp_avg = views[kExpAvg], &step = views[kStep];
-    if (param.device != device_ || !detail::kernel_takes(param.dtype, exp_avg.dtype) || !is_dense(param)) return false;
-    if (param.is_negated) return false;
-    if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) return false;
+    if (!is_here(param) || !detail::kernel_takes(param.dtype, exp_avg.dtype) || !is_dense(param)) return false;
+    if (param.is_negated || !is_count(step)) return false;
     if (!scales_fit(views) || (is_quantized(views) && is_present(views, kMaxExpAvgSq))) return false;
     for (const Role role : {kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAnchor, kRemainder}) {
       if (is_optional(role) && !is_present(views, role)) continue;
@@ -247,6 +249,12 @@ class MomentReader {
               options.zero_grads,
               0};
     return true;
+  }
+
+  // On the device of all parameters.
+  bool is_here(const TensorView& view) const { return view.device == device_ && view.device_index == device_index_; }
+  bool is_count(const TensorView& step) const {
+    return step.numel == 1 && step.dtype == DType::f32 && !step.is_negated && is_here(step);
   }
 
   static bool is_present(const Views& views, Role role) { return views[role].device != TensorView::Device::other; }
@@ -315,9 +323,8 @@ class MomentReader {
       reject_tensor(op_, role, i, describe(objects_[i][role]), expected);
     };
     const TensorView &param = views[kParam], &exp_avg = views[kExpAvg], &step = views[kStep];
-    if (param.device != device_) {
-      reject(kParam, device_ == TensorView::Device::cpu ? "a tensor on cpu" : "a tensor on cuda");
-    }
+    const std::string here = device_ == TensorView::Device::cpu ? "cpu" : "cuda:" + std::to_string(device_index_);
+    if (!is_here(param)) reject(kParam, "a tensor on " + here + (i == 0 ? "" : ", as params[0]"));
     if (!is_floating(param.dtype) && !py::handle(objects_[i][kParam]).attr("is_complex")().cast<bool>()) {
       reject(kParam, "a float32, bfloat16, float16, float64 or complex tensor");
     }
@@ -345,14 +352,13 @@ class MomentReader {
     if (is_quantized(views) && objects_[i][kMaxExpAvgSq] != nullptr) {
       reject(kMaxExpAvgSq, "none beside uint8 moments, which AMSGrad does not have");
     }
-    if (step.numel != 1 || step.dtype != DType::f32 || step.device != TensorView::Device::cpu) {
-      reject(kStep, "float32 () on cpu");
-    }
+    if (!is_count(step)) reject(kStep, "float32 () on " + here);
   }
 
   std::string op_;
   const TensorReader& reader_;
   TensorView::Device device_;
+  int device_index_ = 0;
   const std::vector<MomentObjects>& objects_;
 };
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from superfine_kernels._library import describe, opmath_dtype, reject
 from superfine_kernels._moments import LISTS, OPTIONAL
 from superfine_kernels._storage import random_key, scales_shape
+from superfine_kernels.triton._storage import QUANT_BLOCK
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -57,6 +58,28 @@ def pointer(row, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
+
+
+@triton.jit
+def chunk_of(
+    row, begin, CHUNK: tl.constexpr,
+    PARAM: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Of the tensor of a row, from its element `begin` on: addresses in the order of LISTS, the scales of both moments
+    apart; how many elements of a chunk there are; and the random key."""
+    param = pointer(row, 0, PARAM, ALIGNED) + begin
+    grad = pointer(row, 1, PARAM, ALIGNED) + begin
+    exp_avg = pointer(row, 2, STATE, ALIGNED) + begin
+    exp_avg_sq = pointer(row, 3, STATE, ALIGNED) + begin
+    max_exp_avg_sq = pointer(row, 4, STATE, ALIGNED) + begin
+    anchor = pointer(row, 5, PARAM, ALIGNED) + begin
+    remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED) + begin
+    numel = tl.load(row + NUMEL)
+    m_scales = pointer(row, 7, tl.float32, False) + begin // QUANT_BLOCK
+    v_scales = m_scales + tl.cdiv(numel, QUANT_BLOCK)
+    left = tl.minimum(numel - begin, CHUNK).to(tl.int32)
+    key = tl.load(row + RANDOM_KEY).to(tl.uint32)
+    return param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, m_scales, v_scales, left, key
 
 
 @triton.jit

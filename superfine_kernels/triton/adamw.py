@@ -32,10 +32,9 @@ from superfine_kernels.triton._moments import (
     COLUMNS,
     FIRST_CHUNK,
     NUMEL,
-    RANDOM_KEY,
+    chunk_of,
     find_tensor,
     on,
-    pointer,
     prepare,
 )
 from superfine_kernels.triton._storage import (
@@ -67,18 +66,9 @@ def _update_chunk(
     AMSGRAD: tl.constexpr, ANCHORED: tl.constexpr, COUPLED: tl.constexpr, ZERO_GRAD: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    param = pointer(row, 0, PARAM, ALIGNED) + begin
-    grad = pointer(row, 1, PARAM, ALIGNED) + begin
-    exp_avg = pointer(row, 2, STATE, ALIGNED) + begin
-    exp_avg_sq = pointer(row, 3, STATE, ALIGNED) + begin
-    max_exp_avg_sq = pointer(row, 4, STATE, ALIGNED) + begin
-    anchor = pointer(row, 5, PARAM, ALIGNED) + begin
-    remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED) + begin
-    numel = tl.load(row + NUMEL)
-    left = tl.minimum(numel - begin, CHUNK).to(tl.int32)
-    key = tl.load(row + RANDOM_KEY).to(tl.uint32)
-    m_scales = pointer(row, 7, tl.float32, False) + begin // QUANT_BLOCK
-    v_scales = m_scales + tl.cdiv(numel, QUANT_BLOCK)
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, m_scales, v_scales, left, key = (
+        chunk_of(row, begin, CHUNK, PARAM, STATE, MASTER, ALIGNED)
+    )
 
     for start in range(0, CHUNK, BLOCK):
         block = start // QUANT_BLOCK + tl.arange(0, BLOCK // QUANT_BLOCK)[:, None]

@@ -31,10 +31,9 @@ from superfine_kernels.triton._moments import (
     COLUMNS,
     FIRST_CHUNK,
     NUMEL,
-    RANDOM_KEY,
+    chunk_of,
     find_tensor,
     on,
-    pointer,
     prepare,
 )
 from superfine_kernels.triton._storage import (
@@ -122,17 +121,9 @@ def _update_moments(
     SUM_BLOCKS: tl.constexpr, SUM_BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Steps the moments of a chunk; returns the sums of squares of parameter and direction in each lane."""
-    param = pointer(row, 0, PARAM, ALIGNED) + begin
-    grad = pointer(row, 1, PARAM, ALIGNED) + begin
-    exp_avg = pointer(row, 2, STATE, ALIGNED) + begin
-    exp_avg_sq = pointer(row, 3, STATE, ALIGNED) + begin
-    anchor = pointer(row, 5, PARAM, ALIGNED) + begin
-    remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED) + begin
-    numel = tl.load(row + NUMEL)
-    left = tl.minimum(numel - begin, SUM_BLOCKS * SUM_BLOCK).to(tl.int32)
-    key = tl.load(row + RANDOM_KEY).to(tl.uint32)
-    m_scales = pointer(row, 7, tl.float32, False) + begin // QUANT_BLOCK
-    v_scales = m_scales + tl.cdiv(numel, QUANT_BLOCK)
+    param, grad, exp_avg, exp_avg_sq, _, anchor, remainders, m_scales, v_scales, left, key = chunk_of(
+        row, begin, SUM_BLOCKS * SUM_BLOCK, PARAM, STATE, MASTER, ALIGNED
+    )
 
     lanes = tl.arange(0, LANES)[None, :]
     param_sum = tl.zeros((SUM_BLOCKS, LANES), OPMATH)
@@ -247,16 +238,9 @@ def _update_param(
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     ANCHORED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    param = pointer(row, 0, PARAM, ALIGNED) + begin
-    exp_avg = pointer(row, 2, STATE, ALIGNED) + begin
-    exp_avg_sq = pointer(row, 3, STATE, ALIGNED) + begin
-    anchor = pointer(row, 5, PARAM, ALIGNED) + begin
-    remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED) + begin
-    numel = tl.load(row + NUMEL)
-    left = tl.minimum(numel - begin, CHUNK).to(tl.int32)
-    key = tl.load(row + RANDOM_KEY).to(tl.uint32)
-    m_scales = pointer(row, 7, tl.float32, False) + begin // QUANT_BLOCK
-    v_scales = m_scales + tl.cdiv(numel, QUANT_BLOCK)
+    param, _, exp_avg, exp_avg_sq, _, anchor, remainders, m_scales, v_scales, left, key = chunk_of(
+        row, begin, CHUNK, PARAM, STATE, MASTER, ALIGNED
+    )
 
     for start in range(0, CHUNK, BLOCK):
         block = start // QUANT_BLOCK + tl.arange(0, BLOCK // QUANT_BLOCK)[:, None]
