@@ -60,7 +60,7 @@ class AdamWCase:
         def squares() -> list[Tensor]:
             return values(state) if state == torch.uint8 else [v.square_() for v in values(state)]
 
-        steps = [torch.tensor(float(i % 5)) for i in range(len(sizes))]
+        steps = [torch.tensor(float(i % 5), device=device) for i in range(len(sizes))]
         return cls(
             values(param), values(param), values(state), squares(), squares() if amsgrad else [], steps
         )
