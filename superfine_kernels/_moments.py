@@ -33,6 +33,9 @@ SCHEMA = "float gradient_scale, bool zero_grads, bool stochastic_rounding, int s
 
 Lists = tuple[list[Tensor], ...]
 
+#: What a step over groups learns about its tensors: given to the next one, it need only see that this still holds.
+Plan = _cpu.MomentPlan
+
 #: An optimizer's parameters, and the op's hyperparameters for them with `amsgrad` and `anchored`.
 Group = tuple[list[Tensor], dict[str, Any]]
 
@@ -151,14 +154,16 @@ class MomentOp:
         with torch.no_grad():
             self.reference(tuple(chosen), **hyper)
 
-    def step_groups(self, groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]]) -> None:
+    def step_groups(
+        self, groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]], plan: Plan | None
+    ) -> None:
         """Steps the parameters of an optimizer's groups that have a gradient, those of all groups at once.
 
         The CPU module reads groups natively. Lists are made of them for parameters elsewhere, and for subclasses.
         """
         if is_plain(()):
             native = getattr(_cpu, f"{self.name}_groups")
-            rest = native(READER, groups, state, threads=threads(), isa="")
+            rest = native(READER, groups, state, plan or Plan(), threads=threads(), isa="")
             if rest is not None:
                 for index, pairs in itertools.groupby(rest, key=operator.itemgetter(0)):
                     hyper = groups[index][1]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from superfine_kernels._library import Cost
-from superfine_kernels._moments import Group, MomentOp, checked_hyperparameters
+from superfine_kernels._moments import Group, MomentOp, Plan, checked_hyperparameters
 from superfine_kernels._storage import Stored
 
 
@@ -144,7 +144,9 @@ def adamw_(
     OP(tuple(map(list, lists)), checked_hyperparameters("adamw_", hyper), backend)
 
 
-def adamw_groups_(groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]]) -> None:
+def adamw_groups_(
+    groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]], plan: Plan | None = None
+) -> None:
     """`adamw_` over all parameters of an optimizer that have a gradient, in one parallel region on the CPU.
 
     Args:
@@ -152,9 +154,12 @@ def adamw_groups_(groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]
             of them, with `amsgrad` and `anchored`.
         state: for each parameter with a gradient a dict of `exp_avg`, `exp_avg_sq`, `step`; with amsgrad
             `max_exp_avg_sq`; with anchored `anchor`; and `remainder` and `scales` where the parameter has some.
+        plan: one for all steps of an optimizer makes those cheaper which find its tensors as the last one left them.
 
     Raises:
         KeyError: a parameter with a gradient has no state. Otherwise as `adamw_`; where all lie on the CPU, nothing
             has been written in any group then.
     """
-    OP.step_groups([(params, checked_hyperparameters("adamw_", hyper)) for params, hyper in groups], state)
+    OP.step_groups(
+        [(params, checked_hyperparameters("adamw_", hyper)) for params, hyper in groups], state, plan
+    )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from superfine_kernels._library import Cost
-from superfine_kernels._moments import Group, MomentOp, checked_hyperparameters
+from superfine_kernels._moments import Group, MomentOp, Plan, checked_hyperparameters
 from superfine_kernels._storage import Stored
 
 
@@ -150,6 +150,10 @@ def lamb_(
     OP(tuple(map(list, lists)), checked_hyperparameters("lamb_", hyper), backend)
 
 
-def lamb_groups_(groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]]) -> None:
+def lamb_groups_(
+    groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]], plan: Plan | None = None
+) -> None:
     """`lamb_` over all parameters of an optimizer that have a gradient; as `adamw_groups_`."""
-    OP.step_groups([(params, checked_hyperparameters("lamb_", hyper)) for params, hyper in groups], state)
+    OP.step_groups(
+        [(params, checked_hyperparameters("lamb_", hyper)) for params, hyper in groups], state, plan
+    )

@@ -71,10 +71,10 @@ std::vector<std::size_t> step_lists(const TensorReader& reader, const std::vecto
 template <class Kernel>
 std::optional<std::vector<std::pair<std::size_t, py::object>>> step_groups(const TensorReader& reader,
                                                                            const py::list& groups,
-                                                                           const py::dict& state, int threads,
-                                                                           const std::string& isa) {
+                                                                           const py::dict& state, MomentPlan& plan,
+                                                                           int threads, const std::string& isa) {
   const MomentGroups read(reader, groups, state);
-  auto arguments = read.read(Kernel::kName, TensorView::Device::cpu, threads);
+  auto arguments = read.read(Kernel::kName, TensorView::Device::cpu, plan, threads);
   if (!arguments) return std::nullopt;
   std::vector<decltype(Kernel::options(py::dict()))> rules;
   rules.reserve(groups.size());
@@ -165,7 +165,11 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<TensorReader>(m, "TensorReader", "Reads torch tensors natively; made once from the torch module.")
       .def(py::init<const py::module_&>(), py::arg("torch"))
       .def("use_attributes", &TensorReader::use_attributes, "Read through Python attributes from now on.")
-      .def_property_readonly("uses_shim", &TensorReader::uses_shim);
+      .def_property_readonly("uses_shim", &TensorReader::uses_shim)
+      .def_property_readonly("compares_records", &TensorReader::compares_records);
+
+  py::class_<MomentPlan>(m, "MomentPlan", "What a step over groups learned about its tensors, for the next one.")
+      .def(py::init<>());
 
   static constexpr const char* kListsDoc =
       "lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the "
@@ -177,8 +181,8 @@ PYBIND11_MODULE(_cpu, m) {
   const auto def_step = [&](const char* name, auto lists, const char* groups_name, auto groups) {
     m.def(name, lists, kListsDoc, py::arg("reader"), py::arg("lists"), py::arg("hyper"), py::kw_only(),
           py::arg("threads"), py::arg("isa"));
-    m.def(groups_name, groups, kGroupsDoc, py::arg("reader"), py::arg("groups"), py::arg("state"), py::kw_only(),
-          py::arg("threads"), py::arg("isa"));
+    m.def(groups_name, groups, kGroupsDoc, py::arg("reader"), py::arg("groups"), py::arg("state"), py::arg("plan"),
+          py::kw_only(), py::arg("threads"), py::arg("isa"));
   };
   def_step("adamw", &step_lists<AdamW>, "adamw_groups", &step_groups<AdamW>);
   def_step("lamb", &step_lists<Lamb>, "lamb_groups", &step_groups<Lamb>);

@@ -80,9 +80,10 @@ class MomentGroups {
   }
 
   // Nothing for tensor subclasses, whose ops have to go through torch's dispatcher, and for groups that span devices.
-  std::optional<MomentArguments> read(const std::string& op, TensorView::Device device, int threads) const {
+  std::optional<MomentArguments> read(const std::string& op, TensorView::Device device, MomentPlan& plan,
+                                      int threads) const {
     if (!plain_) return std::nullopt;
-    return MomentReader(op, reader_, device, objects_).read(true, threads);
+    return MomentReader(op, reader_, device, objects_).read(&plan, true, threads);
   }
 
   const py::list& params() const { return used_; }

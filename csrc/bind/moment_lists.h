@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "bind/moment_objects.h"
+#include "bind/moment_plan.h"
 #include "bind/tensor_list.h"
 #include "core/parallel_for.h"
 #include "math/moments.h"
@@ -19,23 +21,6 @@
 #include "math/random.h"
 
 namespace superfine {
-
-// What a step takes part in, for one group of parameters. In lists, amsgrad and anchors are there or are not.
-struct MomentOptions {
-  std::size_t group;
-  bool amsgrad, anchored, zero_grads, stochastic_rounding;
-  std::uint32_t seed;
-
-  // From the hyperparameters of an op, by name.
-  static MomentOptions of(std::size_t group, const py::dict& hyper) {
-    return {group,
-            hyper.contains("amsgrad") && hyper["amsgrad"].cast<bool>(),
-            hyper.contains("anchored") && hyper["anchored"].cast<bool>(),
-            hyper["zero_grads"].cast<bool>(),
-            hyper["stochastic_rounding"].cast<bool>(),
-            hyper["seed"].cast<std::uint32_t>()};
-  }
-};
 
 // Parameters that kernels take, in their order, and the positions of the others.
 struct MomentArguments {
@@ -45,32 +30,6 @@ struct MomentArguments {
   std::vector<std::size_t> rest;  // that no kernel takes: other dtypes, strides that differ
   int device_index = 0;           // of all of them
 };
-
-// A parameter and what belongs to it.
-enum Role : std::size_t {
-  kParam,
-  kGrad,
-  kExpAvg,
-  kExpAvgSq,
-  kMaxExpAvgSq,
-  kAnchor,
-  kRemainder,
-  kScales,
-  kStep,
-  kRoles
-};
-constexpr const char* kLists[kRoles] = {"params",  "grads",      "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs",
-                                        "anchors", "remainders", "scales",   "steps"};
-constexpr bool is_optional(std::size_t role) { return role >= kMaxExpAvgSq && role <= kScales; }
-
-// The Python objects of a parameter by their roles: borrowed; null where an optional one is absent.
-struct MomentObjects : std::array<PyObject*, kRoles> {
-  const MomentOptions* options;
-};
-
-inline void prefetch_records(const TensorReader& reader, const MomentObjects& objects) {
-  for (PyObject* object : objects) reader.prefetch_record(object);
-}
 
 inline std::string describe(py::handle tensor) {
   const std::string dtype = py::str(tensor.attr("dtype"));
@@ -159,12 +118,13 @@ class MomentReader {
                const std::vector<MomentObjects>& objects)
       : op_(std::move(op)), reader_(reader), device_(device), objects_(objects) {}
 
-  // Nothing for parameters on another device, where those are allowed.
-  std::optional<MomentArguments> read(bool may_span_devices, int threads) {
+  // Nothing for parameters on another device, where those are allowed. `plan`, which may be null, is that of the steps
+  // before over the same parameters.
+  std::optional<MomentArguments> read(MomentPlan* plan, bool may_span_devices, int threads) {
     MomentArguments result;
     std::uint64_t hashes = 0;
     if (!objects_.empty()) device_index_ = careful_view(kParam, 0).device_index;
-    if (!read_usual(result, hashes, threads)) {
+    if (!read_usual(plan, result, hashes, threads)) {
       result = {};
       hashes = 0;
       for (std::size_t i = 0; i < objects_.size(); ++i) {
@@ -192,12 +152,14 @@ class MomentReader {
 
   // The usual case, in which a kernel takes every parameter; by several threads, as torch's records of
   // tensors are mostly cold in the caches, and to wait for them takes longer than to step small tensors.
-  bool read_usual(MomentArguments& result, std::uint64_t& hashes, int threads) const {
-    constexpr std::int64_t kGrain = 16, kAhead = 4;
+  bool read_usual(MomentPlan* plan, MomentArguments& result, std::uint64_t& hashes, int threads) const {
+    constexpr std::int64_t kGrain = 16, kFar = 6, kNear = 3;
     const std::int64_t n = static_cast<std::int64_t>(objects_.size());
+    if (plan != nullptr) plan->begin(objects_.size(), device_, device_index_);
     result.tensors.resize(n);
     result.steps.resize(n);
     result.options.resize(n);
+    std::vector<char> is_new(n);
     std::atomic<bool> usual{true};
     std::atomic<std::uint64_t> sum{0};
     parallel_for(n, kGrain, threads, [&](Ranges& ranges) {
@@ -205,22 +167,35 @@ class MomentReader {
       std::uint64_t local = 0;
       while (ranges.next(begin, end)) {
         for (std::int64_t i = begin; i < end; ++i) {
-          if (i + kAhead < n) prefetch_records(reader_, objects_[i + kAhead]);
-          Views views;
-          for (std::size_t role = 0; role < kRoles; ++role) {
-            PyObject* object = objects_[i][role];
-            if (object != nullptr && !reader_.read_fast(object, views[role])) usual = false;
-          }
+          if (i + kFar < n) prefetch_records(reader_, objects_[i + kFar]);
+          if (i + kNear < n) prefetch_storages(reader_, objects_[i + kNear]);
           result.options[i] = objects_[i].options;
-          if (!takes(views, *result.options[i], result.tensors[i])) usual = false;
-          result.steps[i] = static_cast<float*>(views[kStep].data);
+          if (plan == nullptr || !plan->recall(reader_, i, objects_[i], result.tensors[i], result.steps[i])) {
+            is_new[i] = true;
+            if (!read_fast(i, result)) usual = false;
+          }
           local += detail::hash(result.tensors[i]);
         }
       }
       sum += local;
     });
     hashes = sum;
-    return usual;
+    if (!usual) return false;
+    for (std::int64_t i = 0; plan != nullptr && i < n; ++i) {
+      if (is_new[i]) plan->learn(reader_, i, objects_[i], result.tensors[i]);
+    }
+    return true;
+  }
+
+  // False where a kernel does not take the i-th parameter, or only attributes tell.
+  bool read_fast(std::int64_t i, MomentArguments& result) const {
+    Views views;
+    for (std::size_t role = 0; role < kRoles; ++role) {
+      PyObject* object = objects_[i][role];
+      if (object != nullptr && !reader_.read_fast(object, views[role])) return false;
+    }
+    result.steps[i] = static_cast<float*>(views[kStep].data);
+    return takes(views, *objects_[i].options, result.tensors[i]);
   }
 
   // Whether a kernel takes this parameter; then `tensor` is what it takes.
@@ -378,7 +353,7 @@ inline MomentArguments read_moment_lists(const std::string& op, const TensorRead
     for (std::size_t i = 0; i < n; ++i) objects[i][role] = PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
   }
   for (MomentObjects& each : objects) each.options = &options;
-  return *MomentReader(op, reader, device, objects).read(false, threads);
+  return *MomentReader(op, reader, device, objects).read(nullptr, false, threads);
 }
 
 // Counts one step more for every tensor; what a kernel takes is the tensor with the scalars of its step, which

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "bind/torch_record.h"
 #include "bind/torch_shim.h"
 #include "core/dtype.h"
 
@@ -37,6 +38,12 @@ struct TensorView {
 inline std::int64_t element_size(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2;
 }
+
+// All that a TensorView tells but the address, in the words of torch's record.
+struct TensorLayout {
+  TorchRecord::Words words;
+  std::int64_t item_size;
+};
 
 // Of numbers, as opposed to bits.
 inline bool is_floating(const std::optional<DType>& dtype) { return dtype && *dtype <= DType::f64; }
@@ -110,11 +117,16 @@ class TensorReader {
                  {d.f64, DType::f64},
                  {d.i16, DType::i16},
                  {d.u8, DType::u8}}};
+      record_ = TorchRecord::find(torch, shim_->impl_word());
     }
   }
 
   bool uses_shim() const { return shim_.has_value(); }
-  void use_attributes() { shim_.reset(); }  // for the tests
+  void use_attributes() {  // for the tests
+    shim_.reset();
+    record_.reset();
+  }
+  bool compares_records() const { return record_.has_value(); }
 
   // Tells autograd that kernels write these tensors, so that a graph that saved them complains.
   void increment_version(const py::list& tensors) const { increment_version_(tensors); }
@@ -123,6 +135,23 @@ class TensorReader {
   static void prefetch_object(PyObject* object) { __builtin_prefetch(object); }
   void prefetch_record(PyObject* object) const {
     if (shim_ && object != nullptr && is_plain(object)) shim_->prefetch(object);
+  }
+
+  void prefetch_storage(PyObject* object) const {
+    if (record_ && object != nullptr && is_plain(object)) record_->prefetch_storage(object);
+  }
+
+  // Of a tensor that read_fast reads; nothing where records are not compared.
+  std::optional<TensorLayout> layout(PyObject* object) const {
+    TensorView view;
+    if (!record_ || !read_fast(object, view) || !view.dtype) return std::nullopt;
+    const auto words = record_->layout(object);
+    return words ? std::optional(TensorLayout{*words, element_size(*view.dtype)}) : std::nullopt;
+  }
+
+  // The address of a tensor of this layout; null for others, and where reading takes more. Needs no lock.
+  void* data_if(PyObject* object, const TensorLayout& layout) const {
+    return is_plain(object) ? record_->data_if(object, layout.words, layout.item_size) : nullptr;
   }
 
   // Neither a subclass, which may hold no memory of its own, nor something else.
@@ -198,6 +227,7 @@ class TensorReader {
   }
 
   std::optional<TorchShim> shim_;
+  std::optional<TorchRecord> record_;
   std::array<std::pair<std::int32_t, DType>, 6> codes_{};
   py::object tensor_, parameter_, grad_, increment_version_;
   std::vector<py::object> dtypes_;

@@ -18,6 +18,8 @@
 #include <dlfcn.h>
 #endif
 
+#include "bind/torch_record.h"
+
 namespace superfine {
 
 class TorchShim {
@@ -60,6 +62,8 @@ class TorchShim {
            strides_(handle, &t.strides) == 0 && data_(handle, &t.data) == 0;
   }
 
+  int impl_word() const { return word_; }
+
   // Asks for the cache lines behind an object that will be read soon. A step streams so much through the
   // caches that torch's own records of its tensors are cold when the next step begins; asking ahead lets
   // the misses overlap.
@@ -92,9 +96,8 @@ class TorchShim {
   // The bit that every one of `negated` has and its tensor has not, in a word that differs in nothing else. Addresses
   // in a record may differ in one bit by chance, but not in the same one for every pair.
   bool find_negative(const pybind11::list& tensors, const pybind11::list& negated) {
-    constexpr int kWords = 22;  // of a record
     int found = 0;
-    for (int word = 0; word < kWords; ++word) {
+    for (int word = 0; word < TorchRecord::kRecordWords; ++word) {
       std::uint64_t bits = ~std::uint64_t{0};
       for (std::size_t i = 0; i < tensors.size(); ++i) {
         const std::uint64_t before = record(tensors[i].ptr())[word], after = record(negated[i].ptr())[word];

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from superfine.optim._layout import Layout
 from superfine_kernels import total_norm
 from superfine_kernels._library import reject, warn_once
-from superfine_kernels._moments import Group
+from superfine_kernels._moments import Group, Plan
 
 if TYPE_CHECKING:
     from superfine.optim.in_backward import InBackward
@@ -78,10 +78,12 @@ class InPass(torch.optim.Optimizer):
     grad_norm: float | None = None
     skipped_steps: int = 0
     _measured: tuple[float, float] | None = None  # by clip_grad_norm_: norm and limit
+    _plan: Plan  # of all steps
     _release: InBackward | None = None  # what steps the parameters in backward, if anything does
 
     def _configure(self, **options: Unpack[InPassOptions]) -> None:
         name = type(self).__name__
+        self._plan = Plan()
         if unknown := options.keys() - InPassOptions.__annotations__.keys():
             raise TypeError(f"{name}() got an unexpected keyword argument {min(unknown)!r}")
         for option, value in options.items():
@@ -254,19 +256,24 @@ class InPass(torch.optim.Optimizer):
             group.get("amsgrad", False),
         )
 
-    def step_params(self, chosen: Sequence[tuple[dict[str, Any], list[Tensor]]], scale: float) -> None:
+    def step_params(
+        self,
+        chosen: Sequence[tuple[dict[str, Any], list[Tensor]]],
+        scale: float,
+        plan: Plan | None = None,
+    ) -> None:
         """Steps parameters that have a gradient, given by group, with `scale` times it; nothing else of a step."""
         groups = [(params, self._hyperparameters(group, scale)) for group, params in chosen]
         try:
-            self._op(groups, self.state)
+            self._op(groups, self.state, plan)
         except KeyError:  # nothing has been written: the step looks all state up first
             added = [self._make_missing_state(group, params) for group, params in chosen]
             if not any(added):
                 raise
-            self._op(groups, self.state)
+            self._op(groups, self.state, plan)
 
     @staticmethod
-    def _op(groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]]) -> None:
+    def _op(groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]], plan: Plan | None) -> None:
         """The optimizer's op, such as `superfine_kernels.adamw_groups_`."""
         raise NotImplementedError
 
@@ -284,6 +291,10 @@ class InPass(torch.optim.Optimizer):
                 state["anchor"] = param.detach().clone()
             added |= len(state) > before
         return added
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = Plan()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _ATTRIBUTES}}

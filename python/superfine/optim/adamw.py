@@ -60,7 +60,9 @@ class _Adam(InPass, torch.optim.Adam):  # type: ignore[override]
                 )
                 self._step_group_with_torch(group)
         ours = zip(self.param_groups, reasons, strict=True)
-        self.step_params([(group, group["params"]) for group, reason in ours if reason is None], scale)
+        self.step_params(
+            [(group, group["params"]) for group, reason in ours if reason is None], scale, self._plan
+        )
         return loss
 
     def _reject_in_pass(self, reason: str, group: dict[str, Any]) -> None:

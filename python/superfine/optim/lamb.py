@@ -92,7 +92,7 @@ class LAMB(InPass):
         scale = self._gradient_scale()
         if scale is None:
             return loss
-        self.step_params([(group, group["params"]) for group in self.param_groups], scale)
+        self.step_params([(group, group["params"]) for group in self.param_groups], scale, self._plan)
         return loss
 
     def _hyperparameters(self, group: dict[str, Any], scale: float) -> dict[str, Any]:
