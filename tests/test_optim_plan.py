@@ -1,0 +1,173 @@
+"""What a step learned about its tensors is used only while it still holds: they may move in any way in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from superfine.optim import LAMB, AdamW
+from support import one_warning
+from torch import Tensor, nn
+
+from superfine_kernels._library import READER
+from superfine_kernels._moments import Plan
+
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
+
+ROLES = ("param", "grad", "exp_avg", "exp_avg_sq", "step")
+
+
+def test_records_are_compared_with_this_torch():
+    assert READER.compares_records
+
+
+def _new_memory(t: Tensor) -> None:
+    t.data = t.detach().clone()
+
+
+def _offset_in_new_memory(t: Tensor) -> None:
+    t.data = torch.cat([torch.full((3,), 9.0), t.detach().flatten()])[3:].view(t.shape)
+
+
+def _set(t: Tensor) -> None:
+    t.detach().set_(t.detach().clone())
+    t.data = t.detach()
+
+
+def _storage_grown(t: Tensor) -> None:
+    t.untyped_storage().resize_(t.untyped_storage().nbytes() + 4096)
+
+
+def _copy_on_write(t: Tensor) -> None:
+    t.shared = torch._lazy_clone(t.detach())  # kept, and so shared, to the end
+
+
+def _as_parameter(t: Tensor) -> None:
+    t.requires_grad_(not t.requires_grad)
+    t.requires_grad_(not t.requires_grad)
+
+
+def _of_another_library(t: Tensor) -> None:
+    t.data = torch.from_numpy(t.detach().numpy().copy())
+
+
+def _in_shared_memory(t: Tensor) -> None:
+    t.detach().share_memory_()
+
+
+MOVES = (
+    _new_memory, _offset_in_new_memory, _set, _storage_grown, _copy_on_write, _as_parameter, _of_another_library,
+    _in_shared_memory,
+)  # fmt: skip
+
+
+def run(optimizer_class: type, move, role: str, *, keeps_plan: bool) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    params = [nn.Parameter(torch.randn(3, 5, generator=generator)) for _ in range(4)]
+    optimizer = optimizer_class(params, lr=1e-2, max_grad_norm=1.0)
+    for p in params:
+        p.grad = torch.empty_like(p)
+    kept = []
+    for step in range(5):
+        for p in params:
+            p.grad.copy_(torch.randn(3, 5, generator=generator))
+        if step == 3:
+            state = optimizer.state[params[1]]
+            victim = {"param": params[1], "grad": params[1].grad, **state}[role]
+            move(victim)
+            kept += [victim.shared, victim.shared.clone()] if hasattr(victim, "shared") else []
+        if not keeps_plan:
+            optimizer._plan = Plan()
+        optimizer.step()
+    state = [t for p in params for t in optimizer.state[p].values()]
+    return [*(p.detach() for p in params), *state], kept
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("optimizer_class", [AdamW, LAMB])
+def test_a_tensor_that_moved_is_stepped_where_it_is(optimizer_class, move, role):
+    expected, _ = run(optimizer_class, lambda t: None, role, keeps_plan=False)
+    moved, kept = run(optimizer_class, move, role, keeps_plan=True)
+    for a, b in zip(moved, expected, strict=True):
+        assert torch.equal(a, b)
+    for clone, before in zip(kept[::2], kept[1::2], strict=True):
+        assert torch.equal(clone, before)  # what shares memory until it is written was not written
+
+
+def _transpose(params: list[nn.Parameter], optimizer: AdamW) -> None:
+    params[1].data = params[1].data.t()  # of shape (5, 5), so that strides alone tell
+
+
+def _strided_moment(params: list[nn.Parameter], optimizer: AdamW) -> None:
+    moment = optimizer.state[params[1]]["exp_avg"]
+    moment.data = torch.stack([moment, torch.full_like(moment, 7.0)], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("change", [_transpose, _strided_moment])
+def test_strides_that_changed_alone_are_noticed(change):
+    def run(keeps_plan: bool) -> list[Tensor]:
+        params = [nn.Parameter(torch.arange(25.0).view(5, 5) + i) for i in range(3)]
+        optimizer = AdamW(params, lr=1e-2)
+        for step in range(4):
+            for i, p in enumerate(params):
+                p.grad = torch.sin(torch.arange(25.0) * (1 + i)).view(5, 5)
+            if step == 2:
+                change(params, optimizer)
+            if not keeps_plan:
+                optimizer._plan = Plan()
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    with one_warning("layout that no kernel takes"):
+        kept = run(True)
+    for a, b in zip(kept, run(False), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_another_dtype_in_the_same_memory_is_noticed():
+    param = nn.Parameter(torch.ones(8, dtype=torch.float16))
+    optimizer = AdamW([param])
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    before = param.detach().clone()
+    param.grad = torch.ones_like(param)
+    moment = optimizer.state[param]["exp_avg"]
+    moment.data = moment.data.view(torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"exp_avgs\[0\] is bfloat16 \(8,\) on cpu; expected float16 \(8,\) on cpu"
+    ):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
+def test_parameters_whose_gradients_come_and_go_keep_their_own_state():
+    twins = []
+    for keeps_plan in (True, False):
+        params = [nn.Parameter(torch.full((n,), float(n))) for n in (3, 4, 5, 4)]
+        optimizer = AdamW(params, lr=1e-2)
+        for step in range(12):
+            for i, p in enumerate(params):
+                p.grad = torch.full_like(p, float(step - i)) if (step + i) % 3 else None
+            if not keeps_plan:
+                optimizer._plan = Plan()
+            optimizer.step()
+        twins.append([p.detach() for p in params])
+    for a, b in zip(*twins, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_six_dimensions_have_no_room_in_a_record_and_are_read_in_full():
+    ours, theirs = (nn.Parameter(torch.ones(1, 2, 1, 3, 1, 2)) for _ in range(2))
+    a, b = AdamW([ours], lr=0.1), torch.optim.AdamW([theirs], lr=0.1)
+    for step in range(3):
+        if step == 2:  # the sizes lie outside the record, where they change unseen
+            for p, optimizer in ((ours, a), (theirs, b)):
+                for t in (p, *(optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq"))):
+                    t.data = t.detach()[..., :1].clone()
+        for p in (ours, theirs):
+            p.grad = None
+            p.grad = torch.full_like(p, float(step))
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs)
