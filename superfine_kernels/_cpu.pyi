@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import types
 import typing
-__all__: list[str] = ['TensorReader', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'isas', 'lamb', 'lamb_groups', 'sum_of_squares']
+__all__: list[str] = ['MomentPlan', 'TensorReader', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'isas', 'lamb', 'lamb_groups', 'sum_of_squares']
 class TensorReader:
     """
     Reads torch tensors natively; made once from the torch module.
@@ -17,13 +17,22 @@ class TensorReader:
         Read through Python attributes from now on.
         """
     @property
+    def compares_records(self) -> bool:
+        ...
+    @property
     def uses_shim(self) -> bool:
+        ...
+class MomentPlan:
+    """
+    What a step over groups learned about its tensors, for the next one.
+    """
+    def __init__(self) -> None:
         ...
 def adamw(reader: TensorReader, lists: collections.abc.Sequence[list], hyper: dict, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
     """
     lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the positions that it left alone.
     """
-def adamw_groups(reader: TensorReader, groups: list, state: dict, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[tuple[int, typing.Any]] | None:
+def adamw_groups(reader: TensorReader, groups: list, state: dict, plan: MomentPlan, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[tuple[int, typing.Any]] | None:
     """
     One step over an optimizer's groups, pairs of parameters and hyperparameters. Returns what it left alone: pairs of a group's number and a parameter. None, and nothing done, where a parameter is a tensor subclass or lies elsewhere.
     """
@@ -51,7 +60,7 @@ def lamb(reader: TensorReader, lists: collections.abc.Sequence[list], hyper: dic
     """
     lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the positions that it left alone.
     """
-def lamb_groups(reader: TensorReader, groups: list, state: dict, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[tuple[int, typing.Any]] | None:
+def lamb_groups(reader: TensorReader, groups: list, state: dict, plan: MomentPlan, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[tuple[int, typing.Any]] | None:
     """
     One step over an optimizer's groups, pairs of parameters and hyperparameters. Returns what it left alone: pairs of a group's number and a parameter. None, and nothing done, where a parameter is a tensor subclass or lies elsewhere.
     """

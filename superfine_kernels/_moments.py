@@ -40,24 +40,51 @@ Plan = _cpu.MomentPlan
 Group = tuple[list[Tensor], dict[str, Any]]
 
 
+#: Hyperparameters that may be tensors of one element, which kernels on their device read when they run.
+TENSOR_HYPERPARAMETERS = ("lr", "beta1", "beta2", "gradient_scale")
+
+
 def checked_hyperparameters(op: str, hyper: dict[str, Any]) -> dict[str, Any]:
     """The same, with `maximize` as a sign of `gradient_scale`; ValueError for one out of range."""
-    lr, scale, seed = hyper["lr"], hyper["gradient_scale"], hyper["seed"]
-    if not (lr >= 0 and math.isfinite(lr)):
+    checked = dict(hyper)
+    for name in TENSOR_HYPERPARAMETERS:
+        value = hyper[name]
+        if isinstance(value, Tensor):
+            if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
+                reject(op, name, value, "a number, or a float32 or float64 tensor of one element")
+            if value.device.type == "cpu" and name != "gradient_scale":
+                checked[name] = value.item()
+        elif not isinstance(value, (int, float)):
+            reject(op, name, value, "a number", TypeError)
+    lr, seed = checked["lr"], hyper["seed"]
+    if not isinstance(lr, Tensor) and not (lr >= 0 and math.isfinite(lr)):
         reject(op, "lr", lr, "a finite number >= 0")
     for name in ("beta1", "beta2"):
-        if not 0 <= hyper[name] < 1:
-            reject(op, name, hyper[name], "a number in [0, 1)")
+        if not isinstance(checked[name], Tensor) and not 0 <= checked[name] < 1:
+            reject(op, name, checked[name], "a number in [0, 1)")
     for name in ("eps", "weight_decay"):
         if not hyper[name] >= 0:
             reject(op, name, hyper[name], "a number >= 0")
-    if not isinstance(scale, (int, float)):
-        reject(op, "gradient_scale", scale, "a number", TypeError)
     if not (isinstance(seed, int) and 0 <= seed < 2**32):
         reject(op, "seed", seed, "an integer in [0, 2^32)")
-    checked = {**hyper, "gradient_scale": -scale if hyper["maximize"] else scale}
-    del checked["maximize"]
+    if checked.pop("maximize"):
+        checked["gradient_scale"] = -checked["gradient_scale"]
     return checked
+
+
+def numbers(hyper: dict[str, Any], device: torch.device | None = None) -> dict[str, Any] | None:
+    """The hyperparameters with numbers for all tensors that are not on `device`, waiting for those on a GPU.
+
+    None where `gradient_scale` was such a tensor and is not finite: then the step is not to be taken.
+    """
+    resolved = dict(hyper)
+    for name in TENSOR_HYPERPARAMETERS:
+        value = hyper[name]
+        if isinstance(value, Tensor) and value.device != device:
+            resolved[name] = value.item()
+            if name == "gradient_scale" and not math.isfinite(resolved[name]):
+                return None
+    return resolved
 
 
 @dataclass(frozen=True)
@@ -69,13 +96,11 @@ class MomentOp:
         rule: the step of one parameter in eager torch; takes its `Stored` tensors, the count of steps with this one,
             and the hyperparameters of `schema`.
         schema: of the hyperparameters, without those of `SCHEMA`.
-        cuda_arguments: what the CUDA kernel needs beyond them, from the parameters' device.
     """
 
     name: str
     rule: Callable[..., None]
     schema: str
-    cuda_arguments: Callable[[torch.device], dict[str, Any]] = lambda device: {}
 
     def register(self) -> None:
         """Define the op for torch's dispatcher, which subclasses, modes and traces go through."""
@@ -96,32 +121,41 @@ class MomentOp:
         with torch.no_grad():
             if is_plain(lists[0]):
                 self.run(lists, hyper, backend)
+                return
+            resolved = numbers(hyper)
+            if resolved is None:
+                _skip(lists, hyper)
             else:
-                getattr(torch.ops.superfine, f"{self.name}_")(*lists, **hyper, backend=backend or "")
+                getattr(torch.ops.superfine, f"{self.name}_")(*lists, **resolved, backend=backend or "")
 
     def run(self, lists: Lists, hyper: dict[str, Any], backend: str | None) -> None:
         """Steps `lists` with a backend, and by the reference what it leaves alone."""
         # Without parameters there is no device to choose by; the CPU's reader still compares the lengths.
         device = lists[0][0].device if lists[0] else torch.device("cpu")
         chosen, _, isa = _backends.choose(f"{self.name}_", device, backend).partition(":")
-        if chosen == "cpu" or not lists[0]:
-            rest = getattr(_cpu, self.name)(READER, lists, hyper, threads=threads(), isa=isa)
+        if not lists[0]:
+            chosen = "cpu"
+        resolved = numbers(hyper, device if device.type == "cuda" and chosen != "reference" else None)
+        if resolved is None:
+            _check_lengths(f"{self.name}_", lists)
+            _skip(lists, hyper)
+            return
+        if chosen == "cpu":
+            rest = getattr(_cpu, self.name)(READER, lists, resolved, threads=threads(), isa=isa)
         elif chosen == "cuda":
             from superfine_kernels import _cuda
 
-            stream = torch.cuda.current_stream(device).cuda_stream
-            more = self.cuda_arguments(device)
-            rest = getattr(_cuda, self.name)(READER, lists, hyper, **more, stream=stream)
+            rest = getattr(_cuda, self.name)(READER, lists, resolved, **_on_gpu(device))
         elif chosen == "triton":
             import importlib
 
             kernels = importlib.import_module(f"superfine_kernels.triton.{self.name}")
-            rest = getattr(kernels, f"{self.name}_")(*lists, **hyper)
+            rest = getattr(kernels, f"{self.name}_")(*lists, **resolved)
         else:
             _check_lengths(f"{self.name}_", lists)
-            self.reference(lists, **hyper)
+            self.reference(lists, **resolved)
             return
-        self.step_rest(rest, lists, hyper)
+        self.step_rest(rest, lists, resolved)
 
     def reference(
         self,
@@ -151,19 +185,22 @@ class MomentOp:
             f"{self.name}_: some parameters (the first is {first.dtype} with strides {first.stride()}), their "
             "gradients or their state have a dtype or layout that no kernel takes; eager torch steps them"
         )
+        resolved = numbers(hyper)
         with torch.no_grad():
-            self.reference(tuple(chosen), **hyper)
+            if resolved is None:
+                _skip(tuple(chosen), hyper)
+            else:
+                self.reference(tuple(chosen), **resolved)
 
     def step_groups(
         self, groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]], plan: Plan | None
     ) -> None:
         """Steps the parameters of an optimizer's groups that have a gradient, those of all groups at once.
 
-        The CPU module reads groups natively. Lists are made of them for parameters elsewhere, and for subclasses.
+        The native modules read groups. Lists are made of them for tensor subclasses, several devices, and Triton.
         """
         if is_plain(()):
-            native = getattr(_cpu, f"{self.name}_groups")
-            rest = native(READER, groups, state, plan or Plan(), threads=threads(), isa="")
+            rest = self._step_groups_natively(groups, state, plan or Plan())
             if rest is not None:
                 for index, pairs in itertools.groupby(rest, key=operator.itemgetter(0)):
                     hyper = groups[index][1]
@@ -174,8 +211,58 @@ class MomentOp:
         calls = [
             (lists, _of_op(hyper)) for params, hyper in groups for lists in state_lists(params, state, hyper)
         ]
+        self._check_gradients_are_apart(calls)
         for lists, hyper in calls:
             self(lists, hyper, None)
+
+    def _step_groups_natively(
+        self, groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]], plan: Plan
+    ) -> list[tuple[int, Tensor]] | None:
+        """What was left alone, by number of the group; None, and nothing done, where lists have to be made."""
+        devices = (param.device for params, _ in groups for param in params if param.grad is not None)
+        device = next(devices, None)
+        if device is None:
+            return []
+        chosen = _backends.choose(f"{self.name}_", device)
+        if chosen not in ("cpu", "cuda"):
+            return None
+        reads_tensors = device if chosen == "cuda" else None
+        resolved = [(params, numbers(hyper, reads_tensors)) for params, hyper in groups]
+        if any(hyper is None for _, hyper in resolved):
+            return None
+        if chosen == "cpu":
+            step = getattr(_cpu, f"{self.name}_groups")
+            return step(READER, resolved, state, plan, threads=threads(), isa="")
+        from superfine_kernels import _cuda
+
+        step = getattr(_cuda, f"{self.name}_groups")
+        return step(READER, resolved, state, plan, **_on_gpu(device))
+
+    def _check_gradients_are_apart(self, calls: Sequence[tuple[Lists, dict[str, Any]]]) -> None:
+        if not any(hyper["zero_grads"] for _, hyper in calls):
+            return
+        places = [grad.data_ptr() for lists, _ in calls for grad in lists[1] if grad.numel() > 0]
+        if len(set(places)) < len(places):
+            raise ValueError(
+                f"{self.name}_: zero_grads is True and parameters share a gradient; expected gradients of their own"
+            )
+
+
+def _on_gpu(device: torch.device) -> dict[str, Any]:
+    """What the CUDA kernels take beside what the CPU's do: memory for the time of a step, and the stream."""
+    held: list[Tensor] = []
+
+    def allocate(size: int) -> int:
+        held.append(torch.empty(size, dtype=torch.uint8, device=device))
+        return held[-1].data_ptr()
+
+    return {"allocate": allocate, "stream": torch.cuda.current_stream(device).cuda_stream}
+
+
+def _skip(lists: Lists, hyper: dict[str, Any]) -> None:
+    """What remains of a step that is not taken."""
+    if hyper["zero_grads"]:
+        torch._foreach_zero_(lists[1])
 
 
 def _of_op(hyper: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,22 +66,11 @@ def reference(
     x.p = x.p.sub(update, alpha=lr)
 
 
-def _workspace(device: torch.device) -> dict[str, Any]:
-    held: list[Tensor] = []
-
-    def allocate(size: int) -> int:
-        held.append(torch.empty(size, dtype=torch.uint8, device=device))
-        return held[0].data_ptr()
-
-    return {"allocate": allocate}
-
-
 OP = MomentOp(
     "lamb",
     reference,
     "float lr, float beta1, float beta2, float eps, float weight_decay, bool bias_correction, bool grad_averaging, "
     "bool adapt, bool trust_clip",
-    cuda_arguments=_workspace,
 )
 OP.register()
 

@@ -23,19 +23,24 @@ def cost(numel: int, dtype: torch.dtype = torch.float32) -> Cost:
 
 
 @torch.no_grad()
-def reference(tensors: Sequence[Tensor]) -> float:
-    """By eager torch, on any device and of any dtype; complex numbers count as pairs of real ones."""
+def reference(tensors: Sequence[Tensor]) -> Tensor:
+    """By eager torch, on any devices and of any dtypes; complex numbers count as pairs of real ones.
+
+    Returns:
+        A float64 scalar on the device of the first, for which nothing waits where all are on one device.
+    """
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         dense = tensor.to_dense() if tensor.is_sparse else tensor
         real = torch.view_as_real(dense) if dense.is_complex() else dense
         by_kind.setdefault((real.device, real.dtype), []).append(real)
-    squares = 0.0
+    device = tensors[0].device if tensors else torch.device("cpu")
+    squares = torch.zeros((), dtype=torch.float64, device=device)
     for (_, dtype), alike in by_kind.items():
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         each = torch._foreach_norm(alike, 2, dtype=wide)
-        squares += torch.stack(each).double().square().sum().item()
-    return math.sqrt(squares)
+        squares += torch.stack(each).double().square().sum().to(device)
+    return squares.sqrt()
 
 
 def total_norm(tensors: Sequence[Tensor], backend: str | None = None) -> float:
@@ -51,4 +56,4 @@ def total_norm(tensors: Sequence[Tensor], backend: str | None = None) -> float:
         squares = _cpu.sum_of_squares(READER, list(tensors), threads=threads(), isa=isa)
         if squares is not None:
             return math.sqrt(squares)
-    return reference(tensors)
+    return reference(tensors).item()

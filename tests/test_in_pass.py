@@ -249,7 +249,7 @@ def test_a_gradient_that_two_groups_share_is_not_zeroed_between_them(kind):
     set_gradients(params, 0)
     params[1].grad = params[0].grad
     before = [p.detach().clone() for p in params]
-    with pytest.raises(ValueError, match="share a gradient"):
+    with pytest.raises(ValueError, match="overlap in memory"):
         optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
 
@@ -488,12 +488,9 @@ def test_options_out_of_range_are_refused(kind, options, message):
         kind(parameters(), **options)
 
 
-@pytest.mark.parametrize("reason", ["capturable", "differentiable"])
-def test_what_torch_steps_takes_nothing_along(reason):
-    params = (
-        [p.clone().requires_grad_() for p in parameters()] if reason == "differentiable" else parameters()
-    )
-    optimizer = AdamW(params, max_grad_norm=1e-3, **{reason: True})
+def test_what_torch_steps_takes_nothing_along():
+    params = [p.clone().requires_grad_() for p in parameters()]
+    optimizer = AdamW(params, max_grad_norm=1e-3, differentiable=True)
     set_gradients(params, 0)
-    with pytest.raises(ValueError, match=f"{reason} is True beside max_grad_norm"):
+    with pytest.raises(ValueError, match="differentiable is True beside max_grad_norm"):
         optimizer.step()

@@ -65,8 +65,11 @@ def chunk_of(
     row, begin, CHUNK: tl.constexpr,
     PARAM: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Of the tensor of a row, from its element `begin` on: addresses in the order of LISTS, the scales of both moments
-    apart; how many elements of a chunk there are; and the random key."""
+    """Of the tensor of a row, from its element `begin` on.
+
+    Returns addresses in the order of LISTS, the scales of both moments apart; how many elements of a chunk there are;
+    and the random key.
+    """
     param = pointer(row, 0, PARAM, ALIGNED) + begin
     grad = pointer(row, 1, PARAM, ALIGNED) + begin
     exp_avg = pointer(row, 2, STATE, ALIGNED) + begin

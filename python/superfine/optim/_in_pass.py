@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from superfine.optim._layout import Layout
+from superfine.optim._layout import Layout, counts
 from superfine_kernels import total_norm
 from superfine_kernels._library import reject, warn_once
 from superfine_kernels._moments import Group, Plan
+from superfine_kernels.norm import reference as norm_without_waiting
 
 if TYPE_CHECKING:
     from superfine.optim.in_backward import InBackward
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 def clip_factor(norm: float, limit: float) -> float:
     """What gradients of this norm are multiplied by, as in `torch.nn.utils.clip_grad_norm_`."""
     return min(1.0, limit / (norm + 1e-6))
+
+
+def _number(value: Any) -> float | Tensor:
+    return value if isinstance(value, Tensor) else float(value)
 
 
 class InPassOptions(TypedDict, total=False):
@@ -64,6 +69,9 @@ class InPass(torch.optim.Optimizer):
     Attributes:
         grad_norm: norm of all gradients, before clipping, when it was last measured; None before.
         skipped_steps: steps not taken, because gradients were not finite or a `GradScaler` said so.
+
+    Where all gradients are on one GPU a step waits for nothing, so that a CUDA graph can capture it: the norm, the
+    scale and whether the step is taken stay there. Only `error_on_nonfinite` and who reads those attributes wait.
     """
 
     max_grad_norm: float | None = None
@@ -75,9 +83,10 @@ class InPass(torch.optim.Optimizer):
     state_dtype: torch.dtype | None = None
     error_on_nonfinite: bool = False
     seed: int = 0
-    grad_norm: float | None = None
-    skipped_steps: int = 0
-    _measured: tuple[float, float] | None = None  # by clip_grad_norm_: norm and limit
+    _norm: float | Tensor | None = None
+    _skipped: int = 0
+    _skipped_on_gpu: Tensor | None = None
+    _measured: tuple[float | Tensor, float] | None = None  # by clip_grad_norm_: norm and limit
     _plan: Plan  # of all steps
     _release: InBackward | None = None  # what steps the parameters in backward, if anything does
 
@@ -95,9 +104,25 @@ class InPass(torch.optim.Optimizer):
             reject(name, "seed", self.seed, "an integer in [0, 2^32)")
 
     @property
+    def grad_norm(self) -> float | None:
+        return None if self._norm is None else float(self._norm)
+
+    @grad_norm.setter
+    def grad_norm(self, value: float | Tensor | None) -> None:
+        self._norm = value
+
+    @property
+    def skipped_steps(self) -> int:
+        return self._skipped + (0 if self._skipped_on_gpu is None else int(self._skipped_on_gpu))
+
+    @skipped_steps.setter
+    def skipped_steps(self, value: int) -> None:
+        self._skipped, self._skipped_on_gpu = value, None
+
+    @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether `torch.amp.GradScaler` sets grad_scale and found_inf around step(), instead of unscaling itself."""
-        return not any(group.get("capturable") or group.get("differentiable") for group in self.param_groups)
+        return not any(group.get("differentiable") for group in self.param_groups)
 
     # --- gradients ------------------------------------------------------------------------------------
 
@@ -108,7 +133,7 @@ class InPass(torch.optim.Optimizer):
         step clips to `max_norm`, whatever `max_grad_norm` is; `zero_grad()` before it takes the measurement back.
 
         Returns:
-            The norm before clipping, a scalar tensor.
+            The norm before clipping, a scalar tensor; on a GPU where all gradients are on that one.
 
         Raises:
             RuntimeError: it is not finite, with `error_if_nonfinite`.
@@ -120,13 +145,15 @@ class InPass(torch.optim.Optimizer):
                 "clip_grad_norm_: the gradients were released in backward; expected max_grad_norm and clip= of "
                 "superfine.optim.in_backward instead"
             )
-        self.grad_norm = total_norm(list(self._grads()))
-        if error_if_nonfinite and not math.isfinite(self.grad_norm):
+        grads = list(self._grads())
+        norm = total_norm(grads) if self._gpu() is None else norm_without_waiting(grads)
+        if error_if_nonfinite and not math.isfinite(norm):
             raise RuntimeError(
-                f"clip_grad_norm_: the norm of the gradients is {self.grad_norm}; expected finite"
+                f"clip_grad_norm_: the norm of the gradients is {float(norm)}; expected finite"
             )
-        self._measured = self.grad_norm, max_norm
-        return torch.tensor(self.grad_norm)
+        self.grad_norm = norm
+        self._measured = norm, max_norm
+        return norm if isinstance(norm, Tensor) else torch.tensor(norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's."""
@@ -135,18 +162,13 @@ class InPass(torch.optim.Optimizer):
         if self._release is not None:
             self._release.restart()
 
-    def _gradient_scale(self) -> float | None:
-        """The factor of this step's gradients; None for a step that is not to be taken."""
+    def _gradient_scale(self) -> float | Tensor | None:
+        """The factor of this step's gradients; None, or a tensor that is not finite, if it is not to be taken."""
+        if self._gpu() is not None and not self.error_on_nonfinite:
+            return self._gradient_scale_without_waiting()
         scaler, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scale = 1.0 if scaler is None else 1.0 / float(scaler)
         measured, self._measured = self._measured, None
-        if self.zero_grads and len(self.param_groups) > 1:
-            places = [grad.data_ptr() for grad in self._grads() if grad.numel() > 0]
-            if len(set(places)) < len(places):
-                raise ValueError(
-                    f"{type(self).__name__}: zero_grads is True and parameters of two groups share a gradient; "
-                    "expected gradients of their own"
-                )
         if found_inf is not None and float(found_inf):
             self._skip()
             return None
@@ -154,7 +176,7 @@ class InPass(torch.optim.Optimizer):
             grads = list(self._grads())
             measured = (total_norm(grads), self.max_grad_norm or math.inf) if grads else None
         if measured is not None:
-            norm, limit = scale * measured[0], measured[1]
+            norm, limit = scale * float(measured[0]), measured[1]
             self.grad_norm = norm
             if not math.isfinite(norm):
                 if self.error_on_nonfinite:
@@ -169,9 +191,44 @@ class InPass(torch.optim.Optimizer):
             scale *= clip_factor(norm, limit)
         return scale
 
+    def _gpu(self) -> torch.device | None:
+        """The device of all gradients, if that is one GPU."""
+        device = None
+        for grad in self._grads():
+            if not grad.is_cuda or (device is not None and grad.device != device):
+                return None
+            device = grad.device
+        return device
+
+    @torch.no_grad()
+    def _gradient_scale_without_waiting(self) -> float | Tensor:
+        """As _gradient_scale; counts steps not taken on the device, as only it knows of them."""
+        scaler, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        measured, self._measured = self._measured, None
+        grads = list(self._grads())
+        if measured is None and self.max_grad_norm is not None:
+            measured = norm_without_waiting(grads), self.max_grad_norm
+        if scaler is None and found_inf is None and measured is None:
+            return 1.0
+        device = grads[0].device
+        scale = torch.ones((), dtype=torch.float64, device=device)
+        if scaler is not None:
+            scale /= scaler.to(device)
+        if measured is not None:
+            norm = scale * torch.as_tensor(measured[0], device=device)
+            self.grad_norm = norm
+            scale = scale * (measured[1] / (norm + 1e-6)).clamp(max=1.0)
+            scale = torch.where(norm.isfinite(), scale, math.nan)
+        if found_inf is not None:
+            scale = torch.where(found_inf.to(device).reshape(()) == 0, scale, math.nan)
+        if self._skipped_on_gpu is None:
+            self._skipped_on_gpu = torch.zeros((), dtype=torch.int64, device=device)
+        self._skipped_on_gpu += ~scale.isfinite()  # in place, so that replays of a graph count on
+        return scale
+
     @torch.no_grad()
     def _skip(self) -> None:
-        self.skipped_steps += 1
+        self._skipped += 1
         if self.zero_grads:
             torch._foreach_zero_(list(self._grads()))
 
@@ -229,12 +286,12 @@ class InPass(torch.optim.Optimizer):
         if self._release is not None:
             self._release.attach()
 
-    def _hyperparameters(self, group: dict[str, Any], scale: float) -> dict[str, Any]:
+    def _hyperparameters(self, group: dict[str, Any], scale: float | Tensor) -> dict[str, Any]:
         """What the op takes for a group; here, what every op takes."""
         return {
-            "lr": float(group["lr"]),
-            "beta1": float(group["betas"][0]),
-            "beta2": float(group["betas"][1]),
+            "lr": _number(group["lr"]),
+            "beta1": _number(group["betas"][0]),
+            "beta2": _number(group["betas"][1]),
             "eps": group["eps"],
             "weight_decay": self._weight_decay(group),
             "maximize": group["maximize"],
@@ -259,7 +316,7 @@ class InPass(torch.optim.Optimizer):
     def step_params(
         self,
         chosen: Sequence[tuple[dict[str, Any], list[Tensor]]],
-        scale: float,
+        scale: float | Tensor,
         plan: Plan | None = None,
     ) -> None:
         """Steps parameters that have a gradient, given by group, with `scale` times it; nothing else of a step."""
@@ -279,22 +336,24 @@ class InPass(torch.optim.Optimizer):
 
     def _make_missing_state(self, group: dict[str, Any], params: list[Tensor]) -> bool:
         """Gives parameters with a gradient the state, or the anchor, that they lack; returns whether any did."""
-        added = False
-        for param in params:
-            if param.grad is None:
-                continue
-            state = self.state[param]
-            before = len(state)
-            if not state:
-                state.update(self._layout(group, param).new(param))
-            if self._option(group, "anchored") and "anchor" not in state:
-                state["anchor"] = param.detach().clone()
-            added |= len(state) > before
-        return added
+        params = [param for param in params if param.grad is not None]
+        stateless = [param for param in params if not self.state[param]]
+        for param, step in zip(stateless, counts([0.0] * len(stateless), stateless), strict=True):
+            self.state[param].update(self._layout(group, param).new(param, step))
+        anchorless = [param for param in params if "anchor" not in self.state[param]]
+        if not self._option(group, "anchored"):
+            anchorless = []
+        for param in anchorless:
+            self.state[param]["anchor"] = param.detach().clone()
+        return bool(stateless or anchorless)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = Plan()
+        stepped = [param for param, entries in self.state.items() if "step" in entries]
+        steps = counts([self.state[param]["step"] for param in stepped], stepped)
+        for param, step in zip(stepped, steps, strict=True):
+            self.state[param]["step"] = step
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _ATTRIBUTES}}
@@ -339,4 +398,4 @@ _STATE_DTYPES: dict[object, torch.dtype | None] = {
 _LAYOUT_OPTIONS = ("master_weights", "stochastic_rounding", "state_dtype")
 
 #: What copies and pickles take along.
-_ATTRIBUTES = (*InPassOptions.__annotations__, "grad_norm", "skipped_steps")
+_ATTRIBUTES = (*InPassOptions.__annotations__, "_norm", "_skipped", "_skipped_on_gpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,22 @@ from superfine_kernels._library import describe, reject
 _HALVES = (torch.bfloat16, torch.float16)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _CODES = ("exp_avg", "exp_avg_sq", "scales")  # of 8-bit moments
+
+
+def counts(values: Sequence[float | Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters' counts of steps: on a GPU for those that lie there, else on the CPU.
+
+    Those on a device are views of one buffer, so that a step finds them side by side.
+    """
+    places: dict[torch.device, list[int]] = {}
+    for i, param in enumerate(params):
+        places.setdefault(param.device if param.is_cuda else torch.device("cpu"), []).append(i)
+    found: dict[int, Tensor] = {}
+    for device, positions in places.items():
+        here = [torch.as_tensor(values[i], dtype=torch.float32, device=device).reshape(()) for i in positions]
+        buffer = torch.stack(here)
+        found.update({i: buffer[k] for k, i in enumerate(positions)})
+    return [found[i] for i in range(len(params))]
 
 
 @dataclass(frozen=True)
@@ -60,9 +76,9 @@ class Layout:
             reject(op, "state_dtype", wanted, "None beside amsgrad, whose maxima have no 8-bit form")
         return cls(wanted, remainder, amsgrad)
 
-    def new(self, param: Tensor) -> dict[str, Tensor]:
-        """State before the first step."""
-        state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+    def new(self, param: Tensor, step: Tensor) -> dict[str, Tensor]:
+        """State before the first step, which `step` counts from."""
+        state = {"step": step}
         for name in _MOMENTS[: 3 if self.amsgrad else 2]:
             state[name] = torch.zeros_like(param, dtype=self.moments, requires_grad=False)
         if self.moments == torch.uint8:

@@ -21,16 +21,6 @@ class _Adam(InPass, torch.optim.Adam):  # type: ignore[override]
 
     _op = staticmethod(adamw_groups_)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            if group["capturable"]:
-                continue
-            for param in group["params"]:
-                # torch keeps `step` on the parameter's device where its fused step made the checkpoint.
-                if "step" in (saved := self.state.get(param, {})):
-                    saved["step"] = saved["step"].to(device="cpu", dtype=torch.float32)
-
     @profiled_on_demand
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step; returns what `closure`, if given, returned."""
@@ -43,29 +33,22 @@ class _Adam(InPass, torch.optim.Adam):  # type: ignore[override]
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        reasons = [
-            next((name for name in ("capturable", "differentiable") if group[name]), None)
-            for group in self.param_groups
-        ]
-        for group, reason in zip(self.param_groups, reasons, strict=True):
-            if reason is not None:
-                self._reject_in_pass(reason, group)
+        differentiable = [group for group in self.param_groups if group["differentiable"]]
+        for group in differentiable:
+            self._reject_in_pass(group)
         scale = self._gradient_scale()
         if scale is None:
             return loss
-        for group, reason in zip(self.param_groups, reasons, strict=True):
-            if reason is not None:
-                warn_once(
-                    f"{type(self).__name__}: {reason}=True has no kernel yet; torch's implementation steps this group"
-                )
-                self._step_group_with_torch(group)
-        ours = zip(self.param_groups, reasons, strict=True)
-        self.step_params(
-            [(group, group["params"]) for group, reason in ours if reason is None], scale, self._plan
-        )
+        for group in differentiable:
+            warn_once(
+                f"{type(self).__name__}: differentiable=True has no kernel; torch's implementation steps this group"
+            )
+            self._step_group_with_torch(group)
+        ours = [group for group in self.param_groups if not group["differentiable"]]
+        self.step_params([(group, group["params"]) for group in ours], scale, self._plan)
         return loss
 
-    def _reject_in_pass(self, reason: str, group: dict[str, Any]) -> None:
+    def _reject_in_pass(self, group: dict[str, Any]) -> None:
         names = (
             "max_grad_norm", "zero_grads", "anchored", "decouple_lr", "master_weights", "stochastic_rounding",
             "state_dtype",
@@ -74,17 +57,17 @@ class _Adam(InPass, torch.optim.Adam):  # type: ignore[override]
         used += ["clip_grad_norm_()"] * (self._measured is not None)
         if used:
             raise ValueError(
-                f"{type(self).__name__}: {reason} is True beside {', '.join(used)}; expected one or the other"
+                f"{type(self).__name__}: differentiable is True beside {', '.join(used)}; expected one or the other"
             )
 
-    def _hyperparameters(self, group: dict[str, Any], scale: float) -> dict[str, Any]:
+    def _hyperparameters(self, group: dict[str, Any], scale: float | Tensor) -> dict[str, Any]:
         own = {"decoupled": group["decoupled_weight_decay"], "amsgrad": group["amsgrad"]}
         return super()._hyperparameters(group, scale) | own
 
     def _step_group_with_torch(self, group: dict[str, Any]) -> None:
         lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
         beta1, beta2 = group["betas"]
-        with torch.set_grad_enabled(group["differentiable"]):
+        with torch.enable_grad():
             has_complex = self._init_group(group, *lists)
             adam(
                 params=lists[0],
@@ -103,7 +86,7 @@ class _Adam(InPass, torch.optim.Adam):  # type: ignore[override]
                 maximize=group["maximize"],
                 foreach=group["foreach"],
                 capturable=group["capturable"],
-                differentiable=group["differentiable"],
+                differentiable=True,
                 decoupled_weight_decay=group["decoupled_weight_decay"],
             )
 
@@ -117,7 +100,8 @@ class AdamW(_Adam, torch.optim.AdamW):  # type: ignore[override]
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`.
-        capturable, differentiable: such groups are stepped by torch's own implementation, with one warning.
+        capturable: as in torch, for steps within a CUDA graph; ours are the same with it and without.
+        differentiable: such groups are stepped by torch's own implementation, with one warning.
         foreach, fused: accepted so that existing calls work; they choose among torch's implementations only.
         max_grad_norm: clip the norm of all gradients, over all groups, to this, as `clip_grad_norm_` would.
         zero_grads: step() leaves zeros in the gradients, as `zero_grad(set_to_none=False)` would.

@@ -51,7 +51,7 @@ def in_backward(
 
     Raises:
         ValueError, TypeError: arguments out of range, parameters that are released already or belong to a
-            distributed module, `capturable` or `differentiable` groups.
+            distributed module, `differentiable` groups.
     """
     names: dict[Tensor, str] = {}
     if isinstance(params, nn.Module):
@@ -185,9 +185,8 @@ class InBackward:
         """Hooks parameters that have none; `add_param_group` calls it."""
         found: dict[Tensor, _Hook] = {}
         for g, group in enumerate(self.optimizer.param_groups):
-            for reason in ("capturable", "differentiable"):
-                if group.get(reason):
-                    reject("in_backward", f"{reason} of group {g}", True, "False")
+            if group.get("differentiable"):
+                reject("in_backward", f"differentiable of group {g}", True, "False")
             names = group.get("param_names")
             for i, param in enumerate(group["params"]):
                 name = f"param_groups[{g}]['params'][{i}]" if names is None else names[i]

@@ -30,8 +30,7 @@ class LAMB(InPass):
         trust_clip: the factor |parameter| / |update| is at most 1.
         always_adapt: adapt groups without weight decay too.
         maximize: ascend instead.
-        options: max_grad_norm and all others of `superfine.optim.AdamW`. On a GPU every step waits for the norm where
-            it is measured.
+        options: max_grad_norm and all others of `superfine.optim.AdamW`.
 
     Raises:
         ValueError: arguments out of range; a gradient of another dtype, device or shape; parameters that overlap in
@@ -76,12 +75,6 @@ class LAMB(InPass):
         }
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for saved in self.state.values():
-            if "step" in saved:  # a number in other libraries' checkpoints; a map_location may have moved it
-                saved["step"] = torch.as_tensor(saved["step"], dtype=torch.float32, device="cpu")
-
     @profiled_on_demand
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step; returns what `closure`, if given, returned."""
@@ -95,7 +88,7 @@ class LAMB(InPass):
         self.step_params([(group, group["params"]) for group in self.param_groups], scale, self._plan)
         return loss
 
-    def _hyperparameters(self, group: dict[str, Any], scale: float) -> dict[str, Any]:
+    def _hyperparameters(self, group: dict[str, Any], scale: float | Tensor) -> dict[str, Any]:
         adapt = group["adapt"]
         own = {
             "bias_correction": group["bias_correction"],
