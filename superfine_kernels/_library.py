@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,6 +79,25 @@ def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
     )
 
 
+_in_forked_child = False
+
+
+def _after_fork() -> None:
+    global _in_forked_child
+    _in_forked_child = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def threads() -> int:
-    """How many threads a CPU kernel uses: torch's own number."""
-    return torch.get_num_threads()
+    """How many threads a CPU kernel uses: torch's own number; in a forked child one, as others would never start."""
+    count = torch.get_num_threads()
+    if count > 1 and _in_forked_child:
+        warn_once(
+            f"this process was forked from one whose {count} threads it does not have; kernels use one thread here. "
+            "Start processes by 'spawn', or set torch.set_num_threads(1) in them"
+        )
+        return 1
+    return count

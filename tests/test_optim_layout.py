@@ -342,3 +342,24 @@ def test_any_mix_of_groups_layouts_and_missing_gradients_agrees_with_float64(kin
             scale = max(1.0, value.norm().item() / math.sqrt(max(1, value.numel())))  # of LAMB's updates
             moved = group["lr"] * step * scale * (0.5 if lossy else 1e-4)
             assert ((actual - value).abs() <= rounding * value.abs() + moved + 1e-7).all()
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "scales"])
+@pytest.mark.parametrize("kind", [AdamW, LAMB])
+def test_codes_that_another_optimizer_converted_are_refused_and_nothing_changes(kind, name):
+    params = [torch.nn.Parameter(torch.ones(300))]
+    optimizer = kind(params, state_dtype="8bit")
+    params[0].grad = torch.ones(300)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = 0.5
+    saved["state"][0][name] = saved["state"][0][name].double()
+    before = copy.deepcopy(optimizer.state_dict())
+    message = rf"load_state_dict: {name} is float64 .* beside scales of 8-bit moments; expected torch\."
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, value in before["state"][0].items():
+        assert torch.equal(after["state"][0][key], value)
+    optimizer.step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from superfine.optim import LAMB, AdamW
-from support import one_warning
+from support import one_warning, run_python
 from torch import Tensor, nn
 
 from superfine_kernels._library import READER
@@ -171,3 +171,48 @@ def test_six_dimensions_have_no_room_in_a_record_and_are_read_in_full():
         a.step()
         b.step()
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_compiled_step_is_the_step_and_is_not_traced_again_and_again():
+    ours, theirs = ([nn.Parameter(torch.ones(5, 3)) for _ in range(3)] for _ in range(2))
+    a, b = AdamW(ours, lr=0.1), AdamW(theirs, lr=0.1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(a.step, backend="eager")
+        for step in range(10):
+            for optimizer, params in ((a, ours), (b, theirs)):
+                optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+                for p in params:
+                    p.grad = torch.full_like(p, float(step - 3))
+            compiled()
+            b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+    torch._dynamo.reset()
+
+
+def test_a_forked_process_steps_on_one_thread_with_a_warning():
+    # More elements than one thread takes, of tensors so small that torch fills them on one.
+    printed = run_python("""
+import os, signal, warnings, torch
+from superfine.optim import AdamW
+warnings.simplefilter("always")
+signal.alarm(60)  # who waits for threads that are not there waits forever
+torch.set_num_threads(2)
+params = [torch.nn.Parameter(torch.ones(20_000)) for _ in range(3)]
+optimizer = AdamW(params, lr=0.1)
+def step():
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return params[0][0].item()
+step()
+if os.fork() == 0:
+    with warnings.catch_warnings(record=True) as caught:
+        value = step()
+    print([str(w.message)[:24] for w in caught], value, flush=True)
+    os._exit(0)
+os.wait()
+print(step())
+""")
+    child, parent = printed.splitlines()
+    assert child == f"['this process was forked '] {parent}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from superfine.optim._layout import Layout, counts
+from superfine.optim._layout import Layout, check_saved, counts
 from superfine_kernels import total_norm
 from superfine_kernels._library import reject, warn_once
 from superfine_kernels._moments import Group, Plan
@@ -365,13 +365,17 @@ class InPass(torch.optim.Optimizer):
         Hidden bits begin anew where the checkpoint has none of the kind.
 
         Raises:
-            ValueError: 8-bit moments, or their scales, that another optimizer has converted to another dtype.
+            ValueError: 8-bit moments, or their scales, that another optimizer has converted to another dtype; nothing
+                has changed then.
         """
         loaded: dict[str, Any] = {}
         own_groups = self.param_groups
-        hook = self.register_load_state_dict_pre_hook(
-            lambda _, given: loaded.update(given)
-        )  # after all others
+
+        def look_at(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+            check_saved(given["state"].values())
+            loaded.update(given)
+
+        hook = self.register_load_state_dict_pre_hook(look_at)  # after all others
         try:
             super().load_state_dict(state_dict)
         finally:

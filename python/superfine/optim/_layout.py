@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,6 @@ class Layout:
         """The entries of `saved` state in this layout; removes from `state` what the layout does not have."""
         moments = {name: saved[name].to(param.device) for name in (*_MOMENTS, "scales") if name in saved}
         if "scales" in moments:
-            _check_codes(moments)
             if self.moments != torch.uint8:
                 m, v = _storage.dequantize(*(moments[name] for name in _CODES))
                 moments = {"exp_avg": m, "exp_avg_sq": v}
@@ -113,10 +112,13 @@ class Layout:
         return found
 
 
-def _check_codes(moments: dict[str, Tensor]) -> None:
-    for name, dtype in zip(_CODES, (torch.uint8, torch.uint8, torch.float32), strict=True):
-        if moments[name].dtype != dtype:
-            raise ValueError(
-                f"load_state_dict: {name} is {describe(moments[name])} beside scales of 8-bit moments; expected "
-                f"{dtype}. Another optimizer has converted it; load the checkpoint that was saved by Superfine's"
-            )
+def check_saved(states: Iterable[Mapping[str, Any]]) -> None:
+    """ValueError for 8-bit moments in a checkpoint, or scales, that another optimizer has converted."""
+    for saved in states:
+        for name, dtype in zip(_CODES, (torch.uint8, torch.uint8, torch.float32), strict=True):
+            if "scales" in saved and (name not in saved or saved[name].dtype != dtype):
+                found = describe(saved[name]) if name in saved else "missing"
+                raise ValueError(
+                    f"load_state_dict: {name} is {found} beside scales of 8-bit moments; expected "
+                    f"{dtype}. Another optimizer has converted it; load the checkpoint that was saved by Superfine's"
+                )

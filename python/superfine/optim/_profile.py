@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_optimizer
 
 Step = TypeVar("Step", bound=Callable[..., Any])
@@ -19,9 +20,14 @@ Step = TypeVar("Step", bound=Callable[..., Any])
 def profiled_on_demand(step: Step) -> Step:
     """Wraps `step` as torch does, and goes through the wrapper only while there are hooks or a profiler."""
     profiled = torch.optim.Optimizer.profile_hook_step(step)
+    untraced = _disable_dynamo(profiled)
 
     @functools.wraps(step)
     def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+        ):  # a step is one call already, and what traces find in state soon changes
+            return untraced(self, *args, **kwargs)
         if (
             torch._C._autograd._profiler_enabled()
             or self._optimizer_step_pre_hooks

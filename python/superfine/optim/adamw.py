@@ -39,13 +39,14 @@ class _Adam(InPass, torch.optim.Adam):  # type: ignore[override]
         scale = self._gradient_scale()
         if scale is None:
             return loss
-        for group in differentiable:
+        if differentiable:
             warn_once(
-                f"{type(self).__name__}: differentiable=True has no kernel; torch's implementation steps this group"
+                f"{type(self).__name__}: differentiable=True has no kernel; torch's implementation steps such groups"
             )
-            self._step_group_with_torch(group)
         ours = [group for group in self.param_groups if not group["differentiable"]]
         self.step_params([(group, group["params"]) for group in ours], scale, self._plan)
+        for group in differentiable:
+            self._step_group_with_torch(group)
         return loss
 
     def _reject_in_pass(self, group: dict[str, Any]) -> None:
