@@ -111,11 +111,13 @@ class MomentGroups {
                                             PyUnicode_InternFromString("step")};
     const std::size_t n = params.size();
     for (std::size_t i = 0; i < n; ++i) {
-      constexpr std::size_t kAhead = 6;
-      if (i + kAhead < n) {
-        reader_.prefetch_record(PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i + kAhead)));
-      }
-      PyObject* param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
+      const auto item = [&](std::size_t at) { return PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(at)); };
+      constexpr std::size_t kObject = 16, kRecord = 12, kAutograd = 8, kGradient = 4;  // so far ahead
+      if (i + kObject < n) reader_.prefetch_object(item(i + kObject));
+      if (i + kRecord < n) reader_.prefetch_record(item(i + kRecord));
+      if (i + kAutograd < n) reader_.prefetch_autograd(item(i + kAutograd));
+      if (i + kGradient < n) reader_.prefetch_grad(item(i + kGradient));
+      PyObject* param = item(i);
       plain_ = plain_ && reader_.is_plain(param);
       if (!plain_) return;
       py::object grad = reader_.grad(param);

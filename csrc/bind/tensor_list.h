@@ -129,7 +129,16 @@ class TensorReader {
   bool compares_records() const { return record_.has_value(); }
 
   // Tells autograd that kernels write these tensors, so that a graph that saved them complains.
-  void increment_version(const py::list& tensors) const { increment_version_(tensors); }
+  void increment_version(const py::list& tensors) const {
+    constexpr std::size_t kAhead = 8;
+    const auto item = [&](std::size_t i) { return PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)); };
+    py::list others;
+    for (std::size_t i = 0, n = tensors.size(); i < n; ++i) {
+      if (i + kAhead < n && record_ && is_plain(item(i + kAhead))) record_->prefetch_version(item(i + kAhead));
+      if (!(record_ && is_plain(item(i)) && record_->bump_version(item(i)))) others.append(tensors[i]);
+    }
+    if (!others.empty()) increment_version_(others);
+  }
 
   // Only hints, for objects that will be read soon: the Python object, and torch's record behind it.
   static void prefetch_object(PyObject* object) { __builtin_prefetch(object); }
@@ -137,6 +146,12 @@ class TensorReader {
     if (shim_ && object != nullptr && is_plain(object)) shim_->prefetch(object);
   }
 
+  void prefetch_autograd(PyObject* object) const {
+    if (record_ && is_plain(object)) record_->prefetch_autograd(object);
+  }
+  void prefetch_grad(PyObject* object) const {
+    if (record_ && is_plain(object)) record_->prefetch_grad(object);
+  }
   void prefetch_storage(PyObject* object) const {
     if (record_ && object != nullptr && is_plain(object)) record_->prefetch_storage(object);
   }

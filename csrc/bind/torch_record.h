@@ -2,13 +2,14 @@
 // nothing has changed, only its address is read anew. That takes a few nanoseconds where torch_shim.h takes 25.
 //
 // The words that tell shape, strides, type, device and flags follow each other from the number of dimensions to the
-// record's end, the offset into the storage among them. Where those and the storage's address are is no part of any
-// interface, so it is looked up once, in tensors that differ in one thing each. If anything is elsewhere, or a
-// difference does not show, records are not compared.
+// record's end, the offset into the storage among them. Where those, the storage's address and the version are is no
+// part of any interface, so it is looked up once, in tensors that differ in one thing each. If anything is elsewhere,
+// or a difference does not show, records are not used.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -28,7 +29,10 @@ class TorchRecord {
   static std::optional<TorchRecord> find(const pybind11::module_& torch, int impl_word) {
     TorchRecord record;
     record.impl_word_ = impl_word;
-    if (!record.find_storage(torch) || !record.find_offset(torch) || !record.tells_apart(torch)) return std::nullopt;
+    if (!record.find_storage(torch) || !record.find_offset(torch) || !record.tells_apart(torch) ||
+        !record.find_version(torch) || !record.find_grad(torch)) {
+      return std::nullopt;
+    }
     return record;
   }
 
@@ -55,6 +59,34 @@ class TorchRecord {
     return reinterpret_cast<char*>(data) + static_cast<std::int64_t>(record[kOffset]) * item_size;
   }
 
+  // Counts the tensor's version up, as `torch.autograd.graph.increment_version` does; false for a tensor without one,
+  // which is made in inference mode.
+  bool bump_version(PyObject* tensor) const {
+    auto* const counter = reinterpret_cast<std::uint64_t*>(words(tensor)[version_word_]);
+    if (counter == nullptr) return false;
+    __atomic_fetch_add(reinterpret_cast<std::uint32_t*>(&counter[kVersion]), 1, __ATOMIC_RELAXED);
+    return true;
+  }
+
+  // Ask for what a step reads of a parameter, one after the other as the addresses arrive: what autograd keeps of it,
+  // and the record of its gradient.
+  void prefetch_autograd(PyObject* tensor) const {
+    const auto* const autograd = reinterpret_cast<const std::uint64_t*>(words(tensor)[autograd_word_]);
+    __builtin_prefetch(autograd + grad_word_);
+  }
+  void prefetch_grad(PyObject* tensor) const {
+    const auto* const autograd = reinterpret_cast<const std::uint64_t*>(words(tensor)[autograd_word_]);
+    if (autograd == nullptr) return;
+    const auto* const grad = reinterpret_cast<const std::uint64_t*>(autograd[grad_word_]);
+    __builtin_prefetch(grad);
+    __builtin_prefetch(grad + 8);
+    __builtin_prefetch(grad + 16);
+  }
+
+  void prefetch_version(PyObject* tensor) const {
+    __builtin_prefetch(reinterpret_cast<const std::uint64_t*>(words(tensor)[version_word_]) + kVersion);
+  }
+
   // Asks for the storage's record, when the tensor's has arrived.
   void prefetch_storage(PyObject* tensor) const {
     __builtin_prefetch(reinterpret_cast<const void*>(words(tensor)[storage_word_]));
@@ -62,6 +94,7 @@ class TorchRecord {
 
  private:
   static constexpr int kFirst = kRecordWords - static_cast<int>(std::tuple_size<Words>::value);
+  static constexpr int kVersion = 2;           // of its counter, behind a virtual table and a count of references
   static constexpr int kOffset = kFirst + 11;  // behind the number of dimensions, five sizes and five strides
 
   static constexpr std::uint64_t mask(std::size_t w) { return kFirst + w == kOffset ? 0 : ~std::uint64_t{0}; }
@@ -101,6 +134,47 @@ class TorchRecord {
     return storage_of(tensor) == storage && fields[data_word_] == data && fields[owner_word_] != data;
   }
 
+  // The counter that in-place operations count up, behind a word of a tensor's record.
+  bool find_version(const pybind11::module_& torch) {
+    const pybind11::object tensor = zeros(torch, "cpu", "float32", 3);
+    const auto version = [&] { return tensor.attr("_version").cast<std::uint32_t>(); };
+    const auto shown = [&](int w) {
+      const auto* const fields = reinterpret_cast<const std::uint64_t*>(words(tensor.ptr())[w]);
+      return fields != nullptr && static_cast<std::uint32_t>(fields[kVersion]) == version();
+    };
+    std::vector<int> places;
+    for (int w = storage_word_ + 1; w < kFirst; ++w) {
+      if (shown(w)) places.push_back(w);
+    }
+    constexpr int kTimes = 5;
+    for (int i = 0; i < kTimes; ++i) {
+      tensor.attr("zero_")();
+      places.erase(std::remove_if(places.begin(), places.end(), [&](int w) { return !shown(w); }), places.end());
+    }
+    if (places.size() != 1) return false;
+    version_word_ = places[0];
+    const std::uint32_t before = version();
+    return bump_version(tensor.ptr()) && version() == before + 1;
+  }
+
+  // What autograd keeps of a tensor that requires gradients, and in there the gradient's record.
+  bool find_grad(const pybind11::module_& torch) {
+    constexpr int kAutogradWords = 8;
+    const pybind11::object plain = zeros(torch, "cpu", "float32", 3), leaf = zeros(torch, "cpu", "float32", 3);
+    leaf.attr("requires_grad_")();
+    leaf.attr("grad") = zeros(torch, "cpu", "float32", 3);
+    const pybind11::object grad = leaf.attr("grad");
+    for (autograd_word_ = storage_word_ + 1; autograd_word_ < kFirst; ++autograd_word_) {
+      if (words(plain.ptr())[autograd_word_] == 0 && words(leaf.ptr())[autograd_word_] != 0) break;
+    }
+    if (autograd_word_ == kFirst) return false;
+    const auto* const autograd = reinterpret_cast<const std::uint64_t*>(words(leaf.ptr())[autograd_word_]);
+    for (grad_word_ = 0; grad_word_ < kAutogradWords; ++grad_word_) {
+      if (autograd[grad_word_] == reinterpret_cast<std::uint64_t>(words(grad.ptr()))) return true;
+    }
+    return false;
+  }
+
   // Two views that differ in their offset alone differ in its word alone.
   bool find_offset(const pybind11::module_& torch) const {
     const pybind11::object base = zeros(torch, "cpu", "float32", 8);
@@ -136,6 +210,7 @@ class TorchRecord {
   }
 
   int impl_word_ = 0, storage_word_ = 0, data_word_ = 0, owner_word_ = 0;
+  int version_word_ = 0, autograd_word_ = 0, grad_word_ = 0;
 };
 
 }  // namespace superfine

@@ -13,34 +13,72 @@
 namespace superfine {
 namespace {  // compiled once per instruction set: see cpu/isa.h
 
-// Hands out [0, count) in pieces of `grain`, first come, first served: a thread whose core is busy with
-// something else takes fewer, instead of keeping all others waiting at the end.
-class Ranges {
+// Hands out [0, count) in pieces of `grain`. Each thread has a share of its own, the same one from call to call, so
+// that its cache serves again; one whose core is busy with something else keeps nobody waiting, as the others take from
+// its share when theirs are done.
+class Shares {
  public:
-  Ranges(std::int64_t count, std::int64_t grain) : count_(count), grain_(grain) {}
+  static constexpr int kMost = 64;  // shares; further threads begin with those of others
 
-  bool next(std::int64_t& begin, std::int64_t& end) {
-    begin = taken_.fetch_add(grain_, std::memory_order_relaxed);
-    end = begin + grain_ < count_ ? begin + grain_ : count_;
-    return begin < count_;
+  Shares(std::int64_t count, std::int64_t grain, int threads)
+      : count_(count), grain_(grain), shares_(threads < kMost ? threads : kMost) {
+    const std::int64_t pieces = (count + grain - 1) / grain;
+    for (int i = 0; i < shares_; ++i) {
+      share_[i].next.store(pieces * i / shares_ * grain, std::memory_order_relaxed);
+      share_[i].end = i + 1 < shares_ ? pieces * (i + 1) / shares_ * grain : count;
+    }
   }
 
  private:
+  friend class Ranges;
+  struct alignas(64) Share {
+    std::atomic<std::int64_t> next;
+    std::int64_t end;
+  };
+
   std::int64_t count_, grain_;
-  std::atomic<std::int64_t> taken_{0};
+  int shares_;
+  Share share_[kMost];
+};
+
+// One thread's view of the shares.
+class Ranges {
+ public:
+  Ranges(Shares& shares, int rank) : shares_(shares), share_(rank % shares.shares_) {}
+
+  // The next range for this thread; they come in order, but for the times that it turns to another share.
+  bool next(std::int64_t& begin, std::int64_t& end) {
+    for (; tried_ < shares_.shares_; ++tried_, share_ = (share_ + 1) % shares_.shares_) {
+      Shares::Share& share = shares_.share_[share_];
+      if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
+      begin = share.next.fetch_add(shares_.grain_, std::memory_order_relaxed);
+      end = begin + shares_.grain_ < share.end ? begin + shares_.grain_ : share.end;
+      if (begin < share.end) return true;
+    }
+    return false;
+  }
+
+ private:
+  Shares& shares_;
+  int share_, tried_ = 0;
 };
 
 // Every thread calls worker(ranges) once.
 template <class Worker>
 inline void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Worker& worker) {
-  Ranges ranges(count, grain);
 #ifdef _OPENMP
   if (threads > 1 && count > grain && !omp_in_parallel()) {
+    Shares shares(count, grain, threads);
 #pragma omp parallel num_threads(threads)
-    worker(ranges);
+    {
+      Ranges ranges(shares, omp_get_thread_num());
+      worker(ranges);
+    }
     return;
   }
 #endif
+  Shares shares(count, grain, 1);
+  Ranges ranges(shares, 0);
   if (count > 0) worker(ranges);
 }
 

@@ -173,8 +173,9 @@ void adamw(const AdamWTensor* tensors, std::int64_t count, int threads) {
   const std::int64_t grain = share < kSmall ? kSmall : share > kLarge ? kLarge : share;
   parallel_for(total, grain, threads, [&](Ranges& ranges) {
     std::int64_t begin, end;
-    std::int64_t i = 0, start = 0;  // the first tensor of the range; ranges come in order
+    std::int64_t i = 0, start = 0;  // the first tensor of the range
     while (ranges.next(begin, end)) {
+      if (begin < start) i = start = 0;
       for (; start + tensors[i].numel <= begin; ++i) start += tensors[i].numel;
       for (std::int64_t j = i, at = start; at < end; at += tensors[j++].numel) {
         const std::int64_t first = begin > at ? begin - at : 0;

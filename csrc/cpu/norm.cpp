@@ -52,8 +52,9 @@ void sums_of_squares(const DenseTensor* tensors, std::int64_t count, double* sum
   for (std::int64_t i = 0; i < count; ++i) pieces += norm_pieces(tensors[i]);
   constexpr std::int64_t kGrain = 4;
   parallel_for(pieces, kGrain, threads, [&](Ranges& ranges) {
-    std::int64_t begin, end, i = 0, start = 0;  // the tensor of a piece; ranges come in order
+    std::int64_t begin, end, i = 0, start = 0;  // the tensor of a piece
     while (ranges.next(begin, end)) {
+      if (begin < start) i = start = 0;
       for (std::int64_t piece = begin; piece < end; ++piece) {
         for (; start + norm_pieces(tensors[i]) <= piece; ++i) start += norm_pieces(tensors[i]);
         const std::int64_t first = (piece - start) * kNormPiece;
