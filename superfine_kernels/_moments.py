@@ -77,14 +77,11 @@ def numbers(hyper: dict[str, Any], device: torch.device | None = None) -> dict[s
 
     None where `gradient_scale` was such a tensor and is not finite: then the step is not to be taken.
     """
-    resolved = dict(hyper)
-    for name in TENSOR_HYPERPARAMETERS:
-        value = hyper[name]
-        if isinstance(value, Tensor) and value.device != device:
-            resolved[name] = value.item()
-            if name == "gradient_scale" and not math.isfinite(resolved[name]):
-                return None
-    return resolved
+    found = {name: hyper[name] for name in TENSOR_HYPERPARAMETERS if isinstance(hyper[name], Tensor)}
+    values = {name: value.item() for name, value in found.items() if value.device != device}
+    if not math.isfinite(values.get("gradient_scale", 0.0)):
+        return None
+    return {**hyper, **values} if values else hyper
 
 
 @dataclass(frozen=True)
