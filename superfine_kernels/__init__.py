@@ -3,6 +3,7 @@
     adamw_(params, grads, ...)      one multi-tensor AdamW step            superfine_kernels/adamw.py
     lamb_(params, grads, ...)       one multi-tensor LAMB step             superfine_kernels/lamb.py
     cross_entropy(input, target)    loss and gradient of the logits        superfine_kernels/cross_entropy.py
+    linear_cross_entropy(...)       the same behind a linear layer         superfine_kernels/linear_cross_entropy.py
 
 `backends()` shows which implementation serves which device here.
 """
@@ -16,6 +17,7 @@ from superfine_kernels._library import Cost, __version__
 from superfine_kernels.adamw import adamw_, adamw_groups_
 from superfine_kernels.cross_entropy import cross_entropy
 from superfine_kernels.lamb import lamb_, lamb_groups_
+from superfine_kernels.linear_cross_entropy import linear_cross_entropy
 from superfine_kernels.norm import total_norm
 
 __all__ = [
@@ -28,5 +30,6 @@ __all__ = [
     "isa",
     "lamb_",
     "lamb_groups_",
+    "linear_cross_entropy",
     "total_norm",
 ]

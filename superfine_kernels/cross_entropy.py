@@ -18,7 +18,6 @@ the upstream gradient would wait for the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,9 +35,7 @@ from superfine_kernels._library import (
     threads,
     warn_once,
 )
-
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-NONE, MEAN = REDUCTIONS["none"], REDUCTIONS["mean"]
+from superfine_kernels._losses import MEAN, NONE, REDUCTIONS, Rows, check_options, sum_of_weights
 
 # Smaller buffers come from the heap, whose pages have mostly been touched before.
 HUGE_PAGE_BYTES = 4 << 20
@@ -73,36 +70,7 @@ def reference(
 # --- backends ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Checked arguments: input is rows x vocab with unit stride within a row, target one label a row."""
-
-    input: Tensor
-    target: Tensor
-    weight: Tensor | None
-    ignore_index: int
-    label_smoothing: float
-
-    def native(self) -> dict[str, Any]:
-        return {
-            "input": self.input.data_ptr(),
-            "rows": self.input.shape[0],
-            "vocab": self.input.shape[1],
-            "row_stride": self.input.stride(0),
-            "dtype": DTYPE_CODES[self.input.dtype],
-            "target": self.target.data_ptr(),
-            "target_is_int64": self.target.dtype == torch.int64,
-            "target_stride": self.target.stride(0),
-            "weight": 0 if self.weight is None else self.weight.data_ptr(),
-            "ignore_index": self.ignore_index,
-            "label_smoothing": self.label_smoothing,
-        }
-
-    def new_rows(self) -> Tensor:
-        return self.input.new_empty(self.input.shape[0], dtype=opmath_dtype(self.input.dtype))
-
-
-def _cpu_forward(rows: _Rows, reduction: int, dlogits: Tensor | None, isa: str) -> tuple[Tensor, Tensor]:
+def _cpu_forward(rows: Rows, reduction: int, dlogits: Tensor | None, isa: str) -> tuple[Tensor, Tensor]:
     arguments = rows.native()
     labels = {
         k: arguments[k] for k in ("target", "target_is_int64", "target_stride", "rows", "vocab", "weight")
@@ -132,7 +100,7 @@ def _cpu_forward(rows: _Rows, reduction: int, dlogits: Tensor | None, isa: str) 
     return torch.tensor(mean, dtype=lse.dtype, device=lse.device), lse  # not torch's default device
 
 
-def _cuda_forward(rows: _Rows, reduction: int, dlogits: Tensor | None) -> tuple[Tensor, Tensor]:
+def _cuda_forward(rows: Rows, reduction: int, dlogits: Tensor | None) -> tuple[Tensor, Tensor]:
     from superfine_kernels import _cuda
 
     arguments, where = rows.native(), _where(rows.input)
@@ -164,29 +132,21 @@ def _cuda_forward(rows: _Rows, reduction: int, dlogits: Tensor | None) -> tuple[
     return loss, lse
 
 
-def _triton_forward(rows: _Rows, reduction: int, dlogits: Tensor | None) -> tuple[Tensor, Tensor]:
+def _triton_forward(rows: Rows, reduction: int, dlogits: Tensor | None) -> tuple[Tensor, Tensor]:
     from superfine_kernels.triton import cross_entropy as kernels
 
     one = rows.input.new_ones((), dtype=opmath_dtype(rows.input.dtype))
-    denominator = _device_denominator(rows) if reduction == MEAN else one
+    counted = (rows.target, rows.weight, rows.ignore_index, one.dtype)
+    denominator = sum_of_weights(*counted) if reduction == MEAN else one
     losses, lse = kernels.cross_entropy_forward(**vars(rows), dlogits=dlogits, scale=denominator.reciprocal())
     return (losses if reduction == NONE else losses.sum() / denominator), lse
-
-
-def _device_denominator(rows: _Rows) -> Tensor:
-    """Sum of the weights of the labels that count, without waiting for the device or trusting a label."""
-    counts = rows.target != rows.ignore_index
-    if rows.weight is None:
-        return counts.sum(dtype=opmath_dtype(rows.input.dtype))
-    labels = rows.target.long().clamp(0, rows.input.shape[1] - 1)
-    return torch.where(counts, rows.weight[labels], 0.0).sum()
 
 
 def _where(tensor: Tensor) -> dict[str, Any]:
     return {"stream": torch.cuda.current_stream(tensor.device).cuda_stream, "device": tensor.device.index}
 
 
-def _run_forward(rows: _Rows, reduction: int, dlogits: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+def _run_forward(rows: Rows, reduction: int, dlogits: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """(loss, lse); fills dlogits, which may be the input itself, with the gradient of the reduced loss."""
     name, _, isa = _backends.choose("cross_entropy", rows.input.device, backend).partition(":")
     if name == "cpu":
@@ -194,7 +154,7 @@ def _run_forward(rows: _Rows, reduction: int, dlogits: Tensor | None, backend: s
     return (_triton_forward if name == "triton" else _cuda_forward)(rows, reduction, dlogits)
 
 
-def _run_backward(rows: _Rows, lse: Tensor, scale: Tensor, backend: str) -> Tensor:
+def _run_backward(rows: Rows, lse: Tensor, scale: Tensor, backend: str) -> Tensor:
     """The gradient of the logits; `scale` holds the upstream gradient of every row, or one for all."""
     name, _, isa = _backends.choose("cross_entropy", rows.input.device, backend).partition(":")
     if name == "triton":
@@ -209,7 +169,8 @@ def _run_backward(rows: _Rows, lse: Tensor, scale: Tensor, backend: str) -> Tens
         "dlogits": dlogits.data_ptr(),
     }
     if name == "cpu":
-        _cpu.cross_entropy_backward(**rows.native(), **addresses, threads=threads(), isa=isa)
+        whole: dict[str, Any] = {"first_class": 0, "classes": rows.input.shape[1]}
+        _cpu.cross_entropy_backward(**rows.native(), **whole, **addresses, threads=threads(), isa=isa)
     else:
         from superfine_kernels import _cuda
 
@@ -240,7 +201,7 @@ LIBRARY.define(
 @torch.library.impl(LIBRARY, "cross_entropy", "CompositeExplicitAutograd")
 def _op(input, target, weight, ignore_index, reduction, label_smoothing, gradient, backend):
     dlogits = _new_gradient(input) if gradient else None
-    rows = _Rows(input, target, weight, ignore_index, label_smoothing)
+    rows = Rows(input, target, weight, ignore_index, label_smoothing)
     loss, lse = _run_forward(rows, reduction, dlogits, backend)
     return loss, lse, input.new_empty(0) if dlogits is None else dlogits
 
@@ -254,7 +215,7 @@ def _op_fake(input, target, weight, ignore_index, reduction, label_smoothing, gr
 
 @torch.library.impl(LIBRARY, "cross_entropy_", "CompositeExplicitAutograd")
 def _op_inplace(input, target, weight, ignore_index, reduction, label_smoothing, backend):
-    rows = _Rows(input, target, weight, ignore_index, label_smoothing)
+    rows = Rows(input, target, weight, ignore_index, label_smoothing)
     loss = _run_forward(rows, reduction, input, backend)[0]
     torch.autograd.graph.increment_version(input)  # autograd must notice, as after any in-place op
     return loss
@@ -267,7 +228,7 @@ def _op_inplace_fake(input, target, weight, ignore_index, reduction, label_smoot
 
 @torch.library.impl(LIBRARY, "cross_entropy_backward", "CompositeExplicitAutograd")
 def _op_backward(input, target, weight, ignore_index, label_smoothing, lse, scale, backend):
-    return _run_backward(_Rows(input, target, weight, ignore_index, label_smoothing), lse, scale, backend)
+    return _run_backward(Rows(input, target, weight, ignore_index, label_smoothing), lse, scale, backend)
 
 
 @torch.library.register_fake("superfine::cross_entropy_backward", lib=LIBRARY)
@@ -302,10 +263,9 @@ def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
         reduction = next(name for name, code in REDUCTIONS.items() if code == ctx.reduction)
         loss = reference(input, target, weight, ctx.ignore_index, reduction, ctx.label_smoothing)
         return torch.autograd.grad(loss, input, grad, create_graph=True)[0]
-    rows = _Rows(input, target, weight, ctx.ignore_index, ctx.label_smoothing)
     scale = grad.to(lse.dtype)
     if ctx.reduction == MEAN:
-        scale = scale / _device_denominator(rows)
+        scale = scale / sum_of_weights(target, weight, ctx.ignore_index, lse.dtype)
     arguments = (input, target, weight, ctx.ignore_index, ctx.label_smoothing, lse, scale, ctx.backend)
     return torch.ops.superfine.cross_entropy_backward(*arguments)
 
@@ -443,9 +403,8 @@ def _check(
         if not condition:
             reject("cross_entropy", argument, value, expected, error)
 
-    for name, tensor in (("input", input), ("target", target), ("weight", weight)):
-        if tensor is not None or name != "weight":
-            expect(isinstance(tensor, Tensor), name, tensor, "a torch.Tensor", TypeError)
+    for name, tensor in (("input", input), ("target", target)):
+        expect(isinstance(tensor, Tensor), name, tensor, "a torch.Tensor", TypeError)
     expect(input.dtype in DTYPE_CODES, "input", input, "float32, bfloat16, float16 or float64", TypeError)
     expect(input.dim() >= 1, "input", input, "(C), (N, C) or (N, C, d1, ...)")
     classes = input.shape[0 if input.dim() == 1 else 1]
@@ -459,13 +418,7 @@ def _check(
         shape = input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
         expect(target.shape == shape, "target", target, f"classes of shape {tuple(shape)}")
     expect(target.device == input.device, "target", target, f"a tensor on {input.device}")
-    if weight is not None:
-        expect(weight.is_floating_point(), "weight", weight, "a floating-point tensor", TypeError)
-        expect(weight.shape == (classes,), "weight", weight, f"shape ({classes},), one weight a class")
-        expect(weight.device == input.device, "weight", weight, f"a tensor on {input.device}")
-        expect(not weight.requires_grad, "weight", "a tensor that requires grad", "constant weights")
-    expect(reduction in REDUCTIONS, "reduction", reduction, "'none', 'mean' or 'sum'")
-    expect(0 <= label_smoothing <= 1, "label_smoothing", label_smoothing, "a number in [0, 1]")
+    check_options("cross_entropy", classes, input.device, weight, reduction, label_smoothing)
     if inplace:
         expect(reduction != "none", "reduction", reduction, "'mean' or 'sum' with inplace=True")
         expect(

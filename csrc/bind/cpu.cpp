@@ -220,19 +220,47 @@ PYBIND11_MODULE(_cpu, m) {
       "cross_entropy_backward",
       [](std::uintptr_t input, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride, int dtype,
          std::uintptr_t target, bool target_is_int64, std::int64_t target_stride, std::uintptr_t weight,
-         std::int64_t ignore_index, double label_smoothing, std::uintptr_t lse, std::uintptr_t scale,
-         std::int64_t scale_stride, std::uintptr_t dlogits, int threads, const std::string& isa) {
-        const auto args = cross_entropy_args(input, rows, vocab, row_stride, dtype, target, target_is_int64,
-                                             target_stride, weight, ignore_index, label_smoothing);
+         std::int64_t ignore_index, double label_smoothing, std::int64_t first_class, std::int64_t classes,
+         std::uintptr_t lse, std::uintptr_t scale, std::int64_t scale_stride, std::uintptr_t dlogits, int threads,
+         const std::string& isa) {
+        const auto args = part_of(cross_entropy_args(input, rows, vocab, row_stride, dtype, target, target_is_int64,
+                                                     target_stride, weight, ignore_index, label_smoothing),
+                                  first_class, classes);
         const cpu::Kernels& kernels = kernels_for(isa);
         const py::gil_scoped_release release;
         kernels.cross_entropy_backward(args, pointer<const void>(lse), pointer<const void>(scale), scale_stride,
                                        pointer(dlogits), threads);
       },
-      "dlogits from the lse of the forward pass and one scale a row.", py::arg("input"), py::arg("rows"),
-      py::arg("vocab"), py::arg("row_stride"), py::arg("dtype"), py::arg("target"), py::arg("target_is_int64"),
-      py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("lse"),
-      py::arg("scale"), py::arg("scale_stride"), py::arg("dlogits"), py::arg("threads"), py::arg("isa"));
+      "dlogits from the lse of the forward pass and one scale a row. The input may be the classes from `first_class` "
+      "on "
+      "of `classes`, in which labels and weights count; dlogits may be the input.",
+      py::arg("input"), py::arg("rows"), py::arg("vocab"), py::arg("row_stride"), py::arg("dtype"), py::arg("target"),
+      py::arg("target_is_int64"), py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"),
+      py::arg("label_smoothing"), py::arg("first_class"), py::arg("classes"), py::arg("lse"), py::arg("scale"),
+      py::arg("scale_stride"), py::arg("dlogits"), py::arg("threads"), py::arg("isa"));
+
+  m.def(
+      "cross_entropy_part",
+      [](std::uintptr_t input, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride, int dtype,
+         std::uintptr_t target, bool target_is_int64, std::int64_t target_stride, std::uintptr_t weight,
+         std::int64_t ignore_index, double label_smoothing, std::int64_t first_class, std::int64_t classes,
+         std::uintptr_t out, int threads, const std::string& isa) {
+        const auto args = part_of(cross_entropy_args(input, rows, vocab, row_stride, dtype, target, target_is_int64,
+                                                     target_stride, weight, ignore_index, label_smoothing),
+                                  first_class, classes);
+        const cpu::Kernels& kernels = kernels_for(isa);
+        const py::gil_scoped_release release;
+        kernels.cross_entropy_part(args, pointer(out), threads);
+      },
+      "By rows, what the classes from `first_class` on add to the losses: 4 x rows numbers, of the type that losses "
+      "have: "
+      "the maximum, the sum of exponentials relative to it, the logit of the target or 0, and with smoothing the "
+      "weighted "
+      "sum of logits.",
+      py::arg("input"), py::arg("rows"), py::arg("vocab"), py::arg("row_stride"), py::arg("dtype"), py::arg("target"),
+      py::arg("target_is_int64"), py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"),
+      py::arg("label_smoothing"), py::arg("first_class"), py::arg("classes"), py::arg("out"), py::arg("threads"),
+      py::arg("isa"));
 
   m.def(
       "advise_huge_pages",

@@ -26,7 +26,16 @@ inline CrossEntropy cross_entropy_args(std::uintptr_t input, std::int64_t rows, 
           target_stride,
           pointer(weight),
           ignore_index,
-          label_smoothing};
+          label_smoothing,
+          0,
+          vocab};
+}
+
+// The same, as the classes from `first_class` on of a wider matrix.
+inline CrossEntropy part_of(CrossEntropy args, std::int64_t first_class, std::int64_t classes) {
+  args.first_class = first_class;
+  args.classes = classes;
+  return args;
 }
 
 }  // namespace superfine

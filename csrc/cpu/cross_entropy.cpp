@@ -154,6 +154,13 @@ inline void stream_out(E* out, const E* staged, std::int64_t count) {
 #endif
 }
 
+// By rows: the maximum of a part's logits, the sum of the exponentials relative to it, the logit of the target or 0
+// where that is another part's, and sum_c w_c x_c where smoothing asks for it.
+template <class T>
+struct CrossEntropyPart {
+  T *maximum, *sum, *at_target, *smooth;
+};
+
 template <class E>
 struct RowGradient {  // dx_c = softmax * p_c - smooth * w_c - [c = target] * at_target
   Opmath<E> softmax, smooth, at_target;
@@ -196,22 +203,32 @@ class Rows {
   explicit Rows(const CrossEntropy& args)
       : args_(args),
         weight_(static_cast<const T*>(args.weight)),
+        part_weight_(weight_ ? weight_ + args.first_class : nullptr),
         smoothing_(static_cast<T>(args.label_smoothing)),
-        weight_sum_(args.label_smoothing > 0 ? sum_of_weights(weight_, args.vocab) : T(0)),
+        weight_sum_(args.label_smoothing > 0 ? sum_of_weights(weight_, args.classes) : T(0)),
         stream_(args.rows * args.vocab * static_cast<std::int64_t>(sizeof(E)) >= kStreamBytes) {}
 
   const E* row(std::int64_t i) const { return static_cast<const E*>(args_.input) + i * args_.row_stride; }
   bool ignored(std::int64_t i) const { return label(args_, i) == args_.ignore_index; }
 
-  T forward(std::int64_t i, T* lse) const { return loss(i, reduce<false>(i, nullptr), lse); }
+  T forward(std::int64_t i, T* lse) const { return loss(i, reduce<false>(i, reference(i), nullptr), lse); }
+
+  // What this part of a row adds to its loss.
+  void part(std::int64_t i, const CrossEntropyPart<T>& out) const {
+    const RowSums<T> sums = reduce<false>(i, T(0), nullptr);  // so that smooths can be added
+    out.maximum[i] = sums.maximum;
+    out.sum[i] = sums.sum;
+    out.at_target[i] = 0 <= target(i) && target(i) < args_.vocab ? T(load(row(i)[target(i)])) : T(0);
+    out.smooth[i] = sums.smooth;
+  }
 
   // The gradient buffer is dense; in place it is the input and keeps the input's row stride.
   T forward_and_gradient(std::int64_t i, T* lse, T scale, E* dlogits, const Scratch<T>& scratch) const {
-    const RowSums<T> sums = reduce<true>(i, &scratch);
+    const RowSums<T> sums = reduce<true>(i, reference(i), &scratch);
     const T row_loss = loss(i, sums, lse);  // reads the logit of the target before it may be overwritten
     const RowGradient<E> k = coefficients(i, scale);
     const T normalizer = k.softmax / sums.sum;
-    write_gradient(args_.vocab, label(args_, i), weight_, k, out(i, dlogits), streams_to(dlogits),
+    write_gradient(args_.vocab, target(i), part_weight_, k, out(i, dlogits), streams_to(dlogits),
                    [&](std::int64_t begin, std::int64_t count, T* p) {
                      const T factor = normalizer * exp_nonpositive(scratch.maximum(begin) - sums.maximum);
                      const T* e = scratch.exponentials() + begin;
@@ -222,7 +239,7 @@ class Rows {
 
   void gradient(std::int64_t i, T lse, T scale, E* dlogits) const {
     const RowGradient<E> k = coefficients(i, scale);
-    write_gradient(args_.vocab, label(args_, i), weight_, k, out(i, dlogits), streams_to(dlogits),
+    write_gradient(args_.vocab, target(i), part_weight_, k, out(i, dlogits), streams_to(dlogits),
                    [&](std::int64_t begin, std::int64_t count, T* p) {
                      const E* x = row(i) + begin;
                      for (std::int64_t j = 0; j < count; ++j) p[j] = k.softmax * exp_nonpositive(load(x[j]) - lse);
@@ -241,8 +258,8 @@ class Rows {
   }
 
   template <bool kKeep>
-  RowSums<T> reduce(std::int64_t i, const Scratch<T>* scratch) const {
-    return reduce_row<E, kKeep>(row(i), args_.vocab, weight_, smoothing_ > T(0), reference(i), scratch);
+  RowSums<T> reduce(std::int64_t i, T reference, const Scratch<T>* scratch) const {
+    return reduce_row<E, kKeep>(row(i), args_.vocab, part_weight_, smoothing_ > T(0), reference, scratch);
   }
 
   T loss(std::int64_t i, const RowSums<T>& sums, T* lse) const {
@@ -256,6 +273,9 @@ class Rows {
     return hard + smoothing_ / static_cast<T>(args_.vocab) * soft;
   }
 
+  // The column of a row's label; not in [0, vocab) where the label is another part's.
+  std::int64_t target(std::int64_t i) const { return label(args_, i) - args_.first_class; }
+
   // Smoothing sums start from the target's logit: small terms, whatever the offset of the row.
   T reference(std::int64_t i) const {
     const T x = load(row(i)[label(args_, i)]);
@@ -263,13 +283,13 @@ class Rows {
   }
 
   RowGradient<E> coefficients(std::int64_t i, T scale) const {
-    const T per_class = smoothing_ / static_cast<T>(args_.vocab);
+    const T per_class = smoothing_ / static_cast<T>(args_.classes);
     const T hard = (T(1) - smoothing_) * weight(label(args_, i));
     return {scale * (hard + per_class * weight_sum_), scale * per_class, scale * hard};
   }
 
   const CrossEntropy& args_;
-  const T* weight_;
+  const T *weight_, *part_weight_;  // of all classes, and of those in the input
   T smoothing_;
   T weight_sum_;
   bool stream_;
@@ -322,7 +342,30 @@ void backward(const CrossEntropy& args, const void* lse, const void* scale, std:
   });
 }
 
+template <class E>
+void part(const CrossEntropy& args, void* out, int threads) {
+  using T = Opmath<E>;
+  const Rows<E> rows(args);
+  T* const first = static_cast<T*>(out);
+  const CrossEntropyPart<T> parts{first, first + args.rows, first + 2 * args.rows, first + 3 * args.rows};
+  parallel_for(args.rows, grain(args), threads, [&](Ranges& ranges) {
+    std::int64_t begin, end;
+    while (ranges.next(begin, end))
+      for (std::int64_t i = begin; i < end; ++i) rows.part(i, parts);
+  });
+}
+
 }  // namespace
+
+void cross_entropy_part(const CrossEntropy& args, void* out, int threads) {
+  switch (args.dtype) {
+    case DType::f32: return part<float>(args, out, threads);
+    case DType::f64: return part<double>(args, out, threads);
+    case DType::bf16: return part<bf16>(args, out, threads);
+    case DType::f16: return part<f16>(args, out, threads);
+    default: return;
+  }
+}
 
 void cross_entropy_forward(const CrossEntropy& args, void* losses, void* lse, void* dlogits, double scale,
                            int threads) {

@@ -5,8 +5,14 @@
 namespace superfine::cpu {
 namespace {
 
-#define SF_ROW(isa) \
-  {#isa, &isa::adamw, &isa::cross_entropy_forward, &isa::cross_entropy_backward, &isa::lamb, &isa::sums_of_squares},
+#define SF_ROW(isa)              \
+  {#isa,                         \
+   &isa::adamw,                  \
+   &isa::cross_entropy_forward,  \
+   &isa::cross_entropy_backward, \
+   &isa::cross_entropy_part,     \
+   &isa::lamb,                   \
+   &isa::sums_of_squares},
 #ifdef SF_X86
 constexpr Kernels kTable[] = {SF_FOR_EACH_ISA(SF_ROW)};
 #else

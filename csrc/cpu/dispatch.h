@@ -14,6 +14,7 @@ struct Kernels {
   decltype(&baseline::adamw) adamw;
   decltype(&baseline::cross_entropy_forward) cross_entropy_forward;
   decltype(&baseline::cross_entropy_backward) cross_entropy_backward;
+  decltype(&baseline::cross_entropy_part) cross_entropy_part;
   decltype(&baseline::lamb) lamb;
   decltype(&baseline::sums_of_squares) sums_of_squares;
 };

@@ -20,9 +20,12 @@ struct CrossEntropy {
   const void* target;  // class indices; one outside [0, vocab): refused before a CPU kernel, NaN from CUDA
   bool target_is_int64;
   std::int64_t target_stride;
-  const void* weight;  // null, or one Real a class
+  const void* weight;  // null, or one Real for each of `classes`
   std::int64_t ignore_index;
   double label_smoothing;
+  // The input may be a part of a wider matrix: it holds the classes from `first_class` on, of `classes`. Labels count
+  // in all of them. Only the CPU's cross_entropy_part and cross_entropy_backward take parts.
+  std::int64_t first_class, classes;
 };
 
 }  // namespace superfine
