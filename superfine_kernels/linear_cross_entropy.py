@@ -4,8 +4,8 @@
 
 The classes are cut into tiles. Forward multiplies the input with one tile of the weight after the other, keeps four
 numbers a row of each (`cross_entropy_part` of csrc/cpu/cross_entropy.h) and forgets the logits. Backward makes a
-tile's logits again, turns them into their gradient in place, and multiplies: all rows at once, so that the gradient of
-a weight is one product, summed in float32 by the GEMM and rounded once, whatever the tiles. Only the products that
+tile's logits again, turns them into their gradient in place, and multiplies: all rows at once, so that a weight's
+gradient is one product, summed in float32 by the GEMM and rounded once, whatever the tiles. Only the products that
 something trainable needs are made. On the CPU rows with an ignored label are taken out first.
 
 Memory beside inputs and gradients: one tile of logits, and the float32 sum of the input's gradient for 16-bit inputs.
@@ -428,7 +428,7 @@ def _check(
 ) -> None:
     def expect(
         condition: bool, argument: str, value: object, expected: str, error: type[Exception] = ValueError
-    ):
+    ) -> None:
         if not condition:
             reject("linear_cross_entropy", argument, value, expected, error)
 
