@@ -27,7 +27,7 @@ __all__ = [
     "read",
 ]
 
-OPS = ("adamw", "lamb", "cross_entropy", "train_step")
+OPS = ("adamw", "lamb", "cross_entropy", "linear_cross_entropy", "train_step")
 
 
 def all_cases(only: str | None = None, device: str | None = None) -> list[Case]:
