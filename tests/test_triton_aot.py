@@ -37,7 +37,7 @@ def of_op(kernels, op, **constants):
     found = [
         kernel
         for kernel in kernels
-        if kernel.op == op and all(kernel.constants[name] == value for name, value in constants.items())
+        if kernel.op == op and all(kernel.constants.get(name) == value for name, value in constants.items())
     ]
     assert found, f"no kernel of {op} has {constants}"
     return found
@@ -87,7 +87,8 @@ def test_optimizers_round_as_the_cpu_kernels_do(kernels):
     for kernel in of_op(kernels, "adamw", OPMATH="fp32"):
         assert not re.search(r"\.f64|\.ftz|\.approx|div\.full", kernel.ptx), kernel
     for kernel in kernels:
-        if kernel.op == "lamb":  # its sums are in float64
+        # LAMB's sums are in float64; to compute a power, libdevice begins with an approximation.
+        if kernel.op == "lamb" and kernel.kernel != "_lamb_scalars":
             assert not re.search(r"\.ftz|\.approx|div\.full", kernel.ptx), kernel
 
 

@@ -5,6 +5,7 @@ Repairs, applied once by `install()` before a kernel is called:
 - a one-element tensor serves as a loop bound with numpy 2.4 and later;
 - float32 -> bfloat16 rounds to nearest even (the interpreter truncates);
 - fma rounds once (the interpreter multiplies, rounds, and adds);
+- there is libdevice.pow: that of the C library, which the CPU kernels call;
 - arithmetic on bfloat16 and float16 is refused: the interpreter would compute on bfloat16's bit patterns, and
   a kernel of ours converts to float32 right after the load;
 - numpy warns of no overflow or invalid operation: a GPU does not either.
@@ -54,6 +55,7 @@ def round_to_odd(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
 def install() -> None:
     """Applies the repairs to the interpreter of this process."""
     import triton.language as tl
+    from triton.language.extra import libdevice
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
@@ -83,6 +85,12 @@ def install() -> None:
             total = round_to_odd(product, addend, total)
         return handle(total.astype(z.data.dtype), z.dtype.scalar)
 
+    # One number at a time: on arrays numpy has a function of its own, with other last digits.
+    powers = np.frompyfunc(lambda x, y: np.float64(x) ** np.float64(y), 2, 1)
+
+    def pow(x: Any, y: Any) -> Any:
+        return tl.tensor(handle(powers(x.handle.data, y.handle.data).astype(np.float64), y.dtype), y.type)
+
     def refuse_low_precision(operation: Callable) -> Callable:
         def checked(self: Any, *args: Any) -> Any:
             low = {t.dtype.scalar for t in args if isinstance(t, handle)} & {tl.bfloat16, tl.float16}
@@ -94,6 +102,7 @@ def install() -> None:
 
     interpreter._patch_lang_tensor = patch_tensor_index
     interpreter._convert_float = convert
+    libdevice.pow = pow
     builder.create_fma = refuse_low_precision(fma)
     builder.binary_op = refuse_low_precision(builder.binary_op)
     builder.unary_op = refuse_low_precision(builder.unary_op)

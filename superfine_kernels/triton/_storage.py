@@ -30,6 +30,12 @@ def _mix_bits(x):
 
 
 @triton.jit
+def random_key(seed, step):
+    """Of one step."""
+    return _mix_bits(_mix_bits(seed.to(tl.uint32)) + step.to(tl.uint32))
+
+
+@triton.jit
 def _random_bits(key, offsets, x):
     bits = (offsets.to(tl.uint32) + key) ^ x.to(tl.uint32, bitcast=True)
     bits ^= bits >> 16

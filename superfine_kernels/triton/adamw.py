@@ -9,8 +9,9 @@
 Adam adds weight_decay * p, or * (p - a), to g instead of the second line.
 
 Every rounding is that of csrc/math/adamw.h: contraction is off, two fmas are spelled out, division and square
-root round to nearest. Addresses, sizes and scalars travel in two small tables that the host copies at every
-step, so a step does not belong into a CUDA graph (one of the CUDA kernel does).
+root round to nearest. A small launch goes ahead and computes each tensor's scalars from its count of steps, on the
+device. Addresses travel in a small table that the host copies when they change, so a step does not belong into a
+CUDA graph (one of the CUDA kernel does).
 
 Traffic per parameter: 28 bytes in float32, 14 in bfloat16 or float16, 22 there with float32 moments; 16 and 10 with
 moments in 8 bits. A remainder adds 4 bytes, an anchor one element, and zeros for g one.
@@ -20,22 +21,28 @@ moments in 8 bits. A remainder adds 4 bytes, an anchor one element, and zeros fo
 # ruff: noqa: N803, SIM300 (constexpr parameters are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from superfine_kernels.triton._moments import (
     COLUMNS,
+    COUNTED,
     FIRST_CHUNK,
     NUMEL,
+    argument,
     chunk_of,
+    count_step,
     find_tensor,
+    number,
     on,
     prepare,
+    zero_chunk,
 )
 from superfine_kernels.triton._storage import (
     QUANT_BLOCK,
@@ -56,18 +63,45 @@ CHUNK = 4096
 BLOCK = 512
 WARPS = 4
 
-SCALARS = tl.constexpr(9)  # columns of the table of scalars: AdamWScalars of csrc/math/adamw.h, in its order
+# Columns of the table of scalars, in the type of computation: AdamWScalars of csrc/math/adamw.h, in its order; and
+# whether the step is taken.
+TAKEN = tl.constexpr(9)
+SCALARS = tl.constexpr(10)
+
+
+@triton.jit(do_not_specialize=["count", "lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay"])
+def _adamw_scalars(
+    table, count, scalars, lr, beta1, beta2, gradient_scale, eps: tl.int64, weight_decay: tl.int64,
+    DECOUPLED: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    """Counts a step of each tensor; `scalars` of csrc/math/adamw.h, rounded once."""
+    index = tl.program_id(0) * COUNTED + tl.arange(0, COUNTED)
+    step, taken = count_step(table, index, count, gradient_scale)
+    lr, beta1, beta2 = number(lr), number(beta1), number(beta2)
+    weight_decay = number(weight_decay)
+    mask = index < count
+    scalars += index * SCALARS
+    tl.store(scalars, 1 - lr * weight_decay if DECOUPLED else 1.0, mask=mask)
+    tl.store(scalars + 1, 1 - beta1, mask=mask)
+    tl.store(scalars + 2, beta2, mask=mask)
+    tl.store(scalars + 3, 1 - beta2, mask=mask)
+    tl.store(scalars + 4, number(eps), mask=mask)
+    tl.store(scalars + 5, -(lr / (1 - libdevice.pow(beta1, step))), mask=mask)
+    tl.store(scalars + 6, tl.sqrt(1 - libdevice.pow(beta2, step)), mask=mask)
+    tl.store(scalars + 7, number(gradient_scale), mask=mask)
+    tl.store(scalars + 8, 0.0 if DECOUPLED else weight_decay, mask=mask)
+    tl.store(scalars + TAKEN, taken.to(tl.float64), mask=mask)
 
 
 @triton.jit
 def _update_chunk(
-    row, scalars, begin, MASKED: tl.constexpr,
+    row, scalars, begin, seed, MASKED: tl.constexpr,
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     AMSGRAD: tl.constexpr, ANCHORED: tl.constexpr, COUPLED: tl.constexpr, ZERO_GRAD: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, m_scales, v_scales, left, key = (
-        chunk_of(row, begin, CHUNK, PARAM, STATE, MASTER, ALIGNED)
+        chunk_of(row, begin, seed, CHUNK, PARAM, STATE, MASTER, ALIGNED)
     )
 
     for start in range(0, CHUNK, BLOCK):
@@ -128,9 +162,9 @@ def _update_chunk(
         tl.store(exp_avg_sq + offsets, v.to(STATE), mask=mask)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "seed"])
 def _adamw(
-    table, scalars, count,
+    table, scalars, count, seed: tl.int64,
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     AMSGRAD: tl.constexpr, ANCHORED: tl.constexpr, COUPLED: tl.constexpr, ZERO_GRAD: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -140,14 +174,17 @@ def _adamw(
     row = table + index * COLUMNS
     scalars += index * SCALARS
     begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
-    if begin + CHUNK <= tl.load(row + NUMEL):  # without a mask, accesses are 16 bytes wide
+    if tl.load(scalars + TAKEN) == 0:
+        if ZERO_GRAD:
+            zero_chunk(row, begin, CHUNK, BLOCK, PARAM, ALIGNED)
+    elif begin + CHUNK <= tl.load(row + NUMEL):  # without a mask, accesses are 16 bytes wide
         _update_chunk(
-            row, scalars, begin, False,
+            row, scalars, begin, seed, False,
             PARAM, STATE, OPMATH, MASTER, ALIGNED, AMSGRAD, ANCHORED, COUPLED, ZERO_GRAD, CHUNK, BLOCK,
         )  # fmt: skip
     else:
         _update_chunk(
-            row, scalars, begin, True,
+            row, scalars, begin, seed, True,
             PARAM, STATE, OPMATH, MASTER, ALIGNED, AMSGRAD, ANCHORED, COUPLED, ZERO_GRAD, CHUNK, BLOCK,
         )  # fmt: skip
 
@@ -177,43 +214,25 @@ def adamw_(
     rest, launches = prepare(
         "adamw_",
         (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps),
+        hyper,
         chunk=CHUNK,
-        scalars_of=lambda step: _scalars(**hyper, step=step),
         zero_grads=zero_grads,
         stochastic_rounding=stochastic_rounding,
-        seed=seed,
     )
+    names = ("lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay")
     coupled = not hyper["decoupled"] and hyper["weight_decay"] != 0
     for launch in launches:
-        with on(launch.table.device):
-            _adamw[(launch.chunks,)](
-                launch.table, launch.scalars, len(launch.table), **launch.constants,
-                AMSGRAD=len(max_exp_avg_sqs) > 0, COUPLED=coupled, ZERO_GRAD=zero_grads,
-                CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+        table, count = launch.table, len(launch.table)
+        scalars = torch.empty(count, SCALARS.value, dtype=launch.opmath, device=table.device)
+        with on(table.device):
+            _adamw_scalars[(triton.cdiv(count, COUNTED),)](
+                table, count, scalars, *(argument(hyper[name]) for name in names),
+                DECOUPLED=hyper["decoupled"], COUNTED=COUNTED, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
+            if launch.chunks > 0:
+                _adamw[(launch.chunks,)](
+                    table, scalars, count, seed, **launch.constants,
+                    AMSGRAD=len(max_exp_avg_sqs) > 0, COUPLED=coupled, ZERO_GRAD=zero_grads,
+                    CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
     return rest
-
-
-def _scalars(
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    gradient_scale: float,
-    step: float,
-) -> list[float]:
-    """`adamw_scalars` of csrc/math/adamw.h, in double; the table rounds them once."""
-    return [
-        1 - lr * weight_decay if decoupled else 1.0,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        eps,
-        -(lr / (1 - beta1**step)),
-        math.sqrt(1 - beta2**step),
-        gradient_scale,
-        0.0 if decoupled else weight_decay,
-    ]

@@ -1,4 +1,4 @@
-"""Multi-tensor LAMB in Triton: three launches for all tensors of one storage.
+"""Multi-tensor LAMB in Triton: four launches for all tensors of one storage.
 
     g <- gradient_scale * g
     m <- beta1 * m + beta3 * g                             beta3 = 1 - beta1, or 1 without grad_averaging
@@ -6,10 +6,11 @@
     u <- (m / bias1) / (sqrt(v) / sqrt(bias2) + eps) + weight_decay * p            or p - a, toward an anchor a
     p <- p - lr * trust_ratio * u                          trust_ratio = |p| / |u|, norms over the tensor
 
-The first launch steps the moments and sums up the squares of each chunk, the second makes step sizes of these sums,
-the third updates the parameters. Every rounding, and the order of the sums, is that of csrc/math/lamb.h.
+The first launch computes each tensor's scalars from its count of steps, the second steps the moments and sums up
+the squares of each chunk, the third makes step sizes of these sums, the fourth updates the parameters. Every
+rounding, and the order of the sums, is that of csrc/math/lamb.h.
 
-Traffic per parameter: 40 bytes in float32, less what the third launch, which starts at the end, finds in the L2
+Traffic per parameter: 40 bytes in float32, less what the fourth launch, which starts at the end, finds in the L2
 cache. The CUDA kernel goes through batches that fit into the cache, so that 28 bytes remain; here the host would take
 as long to launch a batch as the GPU to step it.
 """
@@ -18,7 +19,6 @@ as long to launch a batch as the GPU to step it.
 # ruff: noqa: N803, SIM300 (constexpr parameters are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,15 +26,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from superfine_kernels.triton._moments import (
     COLUMNS,
+    COUNTED,
     FIRST_CHUNK,
     NUMEL,
+    argument,
     chunk_of,
+    count_step,
     find_tensor,
+    number,
     on,
     prepare,
+    zero_chunk,
 )
 from superfine_kernels.triton._storage import (
     QUANT_BLOCK,
@@ -54,15 +60,47 @@ LANES = 32
 SUM_BLOCK = 2048  # elements that one set of lanes sums up
 SUM_BLOCKS = 4  # of a chunk
 CHUNK = SUM_BLOCKS * SUM_BLOCK  # elements per program
-#: One warp a program in the first launch: its 4 x 32 lanes are one 16-byte access a thread in float32.
+#: One warp a program where moments are stepped: its 4 x 32 lanes are one 16-byte access a thread in float32.
 MOMENTS_WARPS = 1
-#: Elements per iteration of the third launch: 4 a thread, as in AdamW.
+#: Elements per iteration where parameters are updated: 4 a thread, as in AdamW.
 BLOCK = 512
 WARPS = 4
 
-# Columns of the table of scalars (float64): LambScalars of csrc/math/lamb.h, in its order; the last is the largest
-# trust ratio.
-SCALARS = tl.constexpr(12)
+# Columns of the table of scalars (float64): LambScalars of csrc/math/lamb.h, in its order; the largest trust ratio
+# is infinity, or 1 to clip. The last is whether the step is taken.
+TAKEN = tl.constexpr(12)
+SCALARS = tl.constexpr(13)
+
+
+@triton.jit(do_not_specialize=["count", "lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay"])
+def _lamb_scalars(
+    table, count, scalars, lr, beta1, beta2, gradient_scale, eps: tl.int64, weight_decay: tl.int64,
+    BIAS_CORRECTION: tl.constexpr, GRAD_AVERAGING: tl.constexpr, ADAPT: tl.constexpr, TRUST_CLIP: tl.constexpr,
+    COUNTED: tl.constexpr,
+):  # fmt: skip
+    """Counts a step of each tensor; `scalars` of csrc/math/lamb.h, which the kernels round once."""
+    index = tl.program_id(0) * COUNTED + tl.arange(0, COUNTED)
+    step, taken = count_step(table, index, count, gradient_scale)
+    beta1, beta2 = number(beta1), number(beta2)
+    mask = index < count
+    scalars += index * SCALARS
+    tl.store(scalars, number(gradient_scale), mask=mask)
+    tl.store(scalars + 1, beta1, mask=mask)
+    tl.store(scalars + 2, 1 - beta1 if GRAD_AVERAGING else 1.0, mask=mask)
+    tl.store(scalars + 3, beta2, mask=mask)
+    tl.store(scalars + 4, 1 - beta2, mask=mask)
+    if BIAS_CORRECTION:
+        tl.store(scalars + 5, 1 / (1 - libdevice.pow(beta1, step)), mask=mask)
+        tl.store(scalars + 6, 1 / tl.sqrt(1 - libdevice.pow(beta2, step)), mask=mask)
+    else:
+        tl.store(scalars + 5, 1.0, mask=mask)
+        tl.store(scalars + 6, 1.0, mask=mask)
+    tl.store(scalars + 7, number(eps), mask=mask)
+    tl.store(scalars + 8, number(weight_decay), mask=mask)
+    tl.store(scalars + 9, number(lr), mask=mask)
+    tl.store(scalars + 10, 1.0 if ADAPT else 0.0, mask=mask)
+    tl.store(scalars + 11, 1.0 if TRUST_CLIP else float("inf"), mask=mask)
+    tl.store(scalars + TAKEN, taken.to(tl.float64), mask=mask)
 
 
 @triton.jit
@@ -115,14 +153,14 @@ def _step_moments(
 
 @triton.jit
 def _update_moments(
-    row, scalars, begin, MASKED: tl.constexpr,
+    row, scalars, begin, seed, MASKED: tl.constexpr,
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     ANCHORED: tl.constexpr, ZERO_GRAD: tl.constexpr,
     SUM_BLOCKS: tl.constexpr, SUM_BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Steps the moments of a chunk; returns the sums of squares of parameter and direction in each lane."""
     param, grad, exp_avg, exp_avg_sq, _, anchor, remainders, m_scales, v_scales, left, key = chunk_of(
-        row, begin, SUM_BLOCKS * SUM_BLOCK, PARAM, STATE, MASTER, ALIGNED
+        row, begin, seed, SUM_BLOCKS * SUM_BLOCK, PARAM, STATE, MASTER, ALIGNED
     )
 
     lanes = tl.arange(0, LANES)[None, :]
@@ -177,9 +215,9 @@ def _update_moments(
     return param_sum, direction_sum
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "seed"])
 def _lamb_moments(
-    table, scalars, count, sums,
+    table, scalars, count, seed: tl.int64, sums,
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     ANCHORED: tl.constexpr, ZERO_GRAD: tl.constexpr,
     SUM_BLOCKS: tl.constexpr, SUM_BLOCK: tl.constexpr, LANES: tl.constexpr,
@@ -189,14 +227,19 @@ def _lamb_moments(
     row = table + index * COLUMNS
     scalars += index * SCALARS
     begin = (chunk - tl.load(row + FIRST_CHUNK)) * (SUM_BLOCKS * SUM_BLOCK)
-    if begin + SUM_BLOCKS * SUM_BLOCK <= tl.load(row + NUMEL):  # without a mask, accesses are 16 bytes wide
+    if tl.load(scalars + TAKEN) == 0:
+        param_sum = tl.zeros((SUM_BLOCKS, LANES), OPMATH)
+        direction_sum = param_sum
+        if ZERO_GRAD:
+            zero_chunk(row, begin, SUM_BLOCKS * SUM_BLOCK, SUM_BLOCKS * LANES, PARAM, ALIGNED)
+    elif begin + SUM_BLOCKS * SUM_BLOCK <= tl.load(row + NUMEL):  # without a mask, accesses are 16 bytes wide
         param_sum, direction_sum = _update_moments(
-            row, scalars, begin, False,
+            row, scalars, begin, seed, False,
             PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, ZERO_GRAD, SUM_BLOCKS, SUM_BLOCK, LANES,
         )  # fmt: skip
     else:
         param_sum, direction_sum = _update_moments(
-            row, scalars, begin, True,
+            row, scalars, begin, seed, True,
             PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, ZERO_GRAD, SUM_BLOCKS, SUM_BLOCK, LANES,
         )  # fmt: skip
     one = tl.arange(0, 1)
@@ -215,7 +258,7 @@ def _lamb_step_size(
     scalars += index * SCALARS
     lr = tl.load(scalars + 9)
     adapt = tl.load(scalars + 10)
-    most = tl.load(scalars + 11)  # infinity, or 1 to clip
+    most = tl.load(scalars + 11)
 
     param = tl.zeros((SUM_BLOCKS * LANES,), tl.float64)
     direction = tl.zeros((SUM_BLOCKS * LANES,), tl.float64)
@@ -234,12 +277,12 @@ def _lamb_step_size(
 
 @triton.jit
 def _update_param(
-    row, scalars, begin, negative_step_size, MASKED: tl.constexpr,
+    row, scalars, begin, seed, negative_step_size, MASKED: tl.constexpr,
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     ANCHORED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     param, _, exp_avg, exp_avg_sq, _, anchor, remainders, m_scales, v_scales, left, key = chunk_of(
-        row, begin, CHUNK, PARAM, STATE, MASTER, ALIGNED
+        row, begin, seed, CHUNK, PARAM, STATE, MASTER, ALIGNED
     )
 
     for start in range(0, CHUNK, BLOCK):
@@ -255,9 +298,9 @@ def _update_param(
         store_param(param, remainders, offsets, p, mask, key, begin, MASTER)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "seed"])
 def _lamb_param(
-    table, scalars, count, step_sizes,
+    table, scalars, count, seed: tl.int64, step_sizes,
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     ANCHORED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -267,16 +310,17 @@ def _lamb_param(
     scalars += index * SCALARS
     begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
     step_size = tl.load(step_sizes + index).to(OPMATH)
-    if begin + CHUNK <= tl.load(row + NUMEL):
-        _update_param(
-            row, scalars, begin, step_size, False,
-            PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK,
-        )  # fmt: skip
-    else:
-        _update_param(
-            row, scalars, begin, step_size, True,
-            PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK,
-        )  # fmt: skip
+    if tl.load(scalars + TAKEN) != 0:
+        if begin + CHUNK <= tl.load(row + NUMEL):
+            _update_param(
+                row, scalars, begin, seed, step_size, False,
+                PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK,
+            )  # fmt: skip
+        else:
+            _update_param(
+                row, scalars, begin, seed, step_size, True,
+                PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK,
+            )  # fmt: skip
 
 
 def lamb_(
@@ -304,60 +348,37 @@ def lamb_(
     rest, launches = prepare(
         "lamb_",
         (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps),
+        hyper,
         chunk=CHUNK,
-        scalars_of=lambda step: _scalars(**hyper, step=step),
-        scalar_dtype=torch.float64,
         zero_grads=zero_grads,
         stochastic_rounding=stochastic_rounding,
-        seed=seed,
     )
+    names = ("lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay")
     for launch in launches:
-        tables, count, device = (launch.table, launch.scalars), len(launch.table), launch.table.device
+        table, count, device = launch.table, len(launch.table), launch.table.device
+        scalars = torch.empty(count, SCALARS.value, dtype=torch.float64, device=device)
         sums = torch.empty(launch.chunks, 2, dtype=torch.float64, device=device)
         step_sizes = torch.empty(count, dtype=torch.float64, device=device)
         with on(device):
+            _lamb_scalars[(triton.cdiv(count, COUNTED),)](
+                table, count, scalars, *(argument(hyper[name]) for name in names),
+                BIAS_CORRECTION=hyper["bias_correction"], GRAD_AVERAGING=hyper["grad_averaging"],
+                ADAPT=hyper["adapt"], TRUST_CLIP=hyper["trust_clip"], COUNTED=COUNTED,
+                num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+            if launch.chunks == 0:
+                continue
             _lamb_moments[(launch.chunks,)](
-                *tables, count, sums, **launch.constants, ZERO_GRAD=zero_grads,
+                table, scalars, count, seed, sums, **launch.constants, ZERO_GRAD=zero_grads,
                 SUM_BLOCKS=SUM_BLOCKS, SUM_BLOCK=SUM_BLOCK, LANES=LANES,
                 num_warps=MOMENTS_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             _lamb_step_size[(count,)](
-                *tables, sums, step_sizes, CHUNK=CHUNK, SUM_BLOCKS=SUM_BLOCKS, LANES=LANES,
+                table, scalars, sums, step_sizes, CHUNK=CHUNK, SUM_BLOCKS=SUM_BLOCKS, LANES=LANES,
                 num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             _lamb_param[(launch.chunks,)](
-                *tables, count, step_sizes, **launch.constants, CHUNK=CHUNK, BLOCK=BLOCK,
+                table, scalars, count, seed, step_sizes, **launch.constants, CHUNK=CHUNK, BLOCK=BLOCK,
                 num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
     return rest
-
-
-def _scalars(
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    bias_correction: bool,
-    grad_averaging: bool,
-    adapt: bool,
-    trust_clip: bool,
-    gradient_scale: float,
-    step: float,
-) -> list[float]:
-    """`lamb_scalars` of csrc/math/lamb.h, in double; the kernels round them once."""
-    return [
-        gradient_scale,
-        beta1,
-        1 - beta1 if grad_averaging else 1.0,
-        beta2,
-        1 - beta2,
-        1 / (1 - beta1**step) if bias_correction else 1.0,
-        1 / math.sqrt(1 - beta2**step) if bias_correction else 1.0,
-        eps,
-        weight_decay,
-        lr,
-        float(adapt),
-        1.0 if trust_clip else math.inf,
-    ]
