@@ -27,7 +27,7 @@ from torch import Tensor
 from superfine_kernels._library import describe, opmath_dtype, reject
 from superfine_kernels._moments import LISTS, OPTIONAL
 from superfine_kernels._storage import scales_shape
-from superfine_kernels.triton._storage import QUANT_BLOCK, random_key
+from superfine_kernels.triton._storage import QUANT_BLOCK
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -71,11 +71,11 @@ def pointer(row, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def chunk_of(
-    row, begin, seed, CHUNK: tl.constexpr,
+    row, begin, CHUNK: tl.constexpr,
     PARAM: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Of the tensor of a row, from its element `begin` on: addresses in the order of LISTS, the scales of both
-    moments apart; how many elements of a chunk there are; and the random key of the step, which is counted already.
+    """Of the tensor of a row, from its element `begin` on: addresses in the order of LISTS; how many scales further
+    those of the second moment are (one address more, and ptxas spills); how many elements of a chunk there are.
     """
     param = pointer(row, 0, PARAM, ALIGNED) + begin
     grad = pointer(row, 1, PARAM, ALIGNED) + begin
@@ -85,11 +85,10 @@ def chunk_of(
     anchor = pointer(row, 5, PARAM, ALIGNED) + begin
     remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED) + begin
     numel = tl.load(row + NUMEL)
-    m_scales = pointer(row, 7, tl.float32, False) + begin // QUANT_BLOCK
-    v_scales = m_scales + tl.cdiv(numel, QUANT_BLOCK)
+    scales = pointer(row, 7, tl.float32, False) + begin // QUANT_BLOCK
+    second = tl.cdiv(numel, QUANT_BLOCK).to(tl.int32)
     left = tl.minimum(numel - begin, CHUNK).to(tl.int32)
-    key = random_key(seed, tl.load(pointer(row, STEP, tl.float32, False)))
-    return param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, m_scales, v_scales, left, key
+    return param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, scales, second, left
 
 
 @triton.jit
@@ -133,6 +132,12 @@ def count_step(table, index, count, gradient_scale):
     step = tl.where(taken, step + 1, step)
     tl.store(steps, step, mask=is_one)
     return step.to(tl.float64), taken
+
+
+@triton.jit
+def as_bits(scalar):
+    """The address of a scalar that is not a number but 32 bits."""
+    return scalar.to(tl.pointer_type(tl.uint32), bitcast=True)
 
 
 @triton.jit

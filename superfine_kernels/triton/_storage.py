@@ -88,9 +88,9 @@ def store_param(param, remainders, offsets, p, mask, key, begin, MASTER: tl.cons
 
 
 @triton.jit
-def load_scales(m_scales, v_scales, block, mask, STATE: tl.constexpr):
+def load_scales(scales, second, block, mask, STATE: tl.constexpr):
     if STATE == tl.uint8:
-        m_scale, v_scale = tl.load(m_scales + block, mask=mask), tl.load(v_scales + block, mask=mask)
+        m_scale, v_scale = tl.load(scales + block, mask=mask), tl.load(scales + (second + block), mask=mask)
     else:
         m_scale, v_scale = None, None
     return m_scale, v_scale

@@ -36,6 +36,7 @@ from superfine_kernels.triton._moments import (
     FIRST_CHUNK,
     NUMEL,
     argument,
+    as_bits,
     chunk_of,
     count_step,
     find_tensor,
@@ -53,6 +54,7 @@ from superfine_kernels.triton._storage import (
     quant_scale,
     quantize_first,
     quantize_second,
+    random_key,
     store_param,
 )
 
@@ -64,14 +66,18 @@ BLOCK = 512
 WARPS = 4
 
 # Columns of the table of scalars, in the type of computation: AdamWScalars of csrc/math/adamw.h, in its order; and
-# whether the step is taken.
+# whether the step is taken, and its random key.
 TAKEN = tl.constexpr(9)
-SCALARS = tl.constexpr(10)
+KEY = tl.constexpr(10)
+SCALARS = tl.constexpr(11)
 
 
-@triton.jit(do_not_specialize=["count", "lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay"])
+@triton.jit(
+    do_not_specialize=["count", "seed", "lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay"]
+)
 def _adamw_scalars(
-    table, count, scalars, lr, beta1, beta2, gradient_scale, eps: tl.int64, weight_decay: tl.int64,
+    table, scalars, count, seed: tl.int64,
+    lr, beta1, beta2, gradient_scale, eps: tl.int64, weight_decay: tl.int64,
     DECOUPLED: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """Counts a step of each tensor; `scalars` of csrc/math/adamw.h, rounded once."""
@@ -91,18 +97,20 @@ def _adamw_scalars(
     tl.store(scalars + 7, number(gradient_scale), mask=mask)
     tl.store(scalars + 8, 0.0 if DECOUPLED else weight_decay, mask=mask)
     tl.store(scalars + TAKEN, taken.to(tl.float64), mask=mask)
+    tl.store(as_bits(scalars + KEY), random_key(seed, step), mask=mask)
 
 
 @triton.jit
 def _update_chunk(
-    row, scalars, begin, seed, MASKED: tl.constexpr,
+    row, scalars, begin, MASKED: tl.constexpr,
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     AMSGRAD: tl.constexpr, ANCHORED: tl.constexpr, COUPLED: tl.constexpr, ZERO_GRAD: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, m_scales, v_scales, left, key = (
-        chunk_of(row, begin, seed, CHUNK, PARAM, STATE, MASTER, ALIGNED)
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, scales, second, left = chunk_of(
+        row, begin, CHUNK, PARAM, STATE, MASTER, ALIGNED
     )
+    key = tl.load(as_bits(scalars + KEY))
 
     for start in range(0, CHUNK, BLOCK):
         block = start // QUANT_BLOCK + tl.arange(0, BLOCK // QUANT_BLOCK)[:, None]
@@ -121,7 +129,7 @@ def _update_chunk(
 
         p = load_param(param, remainders, offsets, mask, MASTER, OPMATH)
         g = tl.load(grad + offsets, mask=mask).to(OPMATH)
-        m_scale, v_scale = load_scales(m_scales, v_scales, block, block_mask, STATE)
+        m_scale, v_scale = load_scales(scales, second, block, block_mask, STATE)
         m, v = load_moments(exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, OPMATH)
 
         if ZERO_GRAD:
@@ -153,18 +161,18 @@ def _update_chunk(
         store_param(param, remainders, offsets, p, mask, key, begin, MASTER)
         if STATE == tl.uint8:
             m_scale, inverse = quant_scale(magnitude_bits(m, mask), 7)
-            tl.store(m_scales + block, m_scale, mask=block_mask)
+            tl.store(scales + block, m_scale, mask=block_mask)
             m = quantize_first(m, inverse)
             v_scale, inverse = quant_scale(magnitude_bits(v, mask), 8)
-            tl.store(v_scales + block, v_scale, mask=block_mask)
+            tl.store(scales + (second + block), v_scale, mask=block_mask)
             v = quantize_second(v, inverse, begin + offsets, key)
         tl.store(exp_avg + offsets, m.to(STATE), mask=mask)
         tl.store(exp_avg_sq + offsets, v.to(STATE), mask=mask)
 
 
-@triton.jit(do_not_specialize=["count", "seed"])
+@triton.jit(do_not_specialize=["count"])
 def _adamw(
-    table, scalars, count, seed: tl.int64,
+    table, scalars, count,
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     AMSGRAD: tl.constexpr, ANCHORED: tl.constexpr, COUPLED: tl.constexpr, ZERO_GRAD: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -179,12 +187,12 @@ def _adamw(
             zero_chunk(row, begin, CHUNK, BLOCK, PARAM, ALIGNED)
     elif begin + CHUNK <= tl.load(row + NUMEL):  # without a mask, accesses are 16 bytes wide
         _update_chunk(
-            row, scalars, begin, seed, False,
+            row, scalars, begin, False,
             PARAM, STATE, OPMATH, MASTER, ALIGNED, AMSGRAD, ANCHORED, COUPLED, ZERO_GRAD, CHUNK, BLOCK,
         )  # fmt: skip
     else:
         _update_chunk(
-            row, scalars, begin, seed, True,
+            row, scalars, begin, True,
             PARAM, STATE, OPMATH, MASTER, ALIGNED, AMSGRAD, ANCHORED, COUPLED, ZERO_GRAD, CHUNK, BLOCK,
         )  # fmt: skip
 
@@ -226,12 +234,12 @@ def adamw_(
         scalars = torch.empty(count, SCALARS.value, dtype=launch.opmath, device=table.device)
         with on(table.device):
             _adamw_scalars[(triton.cdiv(count, COUNTED),)](
-                table, count, scalars, *(argument(hyper[name]) for name in names),
+                table, scalars, count, seed, *(argument(hyper[name]) for name in names),
                 DECOUPLED=hyper["decoupled"], COUNTED=COUNTED, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             if launch.chunks > 0:
                 _adamw[(launch.chunks,)](
-                    table, scalars, count, seed, **launch.constants,
+                    table, scalars, count, **launch.constants,
                     AMSGRAD=len(max_exp_avg_sqs) > 0, COUPLED=coupled, ZERO_GRAD=zero_grads,
                     CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
                 )  # fmt: skip

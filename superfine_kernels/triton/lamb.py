@@ -34,6 +34,7 @@ from superfine_kernels.triton._moments import (
     FIRST_CHUNK,
     NUMEL,
     argument,
+    as_bits,
     chunk_of,
     count_step,
     find_tensor,
@@ -52,6 +53,7 @@ from superfine_kernels.triton._storage import (
     quant_scale,
     quantize_first,
     quantize_second,
+    random_key,
     store_param,
 )
 
@@ -67,14 +69,18 @@ BLOCK = 512
 WARPS = 4
 
 # Columns of the table of scalars (float64): LambScalars of csrc/math/lamb.h, in its order; the largest trust ratio
-# is infinity, or 1 to clip. The last is whether the step is taken.
+# is infinity, or 1 to clip. And whether the step is taken, and its random key.
 TAKEN = tl.constexpr(12)
-SCALARS = tl.constexpr(13)
+KEY = tl.constexpr(13)
+SCALARS = tl.constexpr(14)
 
 
-@triton.jit(do_not_specialize=["count", "lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay"])
+@triton.jit(
+    do_not_specialize=["count", "seed", "lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay"]
+)
 def _lamb_scalars(
-    table, count, scalars, lr, beta1, beta2, gradient_scale, eps: tl.int64, weight_decay: tl.int64,
+    table, scalars, count, seed: tl.int64,
+    lr, beta1, beta2, gradient_scale, eps: tl.int64, weight_decay: tl.int64,
     BIAS_CORRECTION: tl.constexpr, GRAD_AVERAGING: tl.constexpr, ADAPT: tl.constexpr, TRUST_CLIP: tl.constexpr,
     COUNTED: tl.constexpr,
 ):  # fmt: skip
@@ -101,6 +107,7 @@ def _lamb_scalars(
     tl.store(scalars + 10, 1.0 if ADAPT else 0.0, mask=mask)
     tl.store(scalars + 11, 1.0 if TRUST_CLIP else float("inf"), mask=mask)
     tl.store(scalars + TAKEN, taken.to(tl.float64), mask=mask)
+    tl.store(as_bits(scalars + KEY), random_key(seed, step), mask=mask)
 
 
 @triton.jit
@@ -153,15 +160,16 @@ def _step_moments(
 
 @triton.jit
 def _update_moments(
-    row, scalars, begin, seed, MASKED: tl.constexpr,
+    row, scalars, begin, MASKED: tl.constexpr,
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     ANCHORED: tl.constexpr, ZERO_GRAD: tl.constexpr,
     SUM_BLOCKS: tl.constexpr, SUM_BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Steps the moments of a chunk; returns the sums of squares of parameter and direction in each lane."""
-    param, grad, exp_avg, exp_avg_sq, _, anchor, remainders, m_scales, v_scales, left, key = chunk_of(
-        row, begin, seed, SUM_BLOCKS * SUM_BLOCK, PARAM, STATE, MASTER, ALIGNED
+    param, grad, exp_avg, exp_avg_sq, _, anchor, remainders, scales, second, left = chunk_of(
+        row, begin, SUM_BLOCKS * SUM_BLOCK, PARAM, STATE, MASTER, ALIGNED
     )
+    key = tl.load(as_bits(scalars + KEY))
 
     lanes = tl.arange(0, LANES)[None, :]
     param_sum = tl.zeros((SUM_BLOCKS, LANES), OPMATH)
@@ -170,7 +178,7 @@ def _update_moments(
         first = start + tl.arange(0, SUM_BLOCKS)[:, None] * SUM_BLOCK
         block = first // QUANT_BLOCK
         block_mask = first < left if MASKED else None
-        m_scale, v_scale = load_scales(m_scales, v_scales, block, block_mask, STATE)
+        m_scale, v_scale = load_scales(scales, second, block, block_mask, STATE)
         new_m_scale, new_v_scale = m_scale, v_scale
         if STATE == tl.uint8:
             # A scale follows from all of its block, whose moments are then computed again: to keep them would take
@@ -187,8 +195,8 @@ def _update_moments(
                 v_largest = tl.maximum(v_largest, magnitude_bits(v, mask))
             new_m_scale, m_inverse = quant_scale(m_largest, 7)
             new_v_scale, v_inverse = quant_scale(v_largest, 8)
-            tl.store(m_scales + block, new_m_scale, mask=block_mask)
-            tl.store(v_scales + block, new_v_scale, mask=block_mask)
+            tl.store(scales + block, new_m_scale, mask=block_mask)
+            tl.store(scales + (second + block), new_v_scale, mask=block_mask)
         for i in range(0, QUANT_BLOCK, LANES):
             offsets = first + i + lanes
             mask = offsets < left if MASKED else None
@@ -215,9 +223,9 @@ def _update_moments(
     return param_sum, direction_sum
 
 
-@triton.jit(do_not_specialize=["count", "seed"])
+@triton.jit(do_not_specialize=["count"])
 def _lamb_moments(
-    table, scalars, count, seed: tl.int64, sums,
+    table, scalars, count, sums,
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     ANCHORED: tl.constexpr, ZERO_GRAD: tl.constexpr,
     SUM_BLOCKS: tl.constexpr, SUM_BLOCK: tl.constexpr, LANES: tl.constexpr,
@@ -234,12 +242,12 @@ def _lamb_moments(
             zero_chunk(row, begin, SUM_BLOCKS * SUM_BLOCK, SUM_BLOCKS * LANES, PARAM, ALIGNED)
     elif begin + SUM_BLOCKS * SUM_BLOCK <= tl.load(row + NUMEL):  # without a mask, accesses are 16 bytes wide
         param_sum, direction_sum = _update_moments(
-            row, scalars, begin, seed, False,
+            row, scalars, begin, False,
             PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, ZERO_GRAD, SUM_BLOCKS, SUM_BLOCK, LANES,
         )  # fmt: skip
     else:
         param_sum, direction_sum = _update_moments(
-            row, scalars, begin, seed, True,
+            row, scalars, begin, True,
             PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, ZERO_GRAD, SUM_BLOCKS, SUM_BLOCK, LANES,
         )  # fmt: skip
     one = tl.arange(0, 1)
@@ -277,13 +285,14 @@ def _lamb_step_size(
 
 @triton.jit
 def _update_param(
-    row, scalars, begin, seed, negative_step_size, MASKED: tl.constexpr,
+    row, scalars, begin, negative_step_size, MASKED: tl.constexpr,
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     ANCHORED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    param, _, exp_avg, exp_avg_sq, _, anchor, remainders, m_scales, v_scales, left, key = chunk_of(
-        row, begin, seed, CHUNK, PARAM, STATE, MASTER, ALIGNED
+    param, _, exp_avg, exp_avg_sq, _, anchor, remainders, scales, second, left = chunk_of(
+        row, begin, CHUNK, PARAM, STATE, MASTER, ALIGNED
     )
+    key = tl.load(as_bits(scalars + KEY))
 
     for start in range(0, CHUNK, BLOCK):
         block = start // QUANT_BLOCK + tl.arange(0, BLOCK // QUANT_BLOCK)[:, None]
@@ -291,16 +300,16 @@ def _update_param(
         block_mask = block * QUANT_BLOCK < left if MASKED else None
         mask = offsets < left if MASKED else None
         p = load_param(param, remainders, offsets, mask, MASTER, OPMATH)
-        m_scale, v_scale = load_scales(m_scales, v_scales, block, block_mask, STATE)
+        m_scale, v_scale = load_scales(scales, second, block, block_mask, STATE)
         m, v = load_moments(exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, OPMATH)
         u = _direction(p, anchor, m, v, offsets, mask, scalars, ANCHORED, OPMATH)
         p = tl.fma(tl.broadcast_to(negative_step_size, p.shape), u, p)  # -0 stays -0
         store_param(param, remainders, offsets, p, mask, key, begin, MASTER)
 
 
-@triton.jit(do_not_specialize=["count", "seed"])
+@triton.jit(do_not_specialize=["count"])
 def _lamb_param(
-    table, scalars, count, seed: tl.int64, step_sizes,
+    table, scalars, count, step_sizes,
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     ANCHORED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -313,12 +322,12 @@ def _lamb_param(
     if tl.load(scalars + TAKEN) != 0:
         if begin + CHUNK <= tl.load(row + NUMEL):
             _update_param(
-                row, scalars, begin, seed, step_size, False,
+                row, scalars, begin, step_size, False,
                 PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK,
             )  # fmt: skip
         else:
             _update_param(
-                row, scalars, begin, seed, step_size, True,
+                row, scalars, begin, step_size, True,
                 PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK,
             )  # fmt: skip
 
@@ -361,7 +370,7 @@ def lamb_(
         step_sizes = torch.empty(count, dtype=torch.float64, device=device)
         with on(device):
             _lamb_scalars[(triton.cdiv(count, COUNTED),)](
-                table, count, scalars, *(argument(hyper[name]) for name in names),
+                table, scalars, count, seed, *(argument(hyper[name]) for name in names),
                 BIAS_CORRECTION=hyper["bias_correction"], GRAD_AVERAGING=hyper["grad_averaging"],
                 ADAPT=hyper["adapt"], TRUST_CLIP=hyper["trust_clip"], COUNTED=COUNTED,
                 num_warps=WARPS, enable_fp_fusion=False,
@@ -369,7 +378,7 @@ def lamb_(
             if launch.chunks == 0:
                 continue
             _lamb_moments[(launch.chunks,)](
-                table, scalars, count, seed, sums, **launch.constants, ZERO_GRAD=zero_grads,
+                table, scalars, count, sums, **launch.constants, ZERO_GRAD=zero_grads,
                 SUM_BLOCKS=SUM_BLOCKS, SUM_BLOCK=SUM_BLOCK, LANES=LANES,
                 num_warps=MOMENTS_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
@@ -378,7 +387,7 @@ def lamb_(
                 num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             _lamb_param[(launch.chunks,)](
-                table, scalars, count, seed, step_sizes, **launch.constants, CHUNK=CHUNK, BLOCK=BLOCK,
+                table, scalars, count, step_sizes, **launch.constants, CHUNK=CHUNK, BLOCK=BLOCK,
                 num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
     return rest
