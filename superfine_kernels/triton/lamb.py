@@ -169,7 +169,6 @@ def _update_moments(
     param, grad, exp_avg, exp_avg_sq, _, anchor, remainders, scales, second, left = chunk_of(
         row, begin, SUM_BLOCKS * SUM_BLOCK, PARAM, STATE, MASTER, ALIGNED
     )
-    key = tl.load(as_bits(scalars + KEY))
 
     lanes = tl.arange(0, LANES)[None, :]
     param_sum = tl.zeros((SUM_BLOCKS, LANES), OPMATH)
@@ -209,6 +208,7 @@ def _update_moments(
                 tl.store(grad + offsets, zeros, mask=mask, eviction_policy="evict_first")
             if STATE == tl.uint8:
                 m = quantize_first(m, m_inverse)
+                key = tl.load(as_bits(scalars + KEY))  # before the loop it would hold a register
                 v = quantize_second(v, v_inverse, begin + offsets, key)
             m, v = m.to(STATE), v.to(STATE)
             tl.store(exp_avg + offsets, m, mask=mask)
