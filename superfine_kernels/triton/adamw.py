@@ -218,6 +218,9 @@ def adamw_(
     Shapes, dtypes, hyperparameters and errors are those of `superfine_kernels.adamw_`; optional lists are empty where
     they are absent. Returns the positions that it left alone, steps included: dtypes that it has no kernel for, and
     tensors that are not dense or lie in another order than their parameter.
+
+    Raises:
+        RuntimeError: the current stream is being captured into a CUDA graph.
     """
     rest, launches = prepare(
         "adamw_",

@@ -353,6 +353,9 @@ def lamb_(
     Shapes, dtypes, hyperparameters and errors are those of `superfine_kernels.lamb_`; optional lists are empty where
     they are absent, as `max_exp_avg_sqs` always is. Returns the positions that it left alone, steps included: dtypes
     that it has no kernel for, and tensors that are not dense or lie in another order than their parameter.
+
+    Raises:
+        RuntimeError: the current stream is being captured into a CUDA graph.
     """
     rest, launches = prepare(
         "lamb_",
