@@ -99,19 +99,30 @@ def _moments(amsgrad: bool) -> Iterator[tuple[list[Any], dict[str, Any], bool]]:
         yield [*lists, scales, [torch.zeros(())]], {**options, "zero_grads": extras}, extras
 
 
+def _on_device(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Hyperparameters of which those that may be tensors are."""
+    tensors = {name: torch.zeros((), dtype=dtype) for name in ("lr", "beta1", "beta2", "gradient_scale")}
+    return {**options, **tensors}
+
+
 def _adamw(kernels: Any) -> None:
     hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
     for lists, options, extras in _moments(amsgrad=True):
         for decoupled in (True, False)[: 1 + extras]:
             kernels.adamw_(*lists, **hyper, **options, decoupled=decoupled)
+    for dtype in (torch.float32, torch.float64):
+        kernels.adamw_(*lists, **_on_device({**hyper, **options}, dtype), decoupled=True)
 
 
 def _lamb(kernels: Any) -> None:
+    hyper = {
+        "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.01, "bias_correction": True,
+        "grad_averaging": True, "adapt": True, "trust_clip": False,
+    }  # fmt: skip
     for lists, options, _ in _moments(amsgrad=False):
-        kernels.lamb_(
-            *lists, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=0.01, bias_correction=True,
-            grad_averaging=True, adapt=True, trust_clip=False, **options,
-        )  # fmt: skip
+        kernels.lamb_(*lists, **hyper, **options)
+    for dtype in (torch.float32, torch.float64):
+        kernels.lamb_(*lists, **_on_device({**hyper, **options}, dtype))
 
 
 def _cross_entropy(kernels: Any) -> None:

@@ -292,7 +292,7 @@ def replace(name, tensor):
             r"exp_avgs\[1\] is float32 \(8,\) on cpu; expected float32 \(9,\)",
         ),
         (replace("exp_avg_sqs", torch.zeros(9).double()), r"exp_avg_sqs\[1\] is float64"),
-        (replace("steps", torch.tensor(3)), r"steps\[1\] is int64 \(\) on cpu; expected float32"),
+        (replace("steps", torch.tensor(3)), r"steps\[1\] is int64 \(\) on cpu; expected float32 \(\) on cpu"),
         (replace("params", torch.zeros(9, device="meta")), r"params\[1\] is float32 \(9,\) on meta"),
         (lambda c: c.exp_avgs.__setitem__(1, c.params[1]), r"overlap in memory"),
         (lambda c: c.params.__setitem__(1, c.params[0][:9]), r"overlap in memory"),

@@ -37,7 +37,7 @@ def of_op(kernels, op, **constants):
     found = [
         kernel
         for kernel in kernels
-        if kernel.op == op and all(kernel.constants[name] == value for name, value in constants.items())
+        if kernel.op == op and all(kernel.constants.get(name) == value for name, value in constants.items())
     ]
     assert found, f"no kernel of {op} has {constants}"
     return found

@@ -120,8 +120,9 @@ def test_the_sums_of_more_chunks_than_there_are_lanes_are_added_in_order():
     # The second launch alone: 300 chunks go around the 4 x 32 lanes three times.
     generator = torch.Generator().manual_seed(0)
     sums = torch.rand(300, 2, generator=generator, dtype=torch.float64)
-    table = torch.tensor([[*[0] * 8, 300 * triton_lamb.CHUNK, 0, 0]])
-    scalars = torch.tensor([triton_lamb._scalars(**{**HYPER, "lr": 1.0}, step=1.0)], dtype=torch.float64)
+    table = torch.tensor([[*[0] * 9, 300 * triton_lamb.CHUNK, 0]])
+    scalars = torch.ones(1, 14, dtype=torch.float64)  # lr, adapted, taken
+    scalars[0, 11] = torch.inf  # the largest trust ratio
     step_sizes = torch.full((1,), torch.nan, dtype=torch.float64)
     triton_lamb._lamb_step_size[(1,)](
         table, scalars, sums, step_sizes, CHUNK=triton_lamb.CHUNK, SUM_BLOCKS=4, LANES=32

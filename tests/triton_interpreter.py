@@ -50,6 +50,24 @@ def round_to_odd(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
     )
 
 
+def rest_of_sum(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """What rounding took from a + b (Knuth)."""
+    part = total - a
+    return (a - (total - part)) + (b - part)
+
+
+def rest_of_product(a: np.ndarray, b: np.ndarray, product: np.ndarray) -> np.ndarray:
+    """What rounding took from a * b (Dekker 1971), by halves of 26 bits."""
+    (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
+    return ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+def _halves(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scaled = x * 134_217_729.0  # 2^27 + 1
+    high = scaled - (scaled - x)
+    return high, x - high
+
+
 @functools.cache
 def install() -> None:
     """Applies the repairs to the interpreter of this process."""
@@ -75,12 +93,14 @@ def install() -> None:
         return convert_float(values, source, target, rounding_mode)
 
     def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-        # A product of two float32 is exact in float64. (float64 itself stays unfused.)
-        wide = [t.data.astype(np.float64) for t in (x, y, z)]
-        product, addend = wide[0] * wide[1], wide[2]
+        a, b, addend = (t.data.astype(np.float64) for t in (x, y, z))
+        product = a * b
         total = product + addend
-        if z.data.dtype == np.float32:
+        if z.data.dtype == np.float32:  # whose products are exact in float64
             total = round_to_odd(product, addend, total)
+        else:
+            exact = total + (rest_of_product(a, b, product) + rest_of_sum(product, addend, total))
+            total = np.where(np.isfinite(exact), exact, total)
         return handle(total.astype(z.data.dtype), z.dtype.scalar)
 
     def refuse_low_precision(operation: Callable) -> Callable:

@@ -1,18 +1,21 @@
 """What the optimizers' Triton kernels share: checks of lists of tensors, tables, and how a program finds its tensor.
 
-Addresses, sizes and scalars travel in two small tables that the host copies at every step; a tensor's row ends with
-the number of its first chunk.
+Addresses and sizes travel in a small table that the host copies when they change; a tensor's row ends with the number
+of its first chunk. All else of a step is computed on the device, by a first small launch: from the counts of steps,
+which it counts up, and the hyperparameters follow the scalars of each tensor's step, as csrc/math computes them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: N803 (constexpr parameters are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
+import array
 import contextlib
 import functools
 import itertools
+import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from superfine_kernels._library import describe, opmath_dtype, reject
 from superfine_kernels._moments import LISTS, OPTIONAL
-from superfine_kernels._storage import random_key, scales_shape
+from superfine_kernels._storage import scales_shape
 from superfine_kernels.triton._storage import QUANT_BLOCK
 
 TRITON_DTYPES = {
@@ -42,11 +45,17 @@ STATE_DTYPES = {
     torch.float64: (torch.float64,),
 }
 
-# Columns of the table of addresses (int64): LISTS without the steps, 0 where a list is absent; and these.
-NUMEL = tl.constexpr(8)
-FIRST_CHUNK = tl.constexpr(9)
-RANDOM_KEY = tl.constexpr(10)  # of the step
+# Columns of the table of addresses (int64): LISTS, 0 where a list is absent; and these.
+STEP = tl.constexpr(8)
+NUMEL = tl.constexpr(9)
+FIRST_CHUNK = tl.constexpr(10)
 COLUMNS = tl.constexpr(11)
+
+#: Hyperparameters that may be tensors on the device.
+TENSOR_HYPERPARAMETERS = ("lr", "beta1", "beta2", "gradient_scale")
+
+#: Tensors per program of the launch that counts steps.
+COUNTED = 128
 
 
 # --- in the kernels ---------------------------------------------------------------------------------------
@@ -61,14 +70,38 @@ def pointer(row, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _times(high, low, other_high, other_low):
+    product = high * other_high
+    rest = tl.fma(high, other_high, -product) + (high * other_low + low * other_high)
+    total = product + rest
+    return total, rest - (total - product)
+
+
+@triton.jit
+def power(base, exponent):
+    """`power` of csrc/math/power.h for counts of steps: whole numbers of up to 2^24, as float32 counts no further."""
+    high = tl.full(exponent.shape, 1.0, tl.float64)
+    low = tl.zeros(exponent.shape, tl.float64)
+    square, rest = high * base, low
+    bits = exponent.to(tl.int32)
+    for _ in range(25):
+        next_high, next_low = _times(high, low, square, rest)
+        odd = bits & 1 != 0
+        high, low = tl.where(odd, next_high, high), tl.where(odd, next_low, low)
+        square, rest = _times(square, rest, square, rest)
+        bits >>= 1
+    return high
+
+
+@triton.jit
 def chunk_of(
     row, begin, CHUNK: tl.constexpr,
     PARAM: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Of the tensor of a row, from its element `begin` on.
 
-    Returns addresses in the order of LISTS, the scales of both moments apart; how many elements of a chunk there are;
-    and the random key.
+    Returns addresses in the order of LISTS, how many scales further those of the second moment are (with one address
+    more ptxas spills), and how many elements of a chunk there are.
     """
     param = pointer(row, 0, PARAM, ALIGNED) + begin
     grad = pointer(row, 1, PARAM, ALIGNED) + begin
@@ -78,11 +111,10 @@ def chunk_of(
     anchor = pointer(row, 5, PARAM, ALIGNED) + begin
     remainders = pointer(row, 6, PARAM if MASTER == "kahan" else tl.uint16, ALIGNED) + begin
     numel = tl.load(row + NUMEL)
-    m_scales = pointer(row, 7, tl.float32, False) + begin // QUANT_BLOCK
-    v_scales = m_scales + tl.cdiv(numel, QUANT_BLOCK)
+    scales = pointer(row, 7, tl.float32, False) + begin // QUANT_BLOCK
+    second = tl.cdiv(numel, QUANT_BLOCK).to(tl.int32)
     left = tl.minimum(numel - begin, CHUNK).to(tl.int32)
-    key = tl.load(row + RANDOM_KEY).to(tl.uint32)
-    return param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, m_scales, v_scales, left, key
+    return param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, scales, second, left
 
 
 @triton.jit
@@ -96,6 +128,48 @@ def find_tensor(table, count, chunk):
         index = tl.where(before, middle, index)
         end = tl.where(before, end, middle)
     return index
+
+
+@triton.jit
+def zero_chunk(
+    row, begin, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PARAM: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Leaves zeros in the gradient of a step that is not taken."""
+    grad = pointer(row, 1, PARAM, ALIGNED) + begin
+    left = tl.load(row + NUMEL) - begin
+    for start in range(0, CHUNK, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        tl.store(grad + offsets, tl.zeros((BLOCK,), PARAM), mask=offsets < left)
+
+
+@triton.jit
+def count_step(table, index, count, gradient_scale):
+    """Counts one step more for each of the tensors; returns the counts, in double, and whether the step is taken.
+
+    It is not where the gradient scale is a tensor that is not finite, as after an overflow of scaled gradients.
+    """
+    is_one = index < count
+    steps = tl.load(table + index * COLUMNS + STEP, mask=is_one, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(steps, mask=is_one, other=0.0)
+    taken = tl.full((), True, tl.int1)
+    if gradient_scale.dtype.is_ptr():
+        scale = tl.load(gradient_scale)
+        taken = scale - scale == 0
+    step = tl.where(taken, step + 1, step)
+    tl.store(steps, step, mask=is_one)
+    return step.to(tl.float64), taken
+
+
+@triton.jit
+def as_bits(scalar):
+    """The address of a scalar that is not a number but 32 bits."""
+    return scalar.to(tl.pointer_type(tl.uint32), bitcast=True)
+
+
+@triton.jit
+def number(x):
+    """What `argument` made a hyperparameter into, in double."""
+    return tl.load(x).to(tl.float64) if x.dtype.is_ptr() else x.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 # --- on the host ------------------------------------------------------------------------------------------
@@ -113,80 +187,110 @@ class Launch:
     """Tensors that one launch steps: those of one storage, aligned to 16 bytes or not.
 
     Attributes:
-        table, scalars: a row for each tensor, on the device.
-        chunks: of all tensors.
+        table: a row for each tensor, on the device.
+        chunks: of all tensors; 0 where none has an element.
+        opmath: the type of computation.
         constants: what every kernel over the tensors is specialised by.
     """
 
     table: Tensor
-    scalars: Tensor
     chunks: int
+    opmath: torch.dtype
     constants: dict[str, Any]
+
+
+def argument(x: float | Tensor) -> int | Tensor:
+    """A hyperparameter for a kernel: a tensor, or the bits of a double; a float argument would become a float32."""
+    if isinstance(x, Tensor):
+        return x
+    bits: int = struct.unpack("<q", struct.pack("<d", x))[0]
+    return bits
 
 
 def prepare(
     op: str,
     lists: Sequence[Sequence[Tensor]],
+    hyper: Mapping[str, Any],
     *,
     chunk: int,
-    scalars_of: Callable[[float], list[float]],
-    scalar_dtype: torch.dtype | None = None,
     zero_grads: bool,
     stochastic_rounding: bool,
-    seed: int,
 ) -> tuple[list[int], list[Launch]]:
-    """Checks the lists, counts one step more, and makes the tables of the launches.
+    """Checks the lists and the hyperparameters, and makes the tables of the launches.
 
     Args:
         lists: in the order of `superfine_kernels._moments.LISTS`.
         chunk: elements per program.
-        scalars_of: what a kernel takes for a tensor at the given step.
-        scalar_dtype: of the table of scalars; None: that of the computation.
 
     Returns:
         The positions that no kernel takes, and the launches for the others.
     """
     named = dict(zip(LISTS, lists, strict=True))
-    params, states, steps = named["params"], named["exp_avgs"], named["steps"]
+    params, states = named["params"], named["exp_avgs"]
     rest = check(op, named, zero_grads)
-    scalars_of, key_of = functools.cache(scalars_of), functools.cache(functools.partial(random_key, seed))
+    if not params:
+        return rest, []
+    device = params[0].device
+    _check_hyperparameters(op, hyper, device)
+    reject_capture(op, device)
     kinds: dict[tuple[torch.dtype, torch.dtype, str, bool], list[int]] = defaultdict(list)
     for i in sorted(set(range(len(params))) - set(rest)):
         aligned = all(tensors[i].data_ptr() % 16 == 0 for tensors in lists[:-1] if tensors)
         remainder = named["remainders"][i] if named["remainders"] else None
         master = _master(params[i], remainder, stochastic_rounding)
         kinds[params[i].dtype, states[i].dtype, master, aligned].append(i)
-        steps[i] += 1
     launches = []
     for (param_dtype, state_dtype, master, aligned), positions in kinds.items():
-        rows: list[list[int]] = []
-        scalars: list[list[float]] = []
+        rows = array.array("q")
         chunks = 0
         for i in positions:
-            if (numel := params[i].numel()) > 0:
-                step = float(steps[i])
-                addresses = [tensors[i].data_ptr() if tensors else 0 for tensors in lists[:-1]]
-                rows.append([*addresses, numel, chunks, key_of(int(step))])
-                scalars.append(scalars_of(step))
-                chunks += triton.cdiv(numel, chunk)
-        if chunks > 0:
-            device, opmath = params[0].device, opmath_dtype(param_dtype)
-            launches.append(
-                Launch(
-                    torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True),
-                    torch.tensor(scalars, dtype=scalar_dtype or opmath).to(device, non_blocking=True),
-                    chunks,
-                    {
-                        "PARAM": TRITON_DTYPES[param_dtype], "STATE": TRITON_DTYPES[state_dtype],
-                        "OPMATH": TRITON_DTYPES[opmath], "MASTER": master,
-                        "ANCHORED": len(named["anchors"]) > 0, "ALIGNED": aligned,
-                    },
-                )
-            )  # fmt: skip
+            numel = params[i].numel()
+            rows.extend(tensors[i].data_ptr() if tensors else 0 for tensors in lists)
+            rows.extend((numel, chunks))
+            chunks += triton.cdiv(numel, chunk)
+        opmath = opmath_dtype(param_dtype)
+        launches.append(
+            Launch(
+                _on_device(rows.tobytes(), device, _stream(device)),
+                chunks,
+                opmath,
+                {
+                    "PARAM": TRITON_DTYPES[param_dtype], "STATE": TRITON_DTYPES[state_dtype],
+                    "OPMATH": TRITON_DTYPES[opmath], "MASTER": master,
+                    "ANCHORED": len(named["anchors"]) > 0, "ALIGNED": aligned,
+                },
+            )
+        )  # fmt: skip
     torch.autograd.graph.increment_version(params)  # autograd must notice, as after any in-place op
     if zero_grads:
         torch.autograd.graph.increment_version(named["grads"])
     return rest, launches
+
+
+@functools.lru_cache(maxsize=16)  # kinds of tensors of a few optimizers that take turns
+def _on_device(rows: bytes, device: torch.device, stream: int) -> Tensor:
+    """The table of these rows, which is not copied again while addresses stay as they are.
+
+    Only for `stream`, the current one: on another nothing would wait for the copy.
+    """
+    table = torch.frombuffer(bytearray(rows), dtype=torch.int64).view(-1, COLUMNS.value)
+    if device.type == "cuda":
+        table = table.pin_memory()  # else the copy could wait for the device
+    return table.to(device, non_blocking=True)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def reject_capture(op: str, device: torch.device) -> None:
+    """A graph would keep the address of a table that is freed one day."""
+    with on(device):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{op}: the current stream of {device} is being captured into a CUDA graph; expected a backend that "
+                "can be: cuda can, triton cannot, as the host copies its tables"
+            )
 
 
 def _master(param: Tensor, remainder: Tensor | None, stochastic_rounding: bool) -> str:
@@ -213,8 +317,8 @@ def check(op: str, lists: Mapping[str, Sequence[Tensor]], zero_grads: bool) -> l
         own = {name: tensors[i] for name, tensors in present.items()}
         _check_one(op, i, own)
         step, scales = own.pop("steps"), own.pop("scales", None)
-        if step.numel() != 1 or step.dtype != torch.float32 or step.device.type != "cpu":
-            reject(op, f"steps[{i}]", step, "float32 () on cpu")
+        if step.numel() != 1 or step.dtype != torch.float32 or step.device != param.device:
+            reject(op, f"steps[{i}]", step, f"float32 () on {param.device}")
         if (
             param.dtype not in STATE_DTYPES
             or not _is_dense(param)
@@ -232,6 +336,16 @@ def check(op: str, lists: Mapping[str, Sequence[Tensor]], zero_grads: bool) -> l
             "its own (is a parameter, or a view of it, given twice?)"
         )
     return rest
+
+
+def _check_hyperparameters(op: str, hyper: Mapping[str, Any], device: torch.device) -> None:
+    for name in TENSOR_HYPERPARAMETERS:
+        x = hyper[name]
+        if isinstance(x, Tensor) and (
+            x.numel() != 1 or x.dtype not in (torch.float32, torch.float64) or x.device != device
+        ):
+            expected = f"a number, or a float32 or float64 tensor of one element on {device}"
+            reject(op, name, x, expected)
 
 
 def _check_one(op: str, i: int, own: Mapping[str, Tensor]) -> None:

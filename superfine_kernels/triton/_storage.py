@@ -30,6 +30,12 @@ def _mix_bits(x):
 
 
 @triton.jit
+def random_key(seed, step):
+    """Of one step."""
+    return _mix_bits(_mix_bits(seed.to(tl.uint32)) + step.to(tl.uint32))
+
+
+@triton.jit
 def _random_bits(key, offsets, x):
     bits = (offsets.to(tl.uint32) + key) ^ x.to(tl.uint32, bitcast=True)
     bits ^= bits >> 16
@@ -82,9 +88,9 @@ def store_param(param, remainders, offsets, p, mask, key, begin, MASTER: tl.cons
 
 
 @triton.jit
-def load_scales(m_scales, v_scales, block, mask, STATE: tl.constexpr):
+def load_scales(scales, second, block, mask, STATE: tl.constexpr):
     if STATE == tl.uint8:
-        m_scale, v_scale = tl.load(m_scales + block, mask=mask), tl.load(v_scales + block, mask=mask)
+        m_scale, v_scale = tl.load(scales + block, mask=mask), tl.load(scales + (second + block), mask=mask)
     else:
         m_scale, v_scale = None, None
     return m_scale, v_scale

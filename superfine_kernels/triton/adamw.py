@@ -9,8 +9,9 @@
 Adam adds weight_decay * p, or * (p - a), to g instead of the second line.
 
 Every rounding is that of csrc/math/adamw.h: contraction is off, two fmas are spelled out, division and square
-root round to nearest. Addresses, sizes and scalars travel in two small tables that the host copies at every
-step, so a step does not belong into a CUDA graph (one of the CUDA kernel does).
+root round to nearest. A small launch goes ahead and computes each tensor's scalars from its count of steps, on the
+device. Addresses travel in a small table that the host copies when they change, so a step does not belong into a
+CUDA graph (one of the CUDA kernel does).
 
 Traffic per parameter: 28 bytes in float32, 14 in bfloat16 or float16, 22 there with float32 moments; 16 and 10 with
 moments in 8 bits. A remainder adds 4 bytes, an anchor one element, and zeros for g one.
@@ -20,22 +21,29 @@ moments in 8 bits. A remainder adds 4 bytes, an anchor one element, and zeros fo
 # ruff: noqa: N803, SIM300 (constexpr parameters are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from superfine_kernels.triton._moments import (
     COLUMNS,
+    COUNTED,
     FIRST_CHUNK,
     NUMEL,
+    argument,
+    as_bits,
     chunk_of,
+    count_step,
     find_tensor,
+    number,
     on,
+    power,
     prepare,
+    zero_chunk,
 )
 from superfine_kernels.triton._storage import (
     QUANT_BLOCK,
@@ -46,6 +54,7 @@ from superfine_kernels.triton._storage import (
     quant_scale,
     quantize_first,
     quantize_second,
+    random_key,
     store_param,
 )
 
@@ -56,7 +65,39 @@ CHUNK = 4096
 BLOCK = 512
 WARPS = 4
 
-SCALARS = tl.constexpr(9)  # columns of the table of scalars: AdamWScalars of csrc/math/adamw.h, in its order
+# Columns of the table of scalars, in the type of computation: AdamWScalars of csrc/math/adamw.h, in its order; and
+# whether the step is taken, and its random key.
+TAKEN = tl.constexpr(9)
+KEY = tl.constexpr(10)
+SCALARS = tl.constexpr(11)
+
+
+@triton.jit(
+    do_not_specialize=["count", "seed", "lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay"]
+)
+def _adamw_scalars(
+    table, scalars, count, seed: tl.int64,
+    lr, beta1, beta2, gradient_scale, eps: tl.int64, weight_decay: tl.int64,
+    DECOUPLED: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    """Counts a step of each tensor; `scalars` of csrc/math/adamw.h, rounded once."""
+    index = tl.program_id(0) * COUNTED + tl.arange(0, COUNTED)
+    step, taken = count_step(table, index, count, gradient_scale)
+    lr, beta1, beta2 = number(lr), number(beta1), number(beta2)
+    weight_decay = number(weight_decay)
+    mask = index < count
+    scalars += index * SCALARS
+    tl.store(scalars, 1 - lr * weight_decay if DECOUPLED else 1.0, mask=mask)
+    tl.store(scalars + 1, 1 - beta1, mask=mask)
+    tl.store(scalars + 2, beta2, mask=mask)
+    tl.store(scalars + 3, 1 - beta2, mask=mask)
+    tl.store(scalars + 4, number(eps), mask=mask)
+    tl.store(scalars + 5, -(lr / (1 - power(beta1, step))), mask=mask)
+    tl.store(scalars + 6, tl.sqrt(1 - power(beta2, step)), mask=mask)
+    tl.store(scalars + 7, number(gradient_scale), mask=mask)
+    tl.store(scalars + 8, 0.0 if DECOUPLED else weight_decay, mask=mask)
+    tl.store(scalars + TAKEN, taken.to(tl.float64), mask=mask)
+    tl.store(as_bits(scalars + KEY), random_key(seed, step), mask=mask)
 
 
 @triton.jit
@@ -66,9 +107,10 @@ def _update_chunk(
     AMSGRAD: tl.constexpr, ANCHORED: tl.constexpr, COUPLED: tl.constexpr, ZERO_GRAD: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, m_scales, v_scales, left, key = (
-        chunk_of(row, begin, CHUNK, PARAM, STATE, MASTER, ALIGNED)
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, remainders, scales, second, left = chunk_of(
+        row, begin, CHUNK, PARAM, STATE, MASTER, ALIGNED
     )
+    key = tl.load(as_bits(scalars + KEY))
 
     for start in range(0, CHUNK, BLOCK):
         block = start // QUANT_BLOCK + tl.arange(0, BLOCK // QUANT_BLOCK)[:, None]
@@ -87,7 +129,7 @@ def _update_chunk(
 
         p = load_param(param, remainders, offsets, mask, MASTER, OPMATH)
         g = tl.load(grad + offsets, mask=mask).to(OPMATH)
-        m_scale, v_scale = load_scales(m_scales, v_scales, block, block_mask, STATE)
+        m_scale, v_scale = load_scales(scales, second, block, block_mask, STATE)
         m, v = load_moments(exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, OPMATH)
 
         if ZERO_GRAD:
@@ -119,10 +161,10 @@ def _update_chunk(
         store_param(param, remainders, offsets, p, mask, key, begin, MASTER)
         if STATE == tl.uint8:
             m_scale, inverse = quant_scale(magnitude_bits(m, mask), 7)
-            tl.store(m_scales + block, m_scale, mask=block_mask)
+            tl.store(scales + block, m_scale, mask=block_mask)
             m = quantize_first(m, inverse)
             v_scale, inverse = quant_scale(magnitude_bits(v, mask), 8)
-            tl.store(v_scales + block, v_scale, mask=block_mask)
+            tl.store(scales + (second + block), v_scale, mask=block_mask)
             v = quantize_second(v, inverse, begin + offsets, key)
         tl.store(exp_avg + offsets, m.to(STATE), mask=mask)
         tl.store(exp_avg_sq + offsets, v.to(STATE), mask=mask)
@@ -140,7 +182,10 @@ def _adamw(
     row = table + index * COLUMNS
     scalars += index * SCALARS
     begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
-    if begin + CHUNK <= tl.load(row + NUMEL):  # without a mask, accesses are 16 bytes wide
+    if tl.load(scalars + TAKEN) == 0:
+        if ZERO_GRAD:
+            zero_chunk(row, begin, CHUNK, BLOCK, PARAM, ALIGNED)
+    elif begin + CHUNK <= tl.load(row + NUMEL):  # without a mask, accesses are 16 bytes wide
         _update_chunk(
             row, scalars, begin, False,
             PARAM, STATE, OPMATH, MASTER, ALIGNED, AMSGRAD, ANCHORED, COUPLED, ZERO_GRAD, CHUNK, BLOCK,
@@ -173,47 +218,32 @@ def adamw_(
     Shapes, dtypes, hyperparameters and errors are those of `superfine_kernels.adamw_`; optional lists are empty where
     they are absent. Returns the positions that it left alone, steps included: dtypes that it has no kernel for, and
     tensors that are not dense or lie in another order than their parameter.
+
+    Raises:
+        RuntimeError: the current stream is being captured into a CUDA graph.
     """
     rest, launches = prepare(
         "adamw_",
         (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps),
+        hyper,
         chunk=CHUNK,
-        scalars_of=lambda step: _scalars(**hyper, step=step),
         zero_grads=zero_grads,
         stochastic_rounding=stochastic_rounding,
-        seed=seed,
     )
+    names = ("lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay")
     coupled = not hyper["decoupled"] and hyper["weight_decay"] != 0
     for launch in launches:
-        with on(launch.table.device):
-            _adamw[(launch.chunks,)](
-                launch.table, launch.scalars, len(launch.table), **launch.constants,
-                AMSGRAD=len(max_exp_avg_sqs) > 0, COUPLED=coupled, ZERO_GRAD=zero_grads,
-                CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+        table, count = launch.table, len(launch.table)
+        scalars = torch.empty(count, SCALARS.value, dtype=launch.opmath, device=table.device)
+        with on(table.device):
+            _adamw_scalars[(triton.cdiv(count, COUNTED),)](
+                table, scalars, count, seed, *(argument(hyper[name]) for name in names),
+                DECOUPLED=hyper["decoupled"], COUNTED=COUNTED, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
+            if launch.chunks > 0:
+                _adamw[(launch.chunks,)](
+                    table, scalars, count, **launch.constants,
+                    AMSGRAD=len(max_exp_avg_sqs) > 0, COUPLED=coupled, ZERO_GRAD=zero_grads,
+                    CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
     return rest
-
-
-def _scalars(
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    gradient_scale: float,
-    step: float,
-) -> list[float]:
-    """`adamw_scalars` of csrc/math/adamw.h, in double; the table rounds them once."""
-    return [
-        1 - lr * weight_decay if decoupled else 1.0,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        eps,
-        -(lr / (1 - beta1**step)),
-        math.sqrt(1 - beta2**step),
-        gradient_scale,
-        0.0 if decoupled else weight_decay,
-    ]

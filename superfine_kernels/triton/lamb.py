@@ -1,4 +1,4 @@
-"""Multi-tensor LAMB in Triton: three launches for all tensors of one storage.
+"""Multi-tensor LAMB in Triton: four launches for all tensors of one storage.
 
     g <- gradient_scale * g
     m <- beta1 * m + beta3 * g                             beta3 = 1 - beta1, or 1 without grad_averaging
@@ -6,10 +6,11 @@
     u <- (m / bias1) / (sqrt(v) / sqrt(bias2) + eps) + weight_decay * p            or p - a, toward an anchor a
     p <- p - lr * trust_ratio * u                          trust_ratio = |p| / |u|, norms over the tensor
 
-The first launch steps the moments and sums up the squares of each chunk, the second makes step sizes of these sums,
-the third updates the parameters. Every rounding, and the order of the sums, is that of csrc/math/lamb.h.
+The first launch computes each tensor's scalars from its count of steps, the second steps the moments and sums up
+the squares of each chunk, the third makes step sizes of these sums, the fourth updates the parameters. Every
+rounding, and the order of the sums, is that of csrc/math/lamb.h.
 
-Traffic per parameter: 40 bytes in float32, less what the third launch, which starts at the end, finds in the L2
+Traffic per parameter: 40 bytes in float32, less what the fourth launch, which starts at the end, finds in the L2
 cache. The CUDA kernel goes through batches that fit into the cache, so that 28 bytes remain; here the host would take
 as long to launch a batch as the GPU to step it.
 """
@@ -18,7 +19,6 @@ as long to launch a batch as the GPU to step it.
 # ruff: noqa: N803, SIM300 (constexpr parameters are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,12 +29,19 @@ from torch import Tensor
 
 from superfine_kernels.triton._moments import (
     COLUMNS,
+    COUNTED,
     FIRST_CHUNK,
     NUMEL,
+    argument,
+    as_bits,
     chunk_of,
+    count_step,
     find_tensor,
+    number,
     on,
+    power,
     prepare,
+    zero_chunk,
 )
 from superfine_kernels.triton._storage import (
     QUANT_BLOCK,
@@ -46,6 +53,7 @@ from superfine_kernels.triton._storage import (
     quant_scale,
     quantize_first,
     quantize_second,
+    random_key,
     store_param,
 )
 
@@ -54,15 +62,52 @@ LANES = 32
 SUM_BLOCK = 2048  # elements that one set of lanes sums up
 SUM_BLOCKS = 4  # of a chunk
 CHUNK = SUM_BLOCKS * SUM_BLOCK  # elements per program
-#: One warp a program in the first launch: its 4 x 32 lanes are one 16-byte access a thread in float32.
+#: One warp a program where moments are stepped: its 4 x 32 lanes are one 16-byte access a thread in float32.
 MOMENTS_WARPS = 1
-#: Elements per iteration of the third launch: 4 a thread, as in AdamW.
+#: Elements per iteration where parameters are updated: 4 a thread, as in AdamW.
 BLOCK = 512
 WARPS = 4
 
-# Columns of the table of scalars (float64): LambScalars of csrc/math/lamb.h, in its order; the last is the largest
-# trust ratio.
-SCALARS = tl.constexpr(12)
+# Columns of the table of scalars (float64): LambScalars of csrc/math/lamb.h, in its order; the largest trust ratio
+# is infinity, or 1 to clip. And whether the step is taken, and its random key.
+TAKEN = tl.constexpr(12)
+KEY = tl.constexpr(13)
+SCALARS = tl.constexpr(14)
+
+
+@triton.jit(
+    do_not_specialize=["count", "seed", "lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay"]
+)
+def _lamb_scalars(
+    table, scalars, count, seed: tl.int64,
+    lr, beta1, beta2, gradient_scale, eps: tl.int64, weight_decay: tl.int64,
+    BIAS_CORRECTION: tl.constexpr, GRAD_AVERAGING: tl.constexpr, ADAPT: tl.constexpr, TRUST_CLIP: tl.constexpr,
+    COUNTED: tl.constexpr,
+):  # fmt: skip
+    """Counts a step of each tensor; `scalars` of csrc/math/lamb.h, which the kernels round once."""
+    index = tl.program_id(0) * COUNTED + tl.arange(0, COUNTED)
+    step, taken = count_step(table, index, count, gradient_scale)
+    beta1, beta2 = number(beta1), number(beta2)
+    mask = index < count
+    scalars += index * SCALARS
+    tl.store(scalars, number(gradient_scale), mask=mask)
+    tl.store(scalars + 1, beta1, mask=mask)
+    tl.store(scalars + 2, 1 - beta1 if GRAD_AVERAGING else 1.0, mask=mask)
+    tl.store(scalars + 3, beta2, mask=mask)
+    tl.store(scalars + 4, 1 - beta2, mask=mask)
+    if BIAS_CORRECTION:
+        tl.store(scalars + 5, 1 / (1 - power(beta1, step)), mask=mask)
+        tl.store(scalars + 6, 1 / tl.sqrt(1 - power(beta2, step)), mask=mask)
+    else:
+        tl.store(scalars + 5, 1.0, mask=mask)
+        tl.store(scalars + 6, 1.0, mask=mask)
+    tl.store(scalars + 7, number(eps), mask=mask)
+    tl.store(scalars + 8, number(weight_decay), mask=mask)
+    tl.store(scalars + 9, number(lr), mask=mask)
+    tl.store(scalars + 10, 1.0 if ADAPT else 0.0, mask=mask)
+    tl.store(scalars + 11, 1.0 if TRUST_CLIP else float("inf"), mask=mask)
+    tl.store(scalars + TAKEN, taken.to(tl.float64), mask=mask)
+    tl.store(as_bits(scalars + KEY), random_key(seed, step), mask=mask)
 
 
 @triton.jit
@@ -121,7 +166,7 @@ def _update_moments(
     SUM_BLOCKS: tl.constexpr, SUM_BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Steps the moments of a chunk; returns the sums of squares of parameter and direction in each lane."""
-    param, grad, exp_avg, exp_avg_sq, _, anchor, remainders, m_scales, v_scales, left, key = chunk_of(
+    param, grad, exp_avg, exp_avg_sq, _, anchor, remainders, scales, second, left = chunk_of(
         row, begin, SUM_BLOCKS * SUM_BLOCK, PARAM, STATE, MASTER, ALIGNED
     )
 
@@ -132,7 +177,7 @@ def _update_moments(
         first = start + tl.arange(0, SUM_BLOCKS)[:, None] * SUM_BLOCK
         block = first // QUANT_BLOCK
         block_mask = first < left if MASKED else None
-        m_scale, v_scale = load_scales(m_scales, v_scales, block, block_mask, STATE)
+        m_scale, v_scale = load_scales(scales, second, block, block_mask, STATE)
         new_m_scale, new_v_scale = m_scale, v_scale
         if STATE == tl.uint8:
             # A scale follows from all of its block, whose moments are then computed again: to keep them would take
@@ -149,8 +194,8 @@ def _update_moments(
                 v_largest = tl.maximum(v_largest, magnitude_bits(v, mask))
             new_m_scale, m_inverse = quant_scale(m_largest, 7)
             new_v_scale, v_inverse = quant_scale(v_largest, 8)
-            tl.store(m_scales + block, new_m_scale, mask=block_mask)
-            tl.store(v_scales + block, new_v_scale, mask=block_mask)
+            tl.store(scales + block, new_m_scale, mask=block_mask)
+            tl.store(scales + (second + block), new_v_scale, mask=block_mask)
         for i in range(0, QUANT_BLOCK, LANES):
             offsets = first + i + lanes
             mask = offsets < left if MASKED else None
@@ -163,6 +208,7 @@ def _update_moments(
                 tl.store(grad + offsets, zeros, mask=mask, eviction_policy="evict_first")
             if STATE == tl.uint8:
                 m = quantize_first(m, m_inverse)
+                key = tl.load(as_bits(scalars + KEY))  # before the loop it would hold a register
                 v = quantize_second(v, v_inverse, begin + offsets, key)
             m, v = m.to(STATE), v.to(STATE)
             tl.store(exp_avg + offsets, m, mask=mask)
@@ -189,7 +235,12 @@ def _lamb_moments(
     row = table + index * COLUMNS
     scalars += index * SCALARS
     begin = (chunk - tl.load(row + FIRST_CHUNK)) * (SUM_BLOCKS * SUM_BLOCK)
-    if begin + SUM_BLOCKS * SUM_BLOCK <= tl.load(row + NUMEL):  # without a mask, accesses are 16 bytes wide
+    if tl.load(scalars + TAKEN) == 0:
+        param_sum = tl.zeros((SUM_BLOCKS, LANES), OPMATH)
+        direction_sum = param_sum
+        if ZERO_GRAD:
+            zero_chunk(row, begin, SUM_BLOCKS * SUM_BLOCK, SUM_BLOCKS * LANES, PARAM, ALIGNED)
+    elif begin + SUM_BLOCKS * SUM_BLOCK <= tl.load(row + NUMEL):  # without a mask, accesses are 16 bytes wide
         param_sum, direction_sum = _update_moments(
             row, scalars, begin, False,
             PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, ZERO_GRAD, SUM_BLOCKS, SUM_BLOCK, LANES,
@@ -215,7 +266,7 @@ def _lamb_step_size(
     scalars += index * SCALARS
     lr = tl.load(scalars + 9)
     adapt = tl.load(scalars + 10)
-    most = tl.load(scalars + 11)  # infinity, or 1 to clip
+    most = tl.load(scalars + 11)
 
     param = tl.zeros((SUM_BLOCKS * LANES,), tl.float64)
     direction = tl.zeros((SUM_BLOCKS * LANES,), tl.float64)
@@ -238,9 +289,10 @@ def _update_param(
     PARAM: tl.constexpr, STATE: tl.constexpr, OPMATH: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
     ANCHORED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    param, _, exp_avg, exp_avg_sq, _, anchor, remainders, m_scales, v_scales, left, key = chunk_of(
+    param, _, exp_avg, exp_avg_sq, _, anchor, remainders, scales, second, left = chunk_of(
         row, begin, CHUNK, PARAM, STATE, MASTER, ALIGNED
     )
+    key = tl.load(as_bits(scalars + KEY))
 
     for start in range(0, CHUNK, BLOCK):
         block = start // QUANT_BLOCK + tl.arange(0, BLOCK // QUANT_BLOCK)[:, None]
@@ -248,7 +300,7 @@ def _update_param(
         block_mask = block * QUANT_BLOCK < left if MASKED else None
         mask = offsets < left if MASKED else None
         p = load_param(param, remainders, offsets, mask, MASTER, OPMATH)
-        m_scale, v_scale = load_scales(m_scales, v_scales, block, block_mask, STATE)
+        m_scale, v_scale = load_scales(scales, second, block, block_mask, STATE)
         m, v = load_moments(exp_avg, exp_avg_sq, offsets, mask, m_scale, v_scale, OPMATH)
         u = _direction(p, anchor, m, v, offsets, mask, scalars, ANCHORED, OPMATH)
         p = tl.fma(tl.broadcast_to(negative_step_size, p.shape), u, p)  # -0 stays -0
@@ -267,16 +319,17 @@ def _lamb_param(
     scalars += index * SCALARS
     begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
     step_size = tl.load(step_sizes + index).to(OPMATH)
-    if begin + CHUNK <= tl.load(row + NUMEL):
-        _update_param(
-            row, scalars, begin, step_size, False,
-            PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK,
-        )  # fmt: skip
-    else:
-        _update_param(
-            row, scalars, begin, step_size, True,
-            PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK,
-        )  # fmt: skip
+    if tl.load(scalars + TAKEN) != 0:
+        if begin + CHUNK <= tl.load(row + NUMEL):
+            _update_param(
+                row, scalars, begin, step_size, False,
+                PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK,
+            )  # fmt: skip
+        else:
+            _update_param(
+                row, scalars, begin, step_size, True,
+                PARAM, STATE, OPMATH, MASTER, ALIGNED, ANCHORED, CHUNK, BLOCK,
+            )  # fmt: skip
 
 
 def lamb_(
@@ -300,64 +353,44 @@ def lamb_(
     Shapes, dtypes, hyperparameters and errors are those of `superfine_kernels.lamb_`; optional lists are empty where
     they are absent, as `max_exp_avg_sqs` always is. Returns the positions that it left alone, steps included: dtypes
     that it has no kernel for, and tensors that are not dense or lie in another order than their parameter.
+
+    Raises:
+        RuntimeError: the current stream is being captured into a CUDA graph.
     """
     rest, launches = prepare(
         "lamb_",
         (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps),
+        hyper,
         chunk=CHUNK,
-        scalars_of=lambda step: _scalars(**hyper, step=step),
-        scalar_dtype=torch.float64,
         zero_grads=zero_grads,
         stochastic_rounding=stochastic_rounding,
-        seed=seed,
     )
+    names = ("lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay")
     for launch in launches:
-        tables, count, device = (launch.table, launch.scalars), len(launch.table), launch.table.device
+        table, count, device = launch.table, len(launch.table), launch.table.device
+        scalars = torch.empty(count, SCALARS.value, dtype=torch.float64, device=device)
         sums = torch.empty(launch.chunks, 2, dtype=torch.float64, device=device)
         step_sizes = torch.empty(count, dtype=torch.float64, device=device)
         with on(device):
+            _lamb_scalars[(triton.cdiv(count, COUNTED),)](
+                table, scalars, count, seed, *(argument(hyper[name]) for name in names),
+                BIAS_CORRECTION=hyper["bias_correction"], GRAD_AVERAGING=hyper["grad_averaging"],
+                ADAPT=hyper["adapt"], TRUST_CLIP=hyper["trust_clip"], COUNTED=COUNTED,
+                num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+            if launch.chunks == 0:
+                continue
             _lamb_moments[(launch.chunks,)](
-                *tables, count, sums, **launch.constants, ZERO_GRAD=zero_grads,
+                table, scalars, count, sums, **launch.constants, ZERO_GRAD=zero_grads,
                 SUM_BLOCKS=SUM_BLOCKS, SUM_BLOCK=SUM_BLOCK, LANES=LANES,
                 num_warps=MOMENTS_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             _lamb_step_size[(count,)](
-                *tables, sums, step_sizes, CHUNK=CHUNK, SUM_BLOCKS=SUM_BLOCKS, LANES=LANES,
+                table, scalars, sums, step_sizes, CHUNK=CHUNK, SUM_BLOCKS=SUM_BLOCKS, LANES=LANES,
                 num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             _lamb_param[(launch.chunks,)](
-                *tables, count, step_sizes, **launch.constants, CHUNK=CHUNK, BLOCK=BLOCK,
+                table, scalars, count, step_sizes, **launch.constants, CHUNK=CHUNK, BLOCK=BLOCK,
                 num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
     return rest
-
-
-def _scalars(
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    bias_correction: bool,
-    grad_averaging: bool,
-    adapt: bool,
-    trust_clip: bool,
-    gradient_scale: float,
-    step: float,
-) -> list[float]:
-    """`lamb_scalars` of csrc/math/lamb.h, in double; the kernels round them once."""
-    return [
-        gradient_scale,
-        beta1,
-        1 - beta1 if grad_averaging else 1.0,
-        beta2,
-        1 - beta2,
-        1 / (1 - beta1**step) if bias_correction else 1.0,
-        1 / math.sqrt(1 - beta2**step) if bias_correction else 1.0,
-        eps,
-        weight_decay,
-        lr,
-        float(adapt),
-        1.0 if trust_clip else math.inf,
-    ]
