@@ -8,7 +8,7 @@ import inspect
 import pytest
 import superfine.losses
 import torch
-from superfine.losses import CrossEntropyLoss
+from superfine.losses import CrossEntropyLoss, LinearCrossEntropyLoss
 from support import same_bits
 from torch import nn
 
@@ -93,3 +93,38 @@ def test_the_function_takes_the_arguments_of_torchs():
         if name not in ("size_average", "reduce"):  # torch's own deprecated ones
             assert ours[name].default == parameter.default
     assert ours["inplace"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="this torch has none")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "none"},
+        {"weight": torch.linspace(0.1, 2, 9), "label_smoothing": 0.2, "ignore_index": 0},
+    ],
+    ids=str,
+)
+def test_the_linear_module_equals_the_one_of_torch_and_has_its_state(options, bias):
+    ours = LinearCrossEntropyLoss(5, 9, bias=bias, **options)
+    theirs = nn.LinearCrossEntropyLoss(5, 9, bias=bias, **options)
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    x, target = torch.randn(4, 5), torch.randint(0, 9, (4,))
+    results = []
+    for module in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        loss = module(leaf, target)
+        loss.sum().backward()
+        results.append([loss.detach(), leaf.grad, *(p.grad for p in module.parameters())])
+    torch.testing.assert_close(*results)
+
+
+def test_the_linear_module_takes_the_arguments_of_torch():
+    if not hasattr(nn, "LinearCrossEntropyLoss"):
+        pytest.skip("this torch has none")
+    ours = inspect.signature(LinearCrossEntropyLoss).parameters.keys()
+    theirs = inspect.signature(nn.LinearCrossEntropyLoss).parameters.keys()
+    # K-dimensional layers, and options of torch's chunks, are not taken.
+    assert theirs - ours == {"out_features", "options"}

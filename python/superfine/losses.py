@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from superfine_kernels import cross_entropy
+from superfine_kernels import cross_entropy, linear_cross_entropy
 
-__all__ = ["CrossEntropyLoss", "cross_entropy"]
+__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "cross_entropy", "linear_cross_entropy"]
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -43,4 +45,49 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             self.reduction,
             self.label_smoothing,
             inplace=self.inplace,
+        )
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """A linear layer and its loss without logits, as `torch.nn.LinearCrossEntropyLoss`, whose state it has.
+
+    Args:
+        in_features, num_classes, bias, device, dtype: of the layer, `self.linear`; alone it gives logits.
+        weight, ignore_index, reduction, label_smoothing: of the loss, as in `CrossEntropyLoss`.
+
+    Shapes: input (in_features) or (..., in_features); target (...). The loss is float32 (float64 for float64 inputs).
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, num_classes, bias, device, dtype)
+        self.register_buffer("weight", weight)
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
         )

@@ -72,7 +72,7 @@ def pointer(row, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def _times(high, low, other_high, other_low):
     product = high * other_high
-    rest = tl.fma(high, other_high, -product) + (high * other_low + low * other_high)
+    rest = tl.fma(high, other_low, tl.fma(low, other_high, tl.fma(high, other_high, -product)))
     total = product + rest
     return total, rest - (total - product)
 
