@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(kWarp) count_kernel(const __grid_constant__ Co
     first = second;
     second = (k == 0 && !group.is_lamb ? numbers.lr : 1.0) / (k == 0 ? bias : root);
   }
+  slots[i] = {};  // padding is copied, too
   const std::uint32_t key = random_key(group.seed, step);
   const auto fill_with = [&](const auto& exact) {
     if (table.is_double[i]) {

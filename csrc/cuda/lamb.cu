@@ -42,6 +42,11 @@ template <class S>
 constexpr int kRows = std::is_same<S, std::uint8_t>::value ? kQuantBlock / kWarp : 4;
 static_assert(kLambLanes == kWarp);
 
+// Blocks of the second pass that a multiprocessor holds at least: the compiler takes a third more registers where it
+// may, for nothing. 0 leaves it alone.
+template <class S>
+constexpr int kBlocks = std::is_same<S, AnyFloat>::value ? 10 : 0;
+
 template <class S>
 using LambTile = Tile<1, kRows<S>, kWarp>;
 
@@ -166,7 +171,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Second pass: one block updates one chunk of one parameter. The last chunks come first.
 template <class P, class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<S>)
     lamb_param_kernel(const __grid_constant__ MomentTable table, const Workspace workspace) {
   using T = Math<P>;
   using Tile = LambTile<S>;
