@@ -124,3 +124,23 @@ def test_adamw_takes_cuda_tensors_only():
     assert error.startswith("adamw_: params[0] is float32 ")
     assert error.endswith(" on cpu; expected a tensor on cuda:0")
     assert nothing_left == "[]"
+
+
+def test_groups_on_the_cpu_are_left_to_others():
+    output = run(
+        "import torch\n"
+        "from superfine_kernels import _cuda\n"
+        "from superfine_kernels._library import READER\n"
+        "param = torch.nn.Parameter(torch.ones(3))\n"
+        "param.grad = torch.ones(3)\n"
+        "state = {param: dict(step=torch.zeros(()), exp_avg=torch.zeros(3), exp_avg_sq=torch.zeros(3))}\n"
+        "hyper = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, gradient_scale=1.0,\n"
+        "             zero_grads=False, stochastic_rounding=False, seed=0, amsgrad=False, anchored=False)\n"
+        "adamw, lamb = dict(hyper, decoupled=True), dict(\n"
+        "    hyper, bias_correction=True, grad_averaging=True, adapt=True, trust_clip=False)\n"
+        "for step, hyper in ((_cuda.adamw_groups, adamw), (_cuda.lamb_groups, lamb)):\n"
+        "    print(step(READER, [([param], hyper)], state, allocate=int, stream=0))\n"
+        "    print(step(READER, [([], hyper)], {}, allocate=int, stream=0))\n"
+        "print(state[param]['step'].item(), param.sum().item())\n"
+    )
+    assert output.splitlines() == ["None", "[]", "None", "[]", "0.0 3.0"]

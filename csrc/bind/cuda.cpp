@@ -168,8 +168,7 @@ PYBIND11_MODULE(_cuda, m) {
   static constexpr const char* kGroupsDoc =
       "One step over an optimizer's groups, pairs of parameters and hyperparameters, which are as those of lists. "
       "Returns what it left alone: pairs of a group's number and a parameter. None, and nothing done, where a "
-      "parameter "
-      "is a tensor subclass or does not lie on the one device.";
+      "parameter is a tensor subclass or does not lie on the one device.";
   const auto def_step = [&](const char* name, const char* groups_name, const Kernel& kernel) {
     m.def(
         name,

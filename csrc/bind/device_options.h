@@ -12,10 +12,9 @@
 namespace superfine {
 
 // `lr`, `beta1`, `beta2` and `gradient_scale` may each be a tensor of one element on the device, which is not read
-// here; `options_of` makes the numbers of all others.
-template <class Options>
-cuda::GroupOptions device_options(const std::string& op, const TensorReader& reader, int device_index,
-                                  const py::dict& hyper, Options (*options_of)(const py::dict&)) {
+// here; `options_of` takes all others.
+inline cuda::GroupOptions device_options(const std::string& op, const TensorReader& reader, int device_index,
+                                         const py::dict& hyper, cuda::GroupOptions (*options_of)(const py::dict&)) {
   const py::dict numbers = hyper.attr("copy")();
   std::array<TensorView, cuda::kDeviceNumbers> views;
   for (int i = 0; i < cuda::kDeviceNumbers; ++i) {
