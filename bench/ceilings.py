@@ -173,7 +173,7 @@ def _streams(memory: torch.Tensor, pool: ThreadPoolExecutor) -> list[_Stream]:
     source, target = memory.chunk(2)
     p, g, m, v = memory.chunk(4)
     vector = torch.ones(4096, device=memory.device)
-    step = torch.zeros(())  # of AdamW, counted on the CPU
+    step = torch.zeros((), device=memory.device)  # of AdamW
 
     def mix() -> None:
         for tensor in (p, m, v):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import collections.abc
 import superfine_kernels._cpu
 import typing
-__all__: list[str] = ['adamw', 'cross_entropy_backward', 'cross_entropy_denominator', 'cross_entropy_forward', 'cross_entropy_reduce', 'device_count', 'lamb', 'runtime_version', 'why_unavailable']
-def adamw(reader: superfine_kernels._cpu.TensorReader, lists: collections.abc.Sequence[list], hyper: dict, *, stream: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
+__all__: list[str] = ['adamw', 'adamw_groups', 'cross_entropy_backward', 'cross_entropy_denominator', 'cross_entropy_forward', 'cross_entropy_reduce', 'device_count', 'lamb', 'lamb_groups', 'runtime_version', 'why_unavailable']
+def adamw(reader: superfine_kernels._cpu.TensorReader, lists: collections.abc.Sequence[list], hyper: dict, *, allocate: collections.abc.Callable, stream: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
     """
-    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the positions that it left alone.
+    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. lr, beta1, beta2 and gradient_scale may be tensors of one element on the device, float32 or float64, which the kernels read; where such a gradient_scale is not finite, the step is not taken, but gradients are zeroed if that is asked for. `allocate` takes bytes and returns the address of that much memory on the device, which stays until the stream is done with it. Returns the positions that were left alone.
+    """
+def adamw_groups(reader: superfine_kernels._cpu.TensorReader, groups: list, state: dict, plan: superfine_kernels._cpu.MomentPlan, *, allocate: collections.abc.Callable, stream: typing.SupportsInt | typing.SupportsIndex) -> list[tuple[int, typing.Any]] | None:
+    """
+    One step over an optimizer's groups, pairs of parameters and hyperparameters, which are as those of lists. Returns what it left alone: pairs of a group's number and a parameter. None, and nothing done, where a parameter is a tensor subclass or does not lie on the one device.
     """
 def cross_entropy_backward(input: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, row_stride: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_is_int64: bool, target_stride: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, ignore_index: typing.SupportsInt | typing.SupportsIndex, label_smoothing: typing.SupportsFloat | typing.SupportsIndex, lse: typing.SupportsInt | typing.SupportsIndex, scale: typing.SupportsInt | typing.SupportsIndex, scale_stride: typing.SupportsInt | typing.SupportsIndex, dlogits: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex, device: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
@@ -32,7 +36,11 @@ def device_count() -> int:
     """
 def lamb(reader: superfine_kernels._cpu.TensorReader, lists: collections.abc.Sequence[list], hyper: dict, *, allocate: collections.abc.Callable, stream: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
     """
-    As adamw. `allocate` takes bytes and returns the address of that much memory on the device, which stays until the stream is done with it.
+    lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. lr, beta1, beta2 and gradient_scale may be tensors of one element on the device, float32 or float64, which the kernels read; where such a gradient_scale is not finite, the step is not taken, but gradients are zeroed if that is asked for. `allocate` takes bytes and returns the address of that much memory on the device, which stays until the stream is done with it. Returns the positions that were left alone.
+    """
+def lamb_groups(reader: superfine_kernels._cpu.TensorReader, groups: list, state: dict, plan: superfine_kernels._cpu.MomentPlan, *, allocate: collections.abc.Callable, stream: typing.SupportsInt | typing.SupportsIndex) -> list[tuple[int, typing.Any]] | None:
+    """
+    One step over an optimizer's groups, pairs of parameters and hyperparameters, which are as those of lists. Returns what it left alone: pairs of a group's number and a parameter. None, and nothing done, where a parameter is a tensor subclass or does not lie on the one device.
     """
 def why_unavailable() -> str | None:
     """

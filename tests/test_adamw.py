@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import pytest
 import torch
@@ -152,6 +153,18 @@ def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype):
         expected = (numbers.float() * keep).to(dtype)
         # + 0: the last addition of a step may drop the sign of a zero.
         assert same_bits(param + 0, expected + 0)
+
+
+# Around the bits of a count, and as many steps as training takes; a GPU has the same power.
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 1023, 1024, 20_011])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999])
+def test_powers_of_beta1_are_correctly_rounded(beta, step):
+    param, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    hyper = {"lr": 1.0, "beta1": beta, "beta2": 0.0, "eps": 0.0, "weight_decay": 0.0}
+    adamw_(
+        [param], [one], [one.clone()], [one.clone()], [], [torch.tensor(step - 1.0)], **hyper, backend="cpu"
+    )
+    assert param.item() == -1.0 / (1.0 - float(Fraction(beta) ** step))  # both moments stay 1
 
 
 # --- layouts and values --------------------

@@ -86,12 +86,12 @@ def test_adamw_minds_the_alignment_of_options(backend, name, state):
     assert_same_options(options, expected_options)
 
 
-# As many tensors as one table of the CUDA kernel takes, and one more.
-@pytest.mark.parametrize("count", [400, 401])
+# As many tensors as one table of the CUDA kernel takes, one more; and one more than the table of counts takes.
+@pytest.mark.parametrize("count", [430, 431, 513])
 def test_adamw_over_many_tensors(backend, count):
     case = AdamWCase.random([1 + (37 * i) % 101 if i % 13 else 5000 for i in range(count)], device="cuda")
     for i, step in enumerate(case.steps):
-        step.fill_(i % 100)  # more distinct scalars than one table takes
+        step.fill_(i % 100)
     expected = step_on_cpu(case)
     superfine_kernels.adamw_(*case.lists(), **HYPER, backend=backend)
     assert_same_bits(case, expected)
@@ -164,21 +164,6 @@ def test_adamw_runs_in_order_on_the_current_stream(backend):
     assert_same_bits(case, expected)
 
 
-def test_adamw_can_be_captured_in_a_graph(cuda_module):
-    case = AdamWCase.random([5000, 3], device="cuda")
-    expected = step_on_cpu(case)
-    before = case.to("cuda")
-    superfine_kernels.adamw_(*case.to("cuda").lists(), **HYPER, backend="cuda")  # loads the kernel
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        superfine_kernels.adamw_(*case.lists(), **HYPER, backend="cuda")
-    for tensors, olds in zip(case.lists()[:4], before.lists()[:4], strict=True):
-        for t, old in zip(tensors, olds, strict=True):
-            assert torch.equal(t, old), "capturing ran the kernel"
-    graph.replay()
-    assert_same_bits(case, expected)
-
-
 def test_adamw_steps_a_tensor_of_more_than_2_to_the_31_elements(backend):
     n = 2**31 + 4099
     needed = 4 * n * 2 + (1 << 30)
@@ -189,7 +174,9 @@ def test_adamw_steps_a_tensor_of_more_than_2_to_the_31_elements(backend):
     # The first and last chunks: an index of 32 bits would hit the wrong ones.
     ends = [slice(0, 5000), slice(n - 5000, n)]
     expected = [AdamWCase(*([t[end].cpu()] for t in tensors), [], [torch.zeros(())]) for end in ends]
-    superfine_kernels.adamw_(*([t] for t in tensors), [], [torch.zeros(())], **HYPER, backend=backend)
+    superfine_kernels.adamw_(
+        *([t] for t in tensors), [], [torch.zeros((), device="cuda")], **HYPER, backend=backend
+    )
     for end, case in zip(ends, expected, strict=True):
         superfine_kernels.adamw_(*case.lists(), **HYPER, backend="cpu")
         assert torch.equal(tensors[0][end].cpu(), case.params[0])

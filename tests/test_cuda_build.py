@@ -44,6 +44,7 @@ def test_every_architecture_has_every_kernel(usages):
     assert len(of_kernel(usages, "adamw_kernel")) == 8 * len(by_architecture)
     assert len(of_kernel(usages, "lamb_moments_kernel")) == 3 * len(by_architecture)
     assert len(of_kernel(usages, "lamb_param_kernel")) == 3 * len(by_architecture)
+    assert len(of_kernel(usages, "count_kernel")) == len(by_architecture)
     # Four dtypes, with and without smoothing, row held or not.
     assert len(of_kernel(usages, "forward_kernel")) == 4 * 2 * 2 * len(by_architecture)
     assert len(of_kernel(usages, "backward_kernel")) == 4 * 2 * len(by_architecture)
@@ -115,11 +116,32 @@ def test_adamw_takes_cuda_tensors_only():
         "lists = [[torch.zeros(3)] for _ in range(4)] + [[], [], [], []] + [[torch.zeros(())]]\n"
         "hyper = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True,\n"
         "             gradient_scale=1.0, zero_grads=False, stochastic_rounding=False, seed=0)\n"
-        "try:\n    _cuda.adamw(READER, lists, hyper, stream=0)\n"
+        "try:\n    _cuda.adamw(READER, lists, hyper, allocate=int, stream=0)\n"
         "except ValueError as error:\n    print(error)\n"
-        "print(_cuda.adamw(READER, [[]] * 9, hyper, stream=0))\n"
+        "print(_cuda.adamw(READER, [[]] * 9, hyper, allocate=int, stream=0))\n"
     )
     error, nothing_left = output.splitlines()
     assert error.startswith("adamw_: params[0] is float32 ")
-    assert error.endswith(" on cpu; expected a tensor on cuda")
+    assert error.endswith(" on cpu; expected a tensor on cuda:0")
     assert nothing_left == "[]"
+
+
+def test_groups_on_the_cpu_are_left_to_others():
+    output = run(
+        "import torch\n"
+        "from superfine_kernels import _cuda\n"
+        "from superfine_kernels._library import READER\n"
+        "from superfine_kernels._moments import Plan\n"
+        "param = torch.nn.Parameter(torch.ones(3))\n"
+        "param.grad = torch.ones(3)\n"
+        "state = {param: dict(step=torch.zeros(()), exp_avg=torch.zeros(3), exp_avg_sq=torch.zeros(3))}\n"
+        "hyper = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, gradient_scale=1.0,\n"
+        "             zero_grads=False, stochastic_rounding=False, seed=0, amsgrad=False, anchored=False)\n"
+        "adamw, lamb = dict(hyper, decoupled=True), dict(\n"
+        "    hyper, bias_correction=True, grad_averaging=True, adapt=True, trust_clip=False)\n"
+        "for step, hyper in ((_cuda.adamw_groups, adamw), (_cuda.lamb_groups, lamb)):\n"
+        "    print(step(READER, [([param], hyper)], state, Plan(), allocate=int, stream=0))\n"
+        "    print(step(READER, [([], hyper)], {}, Plan(), allocate=int, stream=0))\n"
+        "print(state[param]['step'].item(), param.sum().item())\n"
+    )
+    assert output.splitlines() == ["None", "[]", "None", "[]", "0.0 3.0"]

@@ -8,7 +8,6 @@ from kernel_cases import ADAMW_DTYPES, LambCase, assert_same_bits
 from moment_options import OPTIONS, assert_same_options, on_cpu, random_options
 
 import superfine_kernels
-from superfine_kernels import _backends
 
 pytestmark = pytest.mark.gpu
 
@@ -66,12 +65,12 @@ def test_options_give_the_bits_of_the_cpu_kernel(backend, param, state, names):
         assert_same_options(options, expected_options)
 
 
-# As many tensors as one table of the CUDA kernel takes, and one more.
-@pytest.mark.parametrize("count", [400, 401])
+# As many tensors as one table of the CUDA kernel takes, one more; and one more than the table of counts takes.
+@pytest.mark.parametrize("count", [430, 431, 513])
 def test_many_tensors(backend, count):
     case = LambCase.random([1 + (37 * i) % 101 if i % 13 else 20_000 for i in range(count)], device="cuda")
     for i, step in enumerate(case.steps):
-        step.fill_(i % 100)  # more distinct scalars than one table takes
+        step.fill_(i % 100)
     expected = step_on_cpu(case)
     superfine_kernels.lamb_(*case.lists(), **HYPER, backend=backend)
     assert_same_bits(case, expected)
@@ -104,21 +103,6 @@ def test_same_bits_on_every_run(backend):
         superfine_kernels.lamb_(*case.lists(), **HYPER, backend=backend)
     for case in cases[1:]:
         assert_same_bits(case, cases[0])
-
-
-def test_can_be_captured_in_a_graph():
-    if (reason := _backends.why_unavailable("cuda")) is not None:
-        pytest.skip(reason)
-    case = LambCase.random([50_000, 3], device="cuda")
-    expected = step_on_cpu(case)
-    before = case.to("cuda")
-    superfine_kernels.lamb_(*case.to("cuda").lists(), **HYPER, backend="cuda")  # loads the kernels
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        superfine_kernels.lamb_(*case.lists(), **HYPER, backend="cuda")
-    assert torch.equal(case.params[0], before.params[0]), "capturing ran the kernel"
-    graph.replay()
-    assert_same_bits(case, expected)
 
 
 def test_clips_by_the_norm_over_all_parameters(backend):

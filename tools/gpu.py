@@ -124,7 +124,10 @@ def run_all(runner: Runner) -> None:
         python,
         "-m",
         "pytest",
-        *(str(ROOT / "tests" / f"test_cuda_{op}.py") for op in ("adamw", "lamb", "cross_entropy")),
+        *(
+            str(ROOT / "tests" / f"test_cuda_{name}.py")
+            for name in ("adamw", "lamb", "step", "cross_entropy")
+        ),
         "-m",
         "gpu",
         "-p",

@@ -43,7 +43,7 @@ def _adamw(backend: str, dtype: torch.dtype, amsgrad: bool) -> float:
     on_gpu = [[_at_odd_address(tensor) for tensor in tensors] for tensors in on_cpu]
     for lists, chosen in ((on_cpu, "reference"), (on_gpu, backend)):
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = lists
-        steps = [torch.zeros(()) for _ in sizes]
+        steps = [torch.zeros((), device=params[0].device) for _ in sizes]
         superfine_kernels.adamw_(
             params,
             grads,

@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "bind/cross_entropy_args.h"
+#include "bind/device_options.h"
+#include "bind/moment_groups.h"
 #include "bind/moment_lists.h"
 #include "bind/moment_options.h"
 #include "bind/tensor_list.h"
@@ -85,41 +87,67 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Says in torch's way what a step writes.
-void increment_versions(const TensorReader& reader, const std::vector<py::list>& lists, const MomentOptions& options) {
-  reader.increment_version(lists[kParam]);
-  if (options.zero_grads) reader.increment_version(lists[kGrad]);
+// An optimizer's op.
+struct Kernel {
+  const char* name;
+  cuda::GroupOptions (*options)(const py::dict& hyper);
+  std::size_t (*workspace_bytes)(const cuda::Step& step);
+  void (*run)(const cuda::Step& step, void* workspace, cudaStream_t stream);
+};
+constexpr Kernel kAdamW{"adamw_", [](const py::dict& hyper) { return cuda::GroupOptions::of(adamw_options(hyper)); },
+                        &cuda::adamw_workspace_bytes, &cuda::adamw};
+constexpr Kernel kLamb{"lamb_", [](const py::dict& hyper) { return cuda::GroupOptions::of(lamb_options(hyper)); },
+                       &cuda::lamb_workspace_bytes, &cuda::lamb};
+
+// Steps what `arguments` hold, all groups at once, and says in torch's way what is written.
+void step(const Kernel& kernel, const TensorReader& reader, const MomentArguments& arguments,
+          const std::vector<cuda::GroupOptions>& options, const py::list& params, const py::list& zeroed,
+          const py::function& allocate, std::uintptr_t stream) {
+  if (arguments.tensors.empty()) return;
+  const DeviceGuard guard(arguments.device_index, kernel.name);
+  std::vector<std::uint32_t> groups;
+  groups.reserve(arguments.options.size());
+  for (const MomentOptions* each : arguments.options) groups.push_back(static_cast<std::uint32_t>(each->group));
+  const cuda::Step step{static_cast<std::int64_t>(arguments.tensors.size()), arguments.tensors.data(),
+                        arguments.steps.data(), groups.data(), options.data()};
+  void* const workspace = pointer(allocate(kernel.workspace_bytes(step)).cast<std::uintptr_t>());
+  reader.increment_version(params);
+  if (!zeroed.empty()) reader.increment_version(zeroed);
+  const py::gil_scoped_release release;
+  kernel.run(step, workspace, as_stream(stream));
 }
 
-std::vector<std::size_t> adamw(const TensorReader& reader, const std::vector<py::list>& lists, const py::dict& hyper,
-                               std::uintptr_t stream) {
+std::vector<std::size_t> step_lists(const Kernel& kernel, const TensorReader& reader,
+                                    const std::vector<py::list>& lists, const py::dict& hyper,
+                                    const py::function& allocate, std::uintptr_t stream) {
   const MomentOptions options = MomentOptions::of(0, hyper);
-  const AdamWOptions rule = adamw_options(hyper);
-  MomentArguments arguments = read_moment_lists("adamw_", reader, TensorView::Device::cuda, lists, options, 1);
+  const MomentArguments arguments = read_moment_lists(kernel.name, reader, TensorView::Device::cuda, lists, options, 1);
   if (lists[kParam].empty()) return {};
-  const DeviceGuard guard(arguments.device_index, "adamw_");
-  const auto tensors = advance<AdamWTensor>(arguments, [&](std::size_t, double step) { return scalars(rule, step); });
-  increment_versions(reader, lists, options);
-  const py::gil_scoped_release release;
-  cuda::adamw(tensors.data(), static_cast<std::int64_t>(tensors.size()), as_stream(stream));
+  const auto rule = device_options(kernel.name, reader, arguments.device_index, hyper, kernel.options);
+  step(kernel, reader, arguments, {rule}, lists[kParam], options.zero_grads ? lists[kGrad] : py::list(), allocate,
+       stream);
   return arguments.rest;
 }
 
-std::vector<std::size_t> lamb(const TensorReader& reader, const std::vector<py::list>& lists, const py::dict& hyper,
-                              const py::function& allocate, std::uintptr_t stream) {
-  const MomentOptions options = MomentOptions::of(0, hyper);
-  const LambOptions rule = lamb_options(hyper);
-  MomentArguments arguments = read_moment_lists("lamb_", reader, TensorView::Device::cuda, lists, options, 1);
-  if (lists[kParam].empty()) return {};
-  const DeviceGuard guard(arguments.device_index, "lamb_");
-  const std::int64_t count = static_cast<std::int64_t>(arguments.tensors.size());
-  const std::size_t bytes = cuda::lamb_workspace_bytes(arguments.tensors.data(), count);
-  void* workspace = pointer(allocate(bytes).cast<std::uintptr_t>());
-  const auto tensors = advance<LambTensor>(arguments, [&](std::size_t, double step) { return scalars(rule, step); });
-  increment_versions(reader, lists, options);
-  const py::gil_scoped_release release;
-  cuda::lamb(tensors.data(), count, workspace, as_stream(stream));
-  return arguments.rest;
+std::optional<std::vector<std::pair<std::size_t, py::object>>> step_groups(
+    const Kernel& kernel, const TensorReader& reader, const py::list& groups, const py::dict& state, MomentPlan& plan,
+    const py::function& allocate, std::uintptr_t stream) {
+  const MomentGroups read(reader, groups, state);
+  const auto arguments = read.read(kernel.name, TensorView::Device::cuda, plan, 1);
+  if (!arguments) return std::nullopt;
+  std::vector<cuda::GroupOptions> rules(groups.size());
+  std::optional<std::size_t> last;  // a group without a gradient may have hyperparameters on another device
+  for (std::size_t i = 0; i < read.params().size(); ++i) {
+    const std::size_t group = read.group(i);
+    if (group == last) continue;
+    const auto hyper = groups[group].cast<std::pair<py::list, py::dict>>().second;
+    rules[group] = device_options(kernel.name, reader, arguments->device_index, hyper, kernel.options);
+    last = group;
+  }
+  step(kernel, reader, *arguments, rules, read.params(), read.zeroed(), allocate, stream);
+  std::vector<std::pair<std::size_t, py::object>> rest;
+  for (const std::size_t position : arguments->rest) rest.emplace_back(read.group(position), read.params()[position]);
+  return rest;
 }
 
 }  // namespace
@@ -131,14 +159,34 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("device_count", &device_count, "The number of GPUs; 0 without a driver.");
   m.def("why_unavailable", &why_unavailable, "Why no kernel can run on this machine, or None where one can.");
 
-  m.def("adamw", &adamw,
-        "lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the "
-        "positions that it left alone.",
-        py::arg("reader"), py::arg("lists"), py::arg("hyper"), py::kw_only(), py::arg("stream"));
-  m.def("lamb", &lamb,
-        "As adamw. `allocate` takes bytes and returns the address of that much memory on the device, which stays until "
-        "the stream is done with it.",
-        py::arg("reader"), py::arg("lists"), py::arg("hyper"), py::kw_only(), py::arg("allocate"), py::arg("stream"));
+  static constexpr const char* kListsDoc =
+      "lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. lr, beta1, "
+      "beta2 and gradient_scale may be tensors of one element on the device, float32 or float64, which the kernels "
+      "read; where such a gradient_scale is not finite, the step is not taken, but gradients are zeroed if that is "
+      "asked for. `allocate` takes bytes and returns the address of that much memory on the device, which stays until "
+      "the stream is done with it. Returns the positions that were left alone.";
+  static constexpr const char* kGroupsDoc =
+      "One step over an optimizer's groups, pairs of parameters and hyperparameters, which are as those of lists. "
+      "Returns what it left alone: pairs of a group's number and a parameter. None, and nothing done, where a "
+      "parameter is a tensor subclass or does not lie on the one device.";
+  const auto def_step = [&](const char* name, const char* groups_name, const Kernel& kernel) {
+    m.def(
+        name,
+        [&kernel](const TensorReader& reader, const std::vector<py::list>& lists, const py::dict& hyper,
+                  const py::function& allocate,
+                  std::uintptr_t stream) { return step_lists(kernel, reader, lists, hyper, allocate, stream); },
+        kListsDoc, py::arg("reader"), py::arg("lists"), py::arg("hyper"), py::kw_only(), py::arg("allocate"),
+        py::arg("stream"));
+    m.def(
+        groups_name,
+        [&kernel](const TensorReader& reader, const py::list& groups, const py::dict& state, MomentPlan& plan,
+                  const py::function& allocate,
+                  std::uintptr_t stream) { return step_groups(kernel, reader, groups, state, plan, allocate, stream); },
+        kGroupsDoc, py::arg("reader"), py::arg("groups"), py::arg("state"), py::arg("plan"), py::kw_only(),
+        py::arg("allocate"), py::arg("stream"));
+  };
+  def_step("adamw", "adamw_groups", kAdamW);
+  def_step("lamb", "lamb_groups", kLamb);
 
   m.def(
       "cross_entropy_forward",

@@ -8,22 +8,18 @@
 
 namespace superfine {
 
+inline RuleOptions rule_options(const pybind11::dict& hyper) {
+  return {hyper["lr"].cast<double>(),  hyper["beta1"].cast<double>(),        hyper["beta2"].cast<double>(),
+          hyper["eps"].cast<double>(), hyper["weight_decay"].cast<double>(), hyper["gradient_scale"].cast<double>()};
+}
+
 inline AdamWOptions adamw_options(const pybind11::dict& hyper) {
-  return {hyper["lr"].cast<double>(),
-          hyper["beta1"].cast<double>(),
-          hyper["beta2"].cast<double>(),
-          hyper["eps"].cast<double>(),
-          hyper["weight_decay"].cast<double>(),
-          hyper["decoupled"].cast<bool>(),
-          hyper["gradient_scale"].cast<double>()};
+  return {rule_options(hyper), hyper["decoupled"].cast<bool>()};
 }
 
 inline LambOptions lamb_options(const pybind11::dict& hyper) {
-  return {hyper["lr"].cast<double>(),           hyper["beta1"].cast<double>(),
-          hyper["beta2"].cast<double>(),        hyper["eps"].cast<double>(),
-          hyper["weight_decay"].cast<double>(), hyper["bias_correction"].cast<bool>(),
-          hyper["grad_averaging"].cast<bool>(), hyper["adapt"].cast<bool>(),
-          hyper["trust_clip"].cast<bool>(),     hyper["gradient_scale"].cast<double>()};
+  return {rule_options(hyper), hyper["bias_correction"].cast<bool>(), hyper["grad_averaging"].cast<bool>(),
+          hyper["adapt"].cast<bool>(), hyper["trust_clip"].cast<bool>()};
 }
 
 }  // namespace superfine

@@ -174,6 +174,8 @@ class TensorReader {
     return Py_TYPE(object) == as_type(tensor_) || Py_TYPE(object) == as_type(parameter_);
   }
 
+  bool is_tensor(py::handle object) const { return is_plain(object.ptr()) || py::isinstance(object, tensor_); }
+
   // The gradient of a plain tensor, or None: `tensor.grad` without the search for the attribute.
   py::object grad(PyObject* tensor) const {
     PyObject* const descriptor = grad_.ptr();

@@ -17,6 +17,7 @@
 
 #include "core/cuda_check.h"
 #include "cuda/block_reduce.h"
+#include "cuda/count_steps.h"
 #include "cuda/moment_storage.h"
 #include "cuda/moment_table.h"
 #include "cuda/pack.h"
@@ -30,8 +31,10 @@ constexpr int kThreads = 256;
 // binary search in constant memory) stays small against moving 115 KB.
 constexpr int kChunk = 4096;
 
-template <class T>
-using Table = MomentTable<AdamWScalars<T>>;
+// Blocks that a multiprocessor holds at least, for they hide each other's latency; 0 where the compiler keeps to 4
+// alone, with fewer registers than it would take when told.
+template <class P, class S>
+constexpr int kBlocks = sizeof(P) == 8 || sizeof(S) == 1 ? 4 : 0;
 
 // Whether packs of a tensor may move at once: views into larger buffers may be aligned to an element only.
 __device__ __forceinline__ bool is_aligned(const MomentEntry& t, int pack) {
@@ -45,7 +48,8 @@ __device__ __forceinline__ bool is_aligned(const MomentEntry& t, int pack) {
 
 // One block updates one chunk of one tensor.
 template <class P, class S>
-__global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Table<Math<P>> table) {
+__global__ void __launch_bounds__(kThreads, kBlocks<P, S>)
+    adamw_kernel(const __grid_constant__ MomentTable table, StepSlot* slots) {
   using T = Math<P>;
   constexpr bool kQuantized = std::is_same<S, std::uint8_t>::value;
   constexpr int kPack = kQuantized ? kQuantBlock / kWarp : 16 / (sizeof(P) > sizeof(S) ? sizeof(P) : sizeof(S));
@@ -55,12 +59,14 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
   const MomentEntry& t = table.tensors[index];
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x - table.first_chunk[index]) * kChunk;
   const int n = static_cast<int>(min(t.numel - begin, static_cast<std::int64_t>(kChunk)));
+  const auto& step = share<AdamWScalars<T>>(slots[t.slot]);
   const bool aligned = is_aligned(t, kPack), anchored = t.anchor != nullptr;
   const bool amsgrad = !kQuantized && t.max_or_scales != nullptr;
   S* const max_exp_avg_sq = static_cast<S*>(t.max_or_scales) + begin;
-  Moments<Tile, S> moments(t, begin);
+  const std::uint32_t key = step.random_key;
+  Moments<Tile, S> moments(t, key, begin);
 
-  const AdamWScalars<T> s = table.scalars[t.scalars];
+  const AdamWScalars<T>& s = step.rule;
   AdamWScalars<T> scaled = s;
   scaled.gradient_scale = 1;  // of gradients that are scaled already
 
@@ -68,6 +74,7 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
   const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
   for (int start = (threadIdx.x - lane) * kPack; start < n; start += kThreads * kPack) {
+    read_again();
     const int first = start + lane * kPack;
     const Tile tile{first, n, aligned && first + kPack <= n};
     T p[kPack], g[kPack];
@@ -78,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
     });
     with_type<P>(t.param_dtype(), [&](auto type) {
       using E = decltype(type);
-      Params<Tile, E> params(t, begin);
+      Params<Tile, E> params(t, key, begin);
       typename Tile::template Elements<E> grad, anchor;
       tile.access([&](const auto& tile) {
         params.read(tile);
@@ -109,16 +116,18 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
       if constexpr (!kQuantized) v_max.set(k, narrow<S>(largest));
     }
     moments.finish(tile);
-    tile.access([&](const auto& tile) {
-      moments.write(tile);
-      if (amsgrad) tile.write(max_exp_avg_sq, v_max);
-    });
+    if (step.is_taken) {
+      tile.access([&](const auto& tile) {
+        moments.write(tile);
+        if (amsgrad) tile.write(max_exp_avg_sq, v_max);
+      });
+    }
     with_type<P>(t.param_dtype(), [&](auto type) {
       using E = decltype(type);
-      Params<Tile, E> params(t, begin);
+      Params<Tile, E> params(t, key, begin);
       params.set(tile, p);
       tile.access([&](const auto& tile) {
-        params.write(tile);
+        if (step.is_taken) params.write(tile);
         if (t.zero_grad) tile.write(static_cast<E*>(t.grad) + begin, {});
       });
     });
@@ -126,21 +135,24 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
 }
 
 template <class P, class S, class Select>
-void step(const AdamWTensor* tensors, std::int64_t count, cudaStream_t stream, const Select& select) {
-  using T = Math<P>;
-  fill_tables<T, Table<T>>(tensors, count, select, kChunk, std::numeric_limits<std::int64_t>::max(),
-                           [=](const Table<T>& table, unsigned chunks) {
-                             adamw_kernel<P, S><<<chunks, kThreads, 0, stream>>>(table);
-                             cuda_check(cudaGetLastError(), "adamw");
-                           });
+void launch(const Step& step, StepSlot* slots, cudaStream_t stream, const Select& select) {
+  fill_tables(step.tensors, step.count, select, kChunk, std::numeric_limits<std::int64_t>::max(),
+              [=](const MomentTable& table, unsigned chunks) {
+                adamw_kernel<P, S><<<chunks, kThreads, 0, stream>>>(table, slots);
+                cuda_check(cudaGetLastError(), "adamw");
+              });
 }
 
 }  // namespace
 
-void adamw(const AdamWTensor* tensors, std::int64_t count, cudaStream_t stream) {
-  const auto pair = [=](auto p, auto s, DType param, DType state) {
-    step<decltype(p), decltype(s)>(
-        tensors, count, stream, [=](const AdamWTensor& t) { return t.param_dtype == param && t.state_dtype == state; });
+std::size_t adamw_workspace_bytes(const Step& step) { return sizeof(StepSlot) * step.count; }
+
+void adamw(const Step& step, void* workspace, cudaStream_t stream) {
+  StepSlot* const slots = static_cast<StepSlot*>(workspace);
+  count_steps(step, slots, stream, "adamw");
+  const auto pair = [&](auto p, auto s, DType param, DType state) {
+    launch<decltype(p), decltype(s)>(
+        step, slots, stream, [=](const MomentTensor& t) { return t.param_dtype == param && t.state_dtype == state; });
   };
   pair(float{}, float{}, DType::f32, DType::f32);
   pair(float{}, bf16{}, DType::f32, DType::bf16);
@@ -149,7 +161,7 @@ void adamw(const AdamWTensor* tensors, std::int64_t count, cudaStream_t stream) 
   pair(f16{}, f16{}, DType::f16, DType::f16);
   pair(f16{}, float{}, DType::f16, DType::f32);
   pair(double{}, double{}, DType::f64, DType::f64);
-  step<AnyFloat, std::uint8_t>(tensors, count, stream, [](const AdamWTensor& t) { return t.state_dtype == DType::u8; });
+  launch<AnyFloat, std::uint8_t>(step, slots, stream, [](const MomentTensor& t) { return t.state_dtype == DType::u8; });
 }
 
 }  // namespace superfine::cuda

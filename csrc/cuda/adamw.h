@@ -2,16 +2,21 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstdint>
+#include <cstddef>
 
+#include "cuda/step.h"
 #include "math/adamw.h"
 
 namespace superfine::cuda {
 
-// Steps all tensors on the current device: one launch for every pair of types, and one for all 8-bit moments
-// (another when its tensors outgrow a table). The tensors' addresses travel as a
-// kernel argument, so nothing is copied or synchronised and the launches can be captured in a graph.
+// Bytes of device memory that a step works in.
+std::size_t adamw_workspace_bytes(const Step& step);
+
+// Steps all tensors on the current device: a small launch for up to 512 of them, which counts, then one for every pair
+// of types, and one for all 8-bit moments (another when its tensors outgrow a table). The tensors' addresses travel as
+// a kernel argument, so nothing is copied or synchronised; the launches can be captured in a graph, and count again
+// when it is replayed. `workspace` is aligned to 16 bytes, needs no initial value, and may be freed in stream order.
 // Throws std::runtime_error when a launch fails.
-void adamw(const AdamWTensor* tensors, std::int64_t count, cudaStream_t stream);
+void adamw(const Step& step, void* workspace, cudaStream_t stream);
 
 }  // namespace superfine::cuda

@@ -25,6 +25,7 @@
 
 #include "core/cuda_check.h"
 #include "cuda/block_reduce.h"
+#include "cuda/count_steps.h"
 #include "cuda/moment_storage.h"
 #include "cuda/moment_table.h"
 #include "cuda/pack.h"
@@ -41,24 +42,24 @@ template <class S>
 constexpr int kRows = std::is_same<S, std::uint8_t>::value ? kQuantBlock / kWarp : 4;
 static_assert(kLambLanes == kWarp);
 
+// Blocks of the second pass that a multiprocessor holds at least: the compiler takes a third more registers where it
+// may, for nothing. 0 leaves it alone.
+template <class S>
+constexpr int kBlocks = std::is_same<S, AnyFloat>::value ? 10 : 0;
+
 template <class S>
 using LambTile = Tile<1, kRows<S>, kWarp>;
 
-// Between the passes of a batch, in device memory.
+// Device memory of a step.
 struct Workspace {
-  LambNorms* chunks;            // of the batch
-  double* negative_step_sizes;  // of its tensors
-  unsigned* finished;           // chunks of each tensor; 0 before and after a batch
+  LambNorms* chunks;            // of a batch, between its passes
+  StepSlot* slots;              // of all tensors
+  double* negative_step_sizes;  // as well
 };
 
-template <class T>
-using Table = MomentTable<LambScalars<T>, sizeof(Workspace)>;
-constexpr int kMostTensors = Table<float>::kTensors;
-
-template <class AnyTensor>
-std::int64_t chunks_of(const AnyTensor* tensors, std::int64_t count) {
+std::int64_t chunks_of(const Step& step) {
   std::int64_t chunks = 0;
-  for (std::int64_t i = 0; i < count; ++i) chunks += (tensors[i].numel + kLambChunk - 1) / kLambChunk;
+  for (std::int64_t i = 0; i < step.count; ++i) chunks += (step.tensors[i].numel + kLambChunk - 1) / kLambChunk;
   return chunks;
 }
 
@@ -71,7 +72,8 @@ struct Norms : LambNorms {
 
 // Sums up a tensor's chunks, in the order of the rule, and so finds its step size; called by all threads.
 template <class T>
-__device__ void finish_tensor(const LambScalars<T>& s, const Workspace& workspace, int index, int first, int chunks) {
+__device__ void finish_tensor(const LambScalars<T>& s, const Workspace& workspace, std::uint32_t slot, int first,
+                              int chunks) {
   Norms sum;
 #pragma unroll 4
   for (int i = threadIdx.x; i < chunks; i += kThreads) {
@@ -79,10 +81,7 @@ __device__ void finish_tensor(const LambScalars<T>& s, const Workspace& workspac
     sum.merge({chunk.x, chunk.y});
   }
   sum = block_reduce(sum);
-  if (threadIdx.x == 0) {
-    workspace.negative_step_sizes[index] = lamb_negative_step_size(s, sum);
-    workspace.finished[index] = 0;
-  }
+  if (threadIdx.x == 0) workspace.negative_step_sizes[slot] = lamb_negative_step_size(s, sum);
 }
 
 // Where a warp works: `size` elements from the tensor's `begin`-th on; not above 0 where there is nothing for it.
@@ -102,7 +101,7 @@ struct WarpBlock {
 // First pass: one block updates the moments of one chunk of one tensor and adds up its squares.
 template <class P, class S>
 __global__ void __launch_bounds__(kThreads)
-    lamb_moments_kernel(const __grid_constant__ Table<Math<P>> table, const Workspace workspace) {
+    lamb_moments_kernel(const __grid_constant__ MomentTable table, const Workspace workspace) {
   using T = Math<P>;
   using Tile = LambTile<S>;
   constexpr int kElements = Tile::kElements;
@@ -110,19 +109,22 @@ __global__ void __launch_bounds__(kThreads)
   const int index = table.find(blockIdx.x);
   const int first = table.first_chunk[index];
   const MomentEntry& t = table.tensors[index];
-  const auto& s = table.scalars[t.scalars];
+  const auto& step = share<LambScalars<T>>(workspace.slots[t.slot]);
+  const auto& s = step.rule;
+  const std::uint32_t key = step.random_key;
   const WarpBlock block(t, blockIdx.x - first);
-  Moments<Tile, S> moments(t, block.begin);
+  Moments<Tile, S> moments(t, key, block.begin);
 
   T param_sum = 0, direction_sum = 0;
 #pragma unroll 1
   for (int row = 0; row < block.size; row += kElements * kWarp) {
+    read_again();
     const Tile tile = block.tile<S>(row);
     T p[kElements], g[kElements], distance[kElements];
     moments.read(tile);  // before the parameters, which are waited for
     with_type<P>(t.param_dtype(), [&](auto type) {
       using E = decltype(type);
-      Params<Tile, E> params(t, block.begin);
+      Params<Tile, E> params(t, key, block.begin);
       E* grad = static_cast<E*>(t.grad) + block.begin;
       const E* anchor = static_cast<const E*>(t.anchor) + block.begin;
       params.read(tile);
@@ -142,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
       moments.set(k, m, v);
     }
     moments.finish(tile);
-    moments.write(tile);
+    if (step.is_taken) moments.write(tile);
 #pragma unroll
     for (int k = 0; k < kElements; ++k) {
       const T u = lamb_direction(s, distance[k], T(moments.m(k)), T(moments.v(k)));  // of the moments as stored
@@ -158,19 +160,19 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) {
     workspace.chunks[blockIdx.x] = sum;
     __threadfence();
-    is_last = atomicAdd(&workspace.finished[index], 1) + 1 == static_cast<unsigned>(chunks);
+    is_last = atomicAdd(&workspace.slots[t.slot].as<LambScalars<T>>().finished, 1) + 1 == static_cast<unsigned>(chunks);
   }
   __syncthreads();
   if (is_last) {
     __threadfence();
-    finish_tensor(s, workspace, index, first, chunks);
+    finish_tensor(s, workspace, t.slot, first, chunks);
   }
 }
 
 // Second pass: one block updates one chunk of one parameter. The last chunks come first.
 template <class P, class S>
-__global__ void __launch_bounds__(kThreads)
-    lamb_param_kernel(const __grid_constant__ Table<Math<P>> table, const Workspace workspace) {
+__global__ void __launch_bounds__(kThreads, kBlocks<S>)
+    lamb_param_kernel(const __grid_constant__ MomentTable table, const Workspace workspace) {
   using T = Math<P>;
   using Tile = LambTile<S>;
   constexpr int kElements = Tile::kElements;
@@ -178,19 +180,23 @@ __global__ void __launch_bounds__(kThreads)
   const int chunk = gridDim.x - 1 - blockIdx.x;
   const int index = table.find(chunk);
   const MomentEntry& t = table.tensors[index];
-  const auto& s = table.scalars[t.scalars];
-  const T step_size = static_cast<T>(workspace.negative_step_sizes[index]);
+  const auto& step = share<LambScalars<T>>(workspace.slots[t.slot]);
+  if (!step.is_taken) return;
+  const auto& s = step.rule;
+  const std::uint32_t key = step.random_key;
+  const T step_size = static_cast<T>(workspace.negative_step_sizes[t.slot]);
   const WarpBlock block(t, chunk - table.first_chunk[index]);
-  Moments<Tile, S> moments(t, block.begin);
+  Moments<Tile, S> moments(t, key, block.begin);
 
 #pragma unroll 1
   for (int row = 0; row < block.size; row += kElements * kWarp) {
+    read_again();
     const Tile tile = block.tile<S>(row);
     moments.read(tile, true);  // before the parameters, which are waited for
     T p[kElements], distance[kElements];
     with_type<P>(t.param_dtype(), [&](auto type) {
       using E = decltype(type);
-      Params<Tile, E> params(t, block.begin);
+      Params<Tile, E> params(t, key, block.begin);
       params.read(tile);
       const auto anchors = tile.read(static_cast<const E*>(t.anchor) + block.begin, t.anchor != nullptr, true);
 #pragma unroll
@@ -204,7 +210,7 @@ __global__ void __launch_bounds__(kThreads)
       p[k] = std::fma(step_size, lamb_direction(s, distance[k], T(moments.m(k)), T(moments.v(k))), p[k]);
     }
     with_type<P>(t.param_dtype(), [&](auto type) {
-      Params<Tile, decltype(type)> params(t, block.begin);
+      Params<Tile, decltype(type)> params(t, key, block.begin);
       params.set(tile, p);
       params.write(tile);
     });
@@ -212,10 +218,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The most that the second pass reads of an element: p, m and v, and what else there is of it.
-std::int64_t bytes_of_element(const LambTensor* tensors, std::int64_t count) {
+std::int64_t bytes_of_element(const Step& step) {
   std::int64_t most = 1;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const LambTensor& t = tensors[i];
+  for (std::int64_t i = 0; i < step.count; ++i) {
+    const MomentTensor& t = step.tensors[i];
     const std::int64_t params = size_of(t.param_dtype) * (t.anchor != nullptr ? 2 : 1);
     most = std::max<std::int64_t>(most, params + 2 * size_of(t.state_dtype) + (t.remainder != nullptr ? 2 : 0));
   }
@@ -231,10 +237,9 @@ std::int64_t batch_elements(std::int64_t bytes) {
 }
 
 template <class P, class S, class Select>
-void step(const LambTensor* tensors, std::int64_t count, std::int64_t batch, const Workspace& workspace,
-          cudaStream_t stream, const Select& select) {
-  using T = Math<P>;
-  fill_tables<T, Table<T>>(tensors, count, select, kLambChunk, batch, [&](const Table<T>& table, unsigned chunks) {
+void launch(const Step& step, std::int64_t batch, const Workspace& workspace, cudaStream_t stream,
+            const Select& select) {
+  fill_tables(step.tensors, step.count, select, kLambChunk, batch, [&](const MomentTable& table, unsigned chunks) {
     lamb_moments_kernel<P, S><<<chunks, kThreads, 0, stream>>>(table, workspace);
     cuda_check(cudaGetLastError(), "lamb");
     lamb_param_kernel<P, S><<<chunks, kThreads, 0, stream>>>(table, workspace);
@@ -244,25 +249,25 @@ void step(const LambTensor* tensors, std::int64_t count, std::int64_t batch, con
 
 }  // namespace
 
-std::size_t lamb_workspace_bytes(const MomentTensor* tensors, std::int64_t count) {
-  return sizeof(LambNorms) * chunks_of(tensors, count) + (sizeof(double) + sizeof(unsigned)) * kMostTensors;
+std::size_t lamb_workspace_bytes(const Step& step) {
+  return sizeof(LambNorms) * chunks_of(step) + (sizeof(StepSlot) + sizeof(double)) * step.count;
 }
 
-void lamb(const LambTensor* tensors, std::int64_t count, void* memory, cudaStream_t stream) {
+void lamb(const Step& step, void* memory, cudaStream_t stream) {
   Workspace workspace;
   workspace.chunks = static_cast<LambNorms*>(memory);
-  workspace.negative_step_sizes = reinterpret_cast<double*>(workspace.chunks + chunks_of(tensors, count));
-  workspace.finished = reinterpret_cast<unsigned*>(workspace.negative_step_sizes + kMostTensors);
-  cuda_check(cudaMemsetAsync(workspace.finished, 0, sizeof(unsigned) * kMostTensors, stream), "lamb");
+  workspace.slots = reinterpret_cast<StepSlot*>(workspace.chunks + chunks_of(step));
+  workspace.negative_step_sizes = reinterpret_cast<double*>(workspace.slots + step.count);
+  const std::int64_t batch = batch_elements(bytes_of_element(step));
 
-  const std::int64_t batch = batch_elements(bytes_of_element(tensors, count));
-  step<AnyFloat, AnyFloat>(tensors, count, batch, workspace, stream, [](const LambTensor& t) {
+  count_steps(step, workspace.slots, stream, "lamb");
+  launch<AnyFloat, AnyFloat>(step, batch, workspace, stream, [](const MomentTensor& t) {
     return t.param_dtype != DType::f64 && t.state_dtype != DType::u8;
   });
-  step<AnyFloat, std::uint8_t>(tensors, count, batch, workspace, stream,
-                               [](const LambTensor& t) { return t.state_dtype == DType::u8; });
-  step<double, double>(tensors, count, batch, workspace, stream,
-                       [](const LambTensor& t) { return t.param_dtype == DType::f64; });
+  launch<AnyFloat, std::uint8_t>(step, batch, workspace, stream,
+                                 [](const MomentTensor& t) { return t.state_dtype == DType::u8; });
+  launch<double, double>(step, batch, workspace, stream,
+                         [](const MomentTensor& t) { return t.param_dtype == DType::f64; });
 }
 
 }  // namespace superfine::cuda

@@ -1,5 +1,6 @@
 // Parameters and moments in the optimizers' kernels: how a tile of them is stored, read, rounded and written. Each
-// class stands for a tensor from its `begin`-th element on and holds the tile that was read last.
+// class stands for a tensor from its `begin`-th element on and holds the tile that was read last. `key` is the random
+// one of the step.
 #pragma once
 
 #include <cstdint>
@@ -44,10 +45,10 @@ class Params {
  public:
   using T = Opmath<P>;
 
-  __device__ __forceinline__ Params(const MomentEntry& t, std::int64_t begin)
+  __device__ __forceinline__ Params(const MomentEntry& t, std::uint32_t key, std::int64_t begin)
       : param_(static_cast<P*>(t.param) + begin),
         remainder_(kNarrow && t.remainder != nullptr ? t.remainder + begin : nullptr),
-        key_(random_key_at(~t.random_key, begin)),  // the moments have the other half of the keys
+        key_(random_key_at(~key, begin)),  // the moments have the other half of the keys
         master_(t.master) {}
 
   template <class AnyTile>
@@ -126,7 +127,7 @@ class Moments {
  public:
   using T = Opmath<S>;
 
-  __device__ __forceinline__ Moments(const MomentEntry& t, std::int64_t begin)
+  __device__ __forceinline__ Moments(const MomentEntry& t, std::uint32_t, std::int64_t begin)
       : exp_avg_(static_cast<S*>(t.exp_avg) + begin), exp_avg_sq_(static_cast<S*>(t.exp_avg_sq) + begin) {}
 
   template <class AnyTile>
@@ -159,12 +160,12 @@ class Moments {
 template <class Tile>
 class Moments<Tile, std::uint8_t> {
  public:
-  __device__ __forceinline__ Moments(const MomentEntry& t, std::int64_t begin)
+  __device__ __forceinline__ Moments(const MomentEntry& t, std::uint32_t key, std::int64_t begin)
       : exp_avg_(static_cast<std::uint8_t*>(t.exp_avg) + begin),
         exp_avg_sq_(static_cast<std::uint8_t*>(t.exp_avg_sq) + begin),
         m_scales_(static_cast<float*>(t.max_or_scales) + begin / kQuantBlock),
         v_scales_(m_scales_ + quant_blocks(t.numel)),
-        key_(random_key_at(t.random_key, begin)) {}
+        key_(random_key_at(key, begin)) {}
 
   template <class AnyTile>
   __device__ __forceinline__ void read(const AnyTile& tile, bool once = false) {
@@ -229,7 +230,8 @@ class Moments<Tile, std::uint8_t> {
 template <class Tile>
 class Moments<Tile, AnyFloat> {
  public:
-  __device__ __forceinline__ Moments(const MomentEntry& t, std::int64_t begin) : dtype_(t.state_dtype()) {
+  __device__ __forceinline__ Moments(const MomentEntry& t, std::uint32_t, std::int64_t begin)
+      : dtype_(t.state_dtype()) {
     const std::int64_t bytes = begin * (dtype_ == DType::f32 ? 4 : 2);
     exp_avg_ = static_cast<char*>(t.exp_avg) + bytes;
     exp_avg_sq_ = static_cast<char*>(t.exp_avg_sq) + bytes;

@@ -6,7 +6,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
 #include "core/dtype.h"
@@ -18,7 +17,7 @@ __host__ __device__ constexpr int size_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2;
 }
 
-// A MomentTensor in fewer bytes, with the place of its scalars in the table.
+// A MomentTensor in fewer bytes, with the place of its step's scalars.
 struct MomentEntry {
   void* param;
   void* grad;
@@ -28,8 +27,7 @@ struct MomentEntry {
   const void* anchor;
   std::uint16_t* remainder;
   std::int64_t numel;
-  std::uint32_t random_key;
-  std::uint8_t scalars;
+  std::uint32_t slot;
   Master master;
   bool zero_grad;
   std::uint8_t dtypes;  // four bits for each of both, so that the entry fills whole words
@@ -37,7 +35,7 @@ struct MomentEntry {
   __device__ DType param_dtype() const { return static_cast<DType>(dtypes & 15); }
   __device__ DType state_dtype() const { return static_cast<DType>(dtypes >> 4); }
 
-  static MomentEntry of(const MomentTensor& t, int scalars) {
+  static MomentEntry of(const MomentTensor& t, std::int64_t slot) {
     return {t.param,
             t.grad,
             t.exp_avg,
@@ -46,8 +44,7 @@ struct MomentEntry {
             t.anchor,
             static_cast<std::uint16_t*>(t.remainder),
             t.numel,
-            t.random_key,
-            static_cast<std::uint8_t>(scalars),
+            static_cast<std::uint32_t>(slot),
             t.master,
             t.zero_grad,
             static_cast<std::uint8_t>(static_cast<int>(t.param_dtype) | static_cast<int>(t.state_dtype) << 4)};
@@ -57,19 +54,12 @@ struct MomentEntry {
 // Bytes of a kernel's arguments, which an older nvcc would end at 4 KiB (cmake/optional_cuda.cmake takes none).
 constexpr std::size_t kArgumentBytes = 32764;
 
-// A launch's tensors, passed by value, with as many distinct scalars as there is room left for beside `kReserved` bytes
-// of other arguments.
-template <class Scalars_, std::size_t kReserved = 0>
+// A launch's tensors, passed by value.
 struct MomentTable {
-  using Scalars = Scalars_;
-  static constexpr int kTensors = 400;
-  static constexpr std::size_t kFree =
-      kArgumentBytes - kReserved - 16 - kTensors * (sizeof(MomentEntry) + sizeof(std::int32_t));
-  static constexpr int kScalars = kFree / sizeof(Scalars);
-  static_assert(kScalars >= 16 && kScalars <= 256);  // at most as many as a byte counts
+  static constexpr std::size_t kReserved = 32;  // for other arguments and `count`
+  static constexpr int kTensors = (kArgumentBytes - kReserved) / (sizeof(MomentEntry) + sizeof(std::int32_t));
 
   MomentEntry tensors[kTensors];
-  Scalars scalars[kScalars];  // distinct ones: usually one per parameter group
   std::int32_t first_chunk[kTensors];
   std::int32_t count;
 
@@ -84,24 +74,18 @@ struct MomentTable {
   }
 };
 
-// Fills a table with tensors of type `Step`, which brings scalars in double; T is what the kernel computes in.
-template <class T, class Table, class Step>
+// Fills a table.
 class TableBuilder {
  public:
   explicit TableBuilder(std::int64_t chunk) : chunk_(chunk) { clear(); }
 
   // False where the table has no room left for it; an empty one has.
-  bool add(const Step& t) {
+  bool add(const MomentTensor& t, std::int64_t slot) {
     const std::int64_t chunks = (t.numel + chunk_ - 1) / chunk_;
     const bool too_long = chunks_ > 0 && chunks_ + chunks > std::numeric_limits<std::int32_t>::max();
-    const int scalars = find(t.scalars);
-    if (table_.count == Table::kTensors || scalars == Table::kScalars || too_long) return false;
-    if (scalars == scalars_) {
-      distinct_[scalars_] = t.scalars;
-      table_.scalars[scalars_++] = round_scalars<T>(t.scalars);
-    }
+    if (table_.count == MomentTable::kTensors || too_long) return false;
     const int i = table_.count++;
-    table_.tensors[i] = MomentEntry::of(t, scalars);
+    table_.tensors[i] = MomentEntry::of(t, slot);
     table_.first_chunk[i] = static_cast<std::int32_t>(chunks_);
     chunks_ += chunks;
     return true;
@@ -110,36 +94,23 @@ class TableBuilder {
   void clear() {
     table_.count = 0;
     chunks_ = 0;
-    scalars_ = 0;
   }
 
-  const Table& table() const { return table_; }
+  const MomentTable& table() const { return table_; }
   unsigned chunks() const { return static_cast<unsigned>(chunks_); }
 
  private:
-  using HostScalars = decltype(Step::scalars);
-
-  // The newest first: parameters of one group follow each other.
-  int find(const HostScalars& scalars) const {
-    for (int i = scalars_ - 1; i >= 0; --i) {
-      if (std::memcmp(&distinct_[i], &scalars, sizeof scalars) == 0) return i;
-    }
-    return scalars_;
-  }
-
   std::int64_t chunk_;
-  Table table_;
-  HostScalars distinct_[Table::kScalars];
+  MomentTable table_;
   std::int64_t chunks_;
-  int scalars_;
 };
 
 // Calls launch(table, chunks) for the selected tensors, in their order, with at most `batch` elements in a table of
-// several tensors.
-template <class T, class Table, class Step, class Select, class Launch>
-void fill_tables(const Step* tensors, std::int64_t count, const Select& select, std::int64_t chunk, std::int64_t batch,
-                 const Launch& launch) {
-  TableBuilder<T, Table, Step> builder(chunk);
+// several tensors. The i-th tensor has the i-th slot.
+template <class Select, class Launch>
+void fill_tables(const MomentTensor* tensors, std::int64_t count, const Select& select, std::int64_t chunk,
+                 std::int64_t batch, const Launch& launch) {
+  TableBuilder builder(chunk);
   std::int64_t elements = 0;
   const auto flush = [&] {
     if (builder.chunks() > 0) launch(builder.table(), builder.chunks());
@@ -147,12 +118,12 @@ void fill_tables(const Step* tensors, std::int64_t count, const Select& select, 
     elements = 0;
   };
   for (std::int64_t i = 0; i < count; ++i) {
-    const Step& t = tensors[i];
+    const MomentTensor& t = tensors[i];
     if (t.numel == 0 || !select(t)) continue;
     if (t.numel > batch - elements) flush();
-    if (!builder.add(t)) {
+    if (!builder.add(t, i)) {
       flush();
-      builder.add(t);
+      builder.add(t, i);
     }
     elements += t.numel;
   }

@@ -17,6 +17,7 @@
 
 #include "core/macros.h"
 #include "math/moments.h"
+#include "math/power.h"
 
 namespace superfine {
 
@@ -30,33 +31,35 @@ struct AdamWScalars {
   T eps;
   T negative_step_size;     // -lr / (1 - beta1^t)
   T sqrt_bias_correction2;  // sqrt(1 - beta2^t)
-  T gradient_scale;         // for clipping and loss scaling; its sign is -1 to maximise
-  T coupled_decay;          // weight decay of Adam's kind; then `decay` is 1
+  T gradient_scale;
+  T coupled_decay;  // weight decay of Adam's kind; then `decay` is 1
 };
 
 // What the scalars of every step follow from.
-struct AdamWOptions {
-  double lr, beta1, beta2, eps, weight_decay;
+struct AdamWOptions : RuleOptions {
   bool decoupled;  // AdamW; else Adam
-  double gradient_scale;
 };
 
-inline AdamWScalars<double> scalars(const AdamWOptions& o, double step) {
+// `step_size` is lr / (1 - beta1^t), `sqrt_bias2` is sqrt(1 - beta2^t).
+SF_HD AdamWScalars<double> scalars(const AdamWOptions& o, double step_size, double sqrt_bias2) {
   AdamWScalars<double> s;
   s.decay = o.decoupled ? 1.0 - o.lr * o.weight_decay : 1.0;
   s.one_minus_beta1 = 1.0 - o.beta1;
   s.beta2 = o.beta2;
   s.one_minus_beta2 = 1.0 - o.beta2;
   s.eps = o.eps;
-  s.negative_step_size = -(o.lr / (1.0 - std::pow(o.beta1, step)));
-  s.sqrt_bias_correction2 = std::sqrt(1.0 - std::pow(o.beta2, step));
+  s.negative_step_size = -step_size;
+  s.sqrt_bias_correction2 = sqrt_bias2;
   s.gradient_scale = o.gradient_scale;
   s.coupled_decay = o.decoupled ? 0.0 : o.weight_decay;
   return s;
 }
+inline AdamWScalars<double> scalars(const AdamWOptions& o, double step) {
+  return scalars(o, o.lr / (1.0 - power(o.beta1, step)), std::sqrt(1.0 - power(o.beta2, step)));
+}
 
 template <class T>
-inline AdamWScalars<T> round_scalars(const AdamWScalars<double>& s) {
+SF_HD AdamWScalars<T> round_scalars(const AdamWScalars<double>& s) {
   return {static_cast<T>(s.decay),
           static_cast<T>(s.one_minus_beta1),
           static_cast<T>(s.beta2),

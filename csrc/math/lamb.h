@@ -20,13 +20,14 @@
 
 #include "core/macros.h"
 #include "math/moments.h"
+#include "math/power.h"
 
 namespace superfine {
 
 // What one tensor needs at one step; computed in double by `scalars`, then rounded once to T.
 template <class T>
 struct LambScalars {
-  T gradient_scale;  // clipping, and -1 to maximise
+  T gradient_scale;
   T beta1;
   T beta3;
   T beta2;
@@ -41,21 +42,20 @@ struct LambScalars {
 };
 
 // What the scalars of every step follow from.
-struct LambOptions {
-  double lr, beta1, beta2, eps, weight_decay;
+struct LambOptions : RuleOptions {
   bool bias_correction, grad_averaging, adapt, trust_clip;
-  double gradient_scale;
 };
 
-inline LambScalars<double> scalars(const LambOptions& o, double step) {
+// `inverse_bias1` is 1 / (1 - beta1^t), `inverse_sqrt_bias2` is 1 / sqrt(1 - beta2^t).
+SF_HD LambScalars<double> scalars(const LambOptions& o, double inverse_bias1, double inverse_sqrt_bias2) {
   LambScalars<double> s;
   s.gradient_scale = o.gradient_scale;
   s.beta1 = o.beta1;
   s.beta3 = o.grad_averaging ? 1.0 - o.beta1 : 1.0;
   s.beta2 = o.beta2;
   s.one_minus_beta2 = 1.0 - o.beta2;
-  s.inverse_bias1 = o.bias_correction ? 1.0 / (1.0 - std::pow(o.beta1, step)) : 1.0;
-  s.inverse_sqrt_bias2 = o.bias_correction ? 1.0 / std::sqrt(1.0 - std::pow(o.beta2, step)) : 1.0;
+  s.inverse_bias1 = o.bias_correction ? inverse_bias1 : 1.0;
+  s.inverse_sqrt_bias2 = o.bias_correction ? inverse_sqrt_bias2 : 1.0;
   s.eps = o.eps;
   s.weight_decay = o.weight_decay;
   s.lr = o.lr;
@@ -63,9 +63,12 @@ inline LambScalars<double> scalars(const LambOptions& o, double step) {
   s.trust_clip = o.trust_clip;
   return s;
 }
+inline LambScalars<double> scalars(const LambOptions& o, double step) {
+  return scalars(o, 1.0 / (1.0 - power(o.beta1, step)), 1.0 / std::sqrt(1.0 - power(o.beta2, step)));
+}
 
 template <class T>
-inline LambScalars<T> round_scalars(const LambScalars<double>& s) {
+SF_HD LambScalars<T> round_scalars(const LambScalars<double>& s) {
   return {static_cast<T>(s.gradient_scale),
           static_cast<T>(s.beta1),
           static_cast<T>(s.beta3),

@@ -34,4 +34,10 @@ struct MomentTensor {
   std::uint32_t random_key;  // of this step: see math/random.h
 };
 
+// The hyperparameters of every optimizer here.
+struct RuleOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+  double gradient_scale;  // for clipping and loss scaling; its sign is -1 to maximise
+};
+
 }  // namespace superfine

@@ -21,7 +21,7 @@ SF_HD std::uint32_t mix_bits(std::uint32_t x) {
 }
 
 // Of one step; `step` counts from 1.
-inline std::uint32_t random_key(std::uint32_t seed, float step) {
+SF_HD std::uint32_t random_key(std::uint32_t seed, float step) {
   return mix_bits(mix_bits(seed) + static_cast<std::uint32_t>(step));
 }
 
