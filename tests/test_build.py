@@ -111,7 +111,7 @@ def test_the_module_has_no_torch_in_it():
 def test_an_unknown_instruction_set_is_refused_by_the_module_itself():
     arguments = dict.fromkeys(
         ["input", "rows", "vocab", "row_stride", "dtype", "target", "target_stride", "weight", "ignore_index",
-         "lse", "scale", "scale_stride", "dlogits"], 0,
+         "first_class", "classes", "lse", "scale", "scale_stride", "dlogits"], 0,
     )  # fmt: skip
     with pytest.raises(ValueError, match="isa is 'mmx'; expected one that this processor has"):
         _cpu.cross_entropy_backward(
