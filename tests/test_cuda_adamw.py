@@ -149,6 +149,22 @@ def test_adamw_8_bit_blocks_of_zeros_and_of_numbers_that_are_not_finite(backend)
     torch.testing.assert_close(case.params[0].cpu(), expected.params[0], rtol=0, atol=0, equal_nan=True)
 
 
+def test_adamw_keeps_nothing_of_what_is_rounded_to_infinity(backend):
+    case = AdamWCase.random([300], torch.float16, torch.float32, device="cuda")
+    options = random_options(case, ("kahan",))
+    case.params[0][:100] = 65504  # of which the step makes more
+    case.exp_avgs[0][:100] = -1e5
+    case.exp_avg_sqs[0][:100] = 1e-6
+    for _ in range(2):
+        expected_options = on_cpu(options)
+        expected = step_on_cpu(case, **expected_options)
+        superfine_kernels.adamw_(*case.lists(), **HYPER, **options, backend=backend)
+        assert expected.params[0][:100].isinf().all()
+        assert not expected_options["remainders"][0][:100].any()
+        assert_same_bits(case, expected)
+        assert_same_options(options, expected_options)
+
+
 def test_adamw_runs_in_order_on_the_current_stream(backend):
     case = AdamWCase.random([1 << 20], device="cuda")
     expected = step_on_cpu(case)

@@ -90,7 +90,7 @@ class Params {
         return for_each([&](int k, P& high, std::uint16_t& low) {  // as `store_compensated`
           high = narrow<P>(x[k]);
           const float rest = x[k] - widen(high);
-          low = narrow<P>(rest == rest ? rest : 0.0f).bits;
+          low = narrow<P>(rest - rest == 0 ? rest : 0.0f).bits;
         });
       }
     }
