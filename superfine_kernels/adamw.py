@@ -88,14 +88,14 @@ def adamw_(
     max_exp_avg_sqs: Sequence[Tensor] = (),
     steps: Sequence[Tensor] = (),
     *,
-    lr: float,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
+    lr: float | Tensor,
+    beta1: float | Tensor = 0.9,
+    beta2: float | Tensor = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     decoupled: bool = True,
     maximize: bool = False,
-    gradient_scale: float = 1.0,
+    gradient_scale: float | Tensor = 1.0,
     zero_grads: bool = False,
     stochastic_rounding: bool = False,
     seed: int = 0,
@@ -113,10 +113,12 @@ def adamw_(
         exp_avgs, exp_avg_sqs: first and second moments, of the parameter's shape and its dtype; float32 beside 16-bit
             parameters, bfloat16 beside float32 ones, or uint8 with `scales`.
         max_exp_avg_sqs: running maxima of the second moments for AMSGrad; empty without.
-        steps: float32 scalars on the CPU, the steps taken so far; each grows by one.
-        lr, beta1, beta2, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
+        steps: float32 scalars on the parameters' device, the steps taken so far; each grows by one.
+        lr, beta1, beta2, eps, weight_decay, maximize: as in `torch.optim.AdamW`. lr, betas and `gradient_scale` may
+            be float32 or float64 tensors of one element; kernels read those on their GPU when they run.
         decoupled: False adds weight_decay * parameter to the gradient instead, as `torch.optim.Adam` does.
-        gradient_scale: factor of the gradients, for clipping and loss scaling; NaN and infinity are taken.
+        gradient_scale: factor of the gradients, for clipping and loss scaling; NaN and infinity are taken as numbers,
+            but of a tensor mean that the step is not to be taken: only `zero_grads` is done.
         zero_grads: leave zeros in `grads`, which the kernel has in its cache; else they are not written.
         stochastic_rounding: round bfloat16 parameters that have no remainder at random, so that they are right on
             average (Gupta et al. 2015, "Deep Learning with Limited Numerical Precision").

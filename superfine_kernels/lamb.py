@@ -85,9 +85,9 @@ def lamb_(
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
     *,
-    lr: float,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
+    lr: float | Tensor,
+    beta1: float | Tensor = 0.9,
+    beta2: float | Tensor = 0.999,
     eps: float = 1e-6,
     weight_decay: float = 1e-2,
     bias_correction: bool = True,
@@ -95,7 +95,7 @@ def lamb_(
     adapt: bool = True,
     trust_clip: bool = False,
     maximize: bool = False,
-    gradient_scale: float = 1.0,
+    gradient_scale: float | Tensor = 1.0,
     zero_grads: bool = False,
     stochastic_rounding: bool = False,
     seed: int = 0,
@@ -112,8 +112,8 @@ def lamb_(
             with one warning.
         grads: one per parameter, same shape, dtype and device.
         exp_avgs, exp_avg_sqs: first and second moments, of the parameter's shape and the dtypes of `adamw_`.
-        steps: float32 scalars on the CPU, the steps taken so far; each grows by one.
-        lr, beta1, beta2, eps, weight_decay: as in AdamW.
+        steps: float32 scalars on the parameters' device, the steps taken so far; each grows by one.
+        lr, beta1, beta2, eps, weight_decay: as in `adamw_`.
         bias_correction: divide the moments by 1 - beta^t.
         grad_averaging: weigh the gradient by 1 - beta1 in the first moment, else by 1.
         adapt: scale each tensor's update by its trust ratio, which is 1 where a norm is zero or NaN.

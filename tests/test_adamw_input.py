@@ -62,6 +62,7 @@ BAD_LISTS = {
     ),
     "state is param": (lambda c: c.exp_avgs.__setitem__(1, c.params[1]), "overlap in memory"),
     "param twice": (lambda c: c.params.__setitem__(1, c.params[0][:20].view(4, 5)), "overlap in memory"),
+    "step twice": (lambda c: c.steps.__setitem__(1, c.steps[0]), "overlap in memory"),
     "overlap by one": (lambda c: c.exp_avg_sqs.__setitem__(1, c.exp_avgs[0][4:24].view(4, 5)), "overlap in memory"),
 }  # fmt: skip
 

@@ -55,9 +55,13 @@ inline bool kernel_takes(const std::optional<DType>& param, const std::optional<
 }
 
 // Every byte may be written through one tensor only.
-inline void reject_overlap(const std::string& op, const std::vector<MomentTensor>& tensors) {
+inline void reject_overlap(const std::string& op, const MomentArguments& arguments) {
+  const std::vector<MomentTensor>& tensors = arguments.tensors;
   std::vector<std::pair<const char*, const char*>> ranges;
   ranges.reserve(6 * tensors.size());
+  for (const float* step : arguments.steps) {
+    ranges.emplace_back(reinterpret_cast<const char*>(step), reinterpret_cast<const char*>(step + 1));
+  }
   for (const MomentTensor& t : tensors) {
     const auto writes = [&](const void* data, DType dtype) {
       const char* begin = static_cast<const char*>(data);
@@ -99,13 +103,13 @@ inline std::uint64_t hash(const MomentTensor& t) {
 
 // As reject_overlap, once: from step to step the memory stays the same, and to sort it costs more than
 // half of a step over small tensors.
-inline void reject_new_overlap(const std::string& op, const std::vector<MomentTensor>& tensors, std::uint64_t hashes) {
+inline void reject_new_overlap(const std::string& op, const MomentArguments& arguments, std::uint64_t hashes) {
   constexpr std::size_t kRemembered = 64;  // optimizers that take turns
   static std::array<std::uint64_t, kRemembered> passed = {};
   const std::uint64_t key = hashes | 1;  // never 0, which marks an empty slot
   std::uint64_t& slot = passed[(key >> 1) % kRemembered];
   if (slot == key) return;
-  reject_overlap(op, tensors);
+  reject_overlap(op, arguments);
   slot = key;
 }
 
@@ -142,7 +146,7 @@ class MomentReader {
         }
       }
     }
-    detail::reject_new_overlap(op_, result.tensors, hashes);
+    detail::reject_new_overlap(op_, result, hashes);
     result.device_index = device_index_;
     return result;
   }

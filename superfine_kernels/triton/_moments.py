@@ -328,7 +328,7 @@ def check(op: str, lists: Mapping[str, Sequence[Tensor]], zero_grads: bool) -> l
         elif param.numel() > 0:
             read_only = ("anchors",) if zero_grads else ("grads", "anchors")
             stored = [t for name, t in own.items() if name not in read_only]
-            stored += [] if scales is None else [scales]
+            stored += [step] if scales is None else [step, scales]
             written += [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in stored]
     if any(after[0] < before[1] for before, after in itertools.pairwise(sorted(written))):
         raise ValueError(
