@@ -125,8 +125,8 @@ def run_all(runner: Runner) -> None:
         "-m",
         "pytest",
         *(
-            str(ROOT / "tests" / f"test_cuda_{name}.py")
-            for name in ("adamw", "lamb", "step", "cross_entropy")
+            str(ROOT / "tests" / f"test_{name}.py")
+            for name in ("golden", "cuda_adamw", "cuda_lamb", "cuda_step", "cuda_optim", "cuda_cross_entropy")
         ),
         "-m",
         "gpu",
