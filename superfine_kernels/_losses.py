@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from superfine_kernels._library import DTYPE_CODES, opmath_dtype, reject
 
+_CPU = torch.device("cpu")
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 NONE, MEAN = REDUCTIONS["none"], REDUCTIONS["mean"]
 
@@ -58,10 +60,13 @@ def check_options(
     weight: Tensor | None,
     reduction: str,
     label_smoothing: float,
+    num_items: float | Tensor | None,
 ) -> None:
     """Of a loss over classes: what is not input and target."""
     if weight is not None:
-        if not (isinstance(weight, Tensor) and weight.is_floating_point()):
+        if not isinstance(weight, Tensor):
+            reject(op, "weight", weight, "a torch.Tensor", TypeError)
+        if not weight.is_floating_point():
             reject(op, "weight", weight, "a floating-point tensor", TypeError)
         if weight.shape != (classes,):
             reject(op, "weight", weight, f"shape ({classes},), one weight a class")
@@ -73,3 +78,14 @@ def check_options(
         reject(op, "reduction", reduction, "'none', 'mean' or 'sum'")
     if not 0 <= label_smoothing <= 1:
         reject(op, "label_smoothing", label_smoothing, "a number in [0, 1]")
+    if num_items is None:
+        return
+    if reduction != "mean":
+        reject(op, "num_items", num_items, "None beside a reduction that is not 'mean'")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1 or num_items.is_complex() or num_items.device not in (device, _CPU):
+            reject(op, "num_items", num_items, f"a number, or a tensor of one element on {device}")
+        if num_items.requires_grad:
+            reject(op, "num_items", "a tensor that requires grad", "a constant")
+    if not (isinstance(num_items, Tensor) and num_items.device != _CPU) and not 0 < num_items < math.inf:
+        reject(op, "num_items", num_items, "a finite number above 0")

@@ -54,8 +54,11 @@ def reference(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    num_items: float | Tensor | None = None,
 ) -> Tensor:
     """Eager torch in float32 (float64 for float64): every input that torch takes, any number of derivatives."""
+    if num_items is not None:
+        return reference(input, target, weight, ignore_index, "sum", label_smoothing) / num_items
     dtype = opmath_dtype(input.dtype)
     return torch.nn.functional.cross_entropy(
         input.to(dtype),
@@ -70,7 +73,9 @@ def reference(
 # --- backends ---------------------------------------------------------------------------------------------
 
 
-def _cpu_forward(rows: Rows, reduction: int, dlogits: Tensor | None, isa: str) -> tuple[Tensor, Tensor]:
+def _cpu_forward(
+    rows: Rows, reduction: int, num_items: float, dlogits: Tensor | None, isa: str
+) -> tuple[Tensor, Tensor]:
     arguments = rows.native()
     labels = {
         k: arguments[k] for k in ("target", "target_is_int64", "target_stride", "rows", "vocab", "weight")
@@ -83,7 +88,7 @@ def _cpu_forward(rows: Rows, reduction: int, dlogits: Tensor | None, isa: str) -
             f"cross_entropy: target[{bad}] is {int(rows.target[bad])}; expected a class in "
             f"[0, {rows.input.shape[1]}) or ignore_index ({rows.ignore_index})"
         )
-    denominator = weight_sum if reduction == MEAN else 1.0
+    denominator = (num_items or weight_sum) if reduction == MEAN else 1.0
     losses, lse = rows.new_rows(), rows.new_rows()
     total = _cpu.cross_entropy_forward(
         **arguments,
@@ -100,13 +105,17 @@ def _cpu_forward(rows: Rows, reduction: int, dlogits: Tensor | None, isa: str) -
     return torch.tensor(mean, dtype=lse.dtype, device=lse.device), lse  # not torch's default device
 
 
-def _cuda_forward(rows: Rows, reduction: int, dlogits: Tensor | None) -> tuple[Tensor, Tensor]:
+def _cuda_forward(
+    rows: Rows, reduction: int, num_items: float, dlogits: Tensor | None
+) -> tuple[Tensor, Tensor]:
     from superfine_kernels import _cuda
 
     arguments, where = rows.native(), _where(rows.input)
     losses, lse = rows.new_rows(), rows.new_rows()
     denominator = losses.new_ones(2)  # and its reciprocal, which scales the gradient
-    if reduction == MEAN:
+    if reduction == MEAN and num_items:
+        denominator[0], denominator[1] = num_items, 1 / num_items
+    elif reduction == MEAN:
         labels = {k: v for k, v in arguments.items() if k not in ("input", "row_stride", "label_smoothing")}
         _cuda.cross_entropy_denominator(**labels, out=denominator.data_ptr(), **where)
     _cuda.cross_entropy_forward(
@@ -132,12 +141,16 @@ def _cuda_forward(rows: Rows, reduction: int, dlogits: Tensor | None) -> tuple[T
     return loss, lse
 
 
-def _triton_forward(rows: Rows, reduction: int, dlogits: Tensor | None) -> tuple[Tensor, Tensor]:
+def _triton_forward(
+    rows: Rows, reduction: int, num_items: float, dlogits: Tensor | None
+) -> tuple[Tensor, Tensor]:
     from superfine_kernels.triton import cross_entropy as kernels
 
     one = rows.input.new_ones((), dtype=opmath_dtype(rows.input.dtype))
     counted = (rows.target, rows.weight, rows.ignore_index, one.dtype)
-    denominator = sum_of_weights(*counted) if reduction == MEAN else one
+    denominator = one
+    if reduction == MEAN:
+        denominator = one * num_items if num_items else sum_of_weights(*counted)
     losses, lse = kernels.cross_entropy_forward(**vars(rows), dlogits=dlogits, scale=denominator.reciprocal())
     return (losses if reduction == NONE else losses.sum() / denominator), lse
 
@@ -146,12 +159,14 @@ def _where(tensor: Tensor) -> dict[str, Any]:
     return {"stream": torch.cuda.current_stream(tensor.device).cuda_stream, "device": tensor.device.index}
 
 
-def _run_forward(rows: Rows, reduction: int, dlogits: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+def _run_forward(
+    rows: Rows, reduction: int, num_items: float, dlogits: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
     """(loss, lse); fills dlogits, which may be the input itself, with the gradient of the reduced loss."""
     name, _, isa = _backends.choose("cross_entropy", rows.input.device, backend).partition(":")
     if name == "cpu":
-        return _cpu_forward(rows, reduction, dlogits, isa)
-    return (_triton_forward if name == "triton" else _cuda_forward)(rows, reduction, dlogits)
+        return _cpu_forward(rows, reduction, num_items, dlogits, isa)
+    return (_triton_forward if name == "triton" else _cuda_forward)(rows, reduction, num_items, dlogits)
 
 
 def _run_backward(rows: Rows, lse: Tensor, scale: Tensor, backend: str) -> Tensor:
@@ -187,7 +202,9 @@ def _new_gradient(input: Tensor) -> Tensor:
 
 # --- ops and autograd -----------------------------------------------------------------------------------------
 
-_ARGUMENTS = "Tensor target, Tensor? weight, int ignore_index, int reduction, float label_smoothing"
+_ARGUMENTS = (
+    "Tensor target, Tensor? weight, int ignore_index, int reduction, float num_items, float label_smoothing"
+)
 LIBRARY.define(
     f"cross_entropy(Tensor input, {_ARGUMENTS}, bool gradient, str backend) -> (Tensor, Tensor, Tensor)"
 )
@@ -199,30 +216,30 @@ LIBRARY.define(
 
 
 @torch.library.impl(LIBRARY, "cross_entropy", "CompositeExplicitAutograd")
-def _op(input, target, weight, ignore_index, reduction, label_smoothing, gradient, backend):
+def _op(input, target, weight, ignore_index, reduction, num_items, label_smoothing, gradient, backend):
     dlogits = _new_gradient(input) if gradient else None
     rows = Rows(input, target, weight, ignore_index, label_smoothing)
-    loss, lse = _run_forward(rows, reduction, dlogits, backend)
+    loss, lse = _run_forward(rows, reduction, num_items, dlogits, backend)
     return loss, lse, input.new_empty(0) if dlogits is None else dlogits
 
 
 @torch.library.register_fake("superfine::cross_entropy", lib=LIBRARY)
-def _op_fake(input, target, weight, ignore_index, reduction, label_smoothing, gradient, backend):
+def _op_fake(input, target, weight, ignore_index, reduction, num_items, label_smoothing, gradient, backend):
     lse = input.new_empty(input.shape[0], dtype=opmath_dtype(input.dtype))
     loss = torch.empty_like(lse) if reduction == NONE else lse.new_empty(())
     return loss, lse, input.new_empty(input.shape if gradient else 0)
 
 
 @torch.library.impl(LIBRARY, "cross_entropy_", "CompositeExplicitAutograd")
-def _op_inplace(input, target, weight, ignore_index, reduction, label_smoothing, backend):
+def _op_inplace(input, target, weight, ignore_index, reduction, num_items, label_smoothing, backend):
     rows = Rows(input, target, weight, ignore_index, label_smoothing)
-    loss = _run_forward(rows, reduction, input, backend)[0]
+    loss = _run_forward(rows, reduction, num_items, input, backend)[0]
     torch.autograd.graph.increment_version(input)  # autograd must notice, as after any in-place op
     return loss
 
 
 @torch.library.register_fake("superfine::cross_entropy_", lib=LIBRARY)
-def _op_inplace_fake(input, target, weight, ignore_index, reduction, label_smoothing, backend):
+def _op_inplace_fake(input, target, weight, ignore_index, reduction, num_items, label_smoothing, backend):
     return input.new_empty((), dtype=opmath_dtype(input.dtype))
 
 
@@ -237,9 +254,8 @@ def _op_backward_fake(input, target, weight, ignore_index, label_smoothing, lse,
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    input, target, weight, ctx.ignore_index, ctx.reduction, ctx.label_smoothing, ctx.fused, ctx.backend = (
-        inputs
-    )
+    input, target, weight, ctx.ignore_index, ctx.reduction, *options = inputs
+    ctx.num_items, ctx.label_smoothing, ctx.fused, ctx.backend = options
     _, lse, dlogits = output
     ctx.mark_non_differentiable(lse, dlogits)
     ctx.set_materialize_grads(False)
@@ -251,9 +267,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None or not ctx.needs_input_grad[0]:
-        return (None,) * 8
+        return (None,) * 9
     dinput = _times_upstream(ctx.saved_tensors[0], grad) if ctx.fused else _two_phase_gradient(ctx, grad)
-    return dinput, None, None, None, None, None, None, None
+    return dinput, *(None,) * 8
 
 
 def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
@@ -261,11 +277,12 @@ def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
     if torch.is_grad_enabled() and input.requires_grad:  # backward(create_graph=True)
         warn_once("cross_entropy: a second derivative is asked for; eager torch computes the gradient")
         reduction = next(name for name, code in REDUCTIONS.items() if code == ctx.reduction)
-        loss = reference(input, target, weight, ctx.ignore_index, reduction, ctx.label_smoothing)
+        rest = (ctx.ignore_index, reduction, ctx.label_smoothing, ctx.num_items or None)
+        loss = reference(input, target, weight, *rest)
         return torch.autograd.grad(loss, input, grad, create_graph=True)[0]
     scale = grad.to(lse.dtype)
     if ctx.reduction == MEAN:
-        scale = scale / sum_of_weights(target, weight, ctx.ignore_index, lse.dtype)
+        scale = scale / (ctx.num_items or sum_of_weights(target, weight, ctx.ignore_index, lse.dtype))
     arguments = (input, target, weight, ctx.ignore_index, ctx.label_smoothing, lse, scale, ctx.backend)
     return torch.ops.superfine.cross_entropy_backward(*arguments)
 
@@ -305,22 +322,19 @@ class _Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, inplace, target, weight, ignore_index, reduction, label_smoothing, backend):
+    def forward(ctx, input, inplace, target, weight, ignore_index, reduction, num_items, smoothing, backend):
+        arguments = (target, weight, ignore_index, reduction, num_items, smoothing)
         if inplace:
             dlogits = input.detach()
-            loss = torch.ops.superfine.cross_entropy_(
-                dlogits, target, weight, ignore_index, reduction, label_smoothing, backend
-            )
+            loss = torch.ops.superfine.cross_entropy_(dlogits, *arguments, backend)
         else:
-            loss, _, dlogits = _op(
-                input, target, weight, ignore_index, reduction, label_smoothing, True, backend
-            )
+            loss, _, dlogits = _op(input, *arguments, True, backend)
         ctx.save_for_backward(dlogits)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        return _times_upstream(ctx.saved_tensors[0], grad), None, None, None, None, None, None, None
+        return _times_upstream(ctx.saved_tensors[0], grad), *(None,) * 8
 
 
 # --- public ---------------------------------------------------------------------------------------------------
@@ -334,6 +348,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    num_items: float | Tensor | None = None,
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -347,6 +362,9 @@ def cross_entropy(
         ignore_index: rows with this label have no loss and a gradient of exactly zero, whatever their logits.
         reduction: "mean", "sum" or "none".
         label_smoothing: in [0, 1].
+        num_items: what "mean" divides the sum of the losses by, instead of what counts in this call: for instance the
+            labels of all steps of accumulation, on all processes. A number or a tensor of one element, above 0; on
+            a GPU it is not waited for. With every label ignored the loss is then 0.
         inplace: the gradient may overwrite the memory of `input`, which then no longer holds the logits; needs a
             reduction and an input that is not a leaf. Saves a buffer of the size of the logits where the logits
             are a matrix with contiguous rows and not float16, whose loss scale arrives only in backward.
@@ -361,7 +379,7 @@ def cross_entropy(
             named with its position. On a GPU such a label gives NaN without waiting for the device. Nothing has
             been written then.
     """
-    _check(input, target, weight, reduction, label_smoothing, inplace)
+    _check(input, target, weight, reduction, label_smoothing, num_items, inplace)
     if target.is_floating_point():
         warn_once("cross_entropy: class probabilities have no kernel yet; eager torch computes them")
         backend = "reference"
@@ -369,7 +387,10 @@ def cross_entropy(
         warn_once("cross_entropy: torch.func and forward-mode AD have no kernel; eager torch computes them")
         backend = "reference"
     if backend == "reference":
-        return reference(input, target, weight, ignore_index, reduction, label_smoothing)
+        return reference(input, target, weight, ignore_index, reduction, label_smoothing, num_items)
+    if isinstance(num_items, Tensor) and num_items.device.type != "cpu":
+        rest = (weight, ignore_index, "sum", label_smoothing)
+        return cross_entropy(input, target, *rest, inplace=inplace, backend=backend) / num_items.reshape(())
     logits = input if input.dim() <= 2 else input.movedim(1, -1)
     logits = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     if logits.stride(1) != 1 and logits.shape[1] > 1:
@@ -377,7 +398,8 @@ def cross_entropy(
     labels = target.reshape(-1)
     if weight is not None:
         weight = weight.to(opmath_dtype(input.dtype)).contiguous()
-    arguments = (labels, weight, ignore_index, REDUCTIONS[reduction], float(label_smoothing))
+    options = (REDUCTIONS[reduction], float(num_items or 0), float(label_smoothing))
+    arguments = (labels, weight, ignore_index, *options)
     needs_gradient = torch.is_grad_enabled() and input.requires_grad
     # float16 gradients want the loss scale before they are rounded, and it is known only in backward.
     early = reduction != "none" and input.dtype != torch.float16
@@ -395,6 +417,7 @@ def _check(
     weight: Tensor | None,
     reduction: str,
     label_smoothing: float,
+    num_items: float | Tensor | None,
     inplace: bool,
 ) -> None:
     def expect(
@@ -418,7 +441,7 @@ def _check(
         shape = input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
         expect(target.shape == shape, "target", target, f"classes of shape {tuple(shape)}")
     expect(target.device == input.device, "target", target, f"a tensor on {input.device}")
-    check_options("cross_entropy", classes, input.device, weight, reduction, label_smoothing)
+    check_options("cross_entropy", classes, input.device, weight, reduction, label_smoothing, num_items)
     if inplace:
         expect(reduction != "none", "reduction", reduction, "'mean' or 'sum' with inplace=True")
         expect(

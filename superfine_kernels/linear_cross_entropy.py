@@ -352,6 +352,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    num_items: float | Tensor | None = None,
     accumulate_into: Tensor | None = None,
     tile_bytes: int | None = None,
     backend: str | None = None,
@@ -365,7 +366,7 @@ def linear_cross_entropy(
         linear_weight: (classes, features), of the input's dtype.
         target: classes, of the shape of `input` without its last dimension; int64 or int32.
         linear_bias: (classes), of the input's dtype.
-        weight, ignore_index, reduction, label_smoothing: as in `superfine_kernels.cross_entropy`.
+        weight, ignore_index, reduction, label_smoothing, num_items: as in `superfine_kernels.cross_entropy`.
         accumulate_into: (classes, features), of the weight's dtype or float32: backward adds the gradient of
             `linear_weight` there instead of returning it; several losses, or steps of accumulation, then need no
             buffer of their own. May be the weight's `.grad`.
@@ -385,16 +386,18 @@ def linear_cross_entropy(
     if tile_bytes is None:
         tile_bytes = TILE_BYTES.get(input.device.type, TILE_BYTES["cpu"]) if isinstance(input, Tensor) else 0
     _check(input, linear_weight, target, linear_bias, accumulate_into, tile_bytes)
-    check_options(
-        "linear_cross_entropy", len(linear_weight), input.device, weight, reduction, label_smoothing
-    )
+    options = (weight, reduction, label_smoothing, num_items)
+    check_options("linear_cross_entropy", len(linear_weight), input.device, *options)
+    divisor = num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
+    if divisor is not None:
+        reduction = "sum"
     if in_functional_transform():
         warn_once(
             "linear_cross_entropy: torch.func and forward-mode AD have no kernel; eager torch computes them"
         )
-        return reference(
-            input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing
-        )
+        rest = (linear_bias, weight, ignore_index, reduction, label_smoothing)
+        loss = reference(input, linear_weight, target, *rest)
+        return loss if divisor is None else loss / divisor
     if weight is not None:
         weight = weight.to(opmath_dtype(input.dtype)).contiguous()
     loss, _ = torch.ops.superfine.linear_cross_entropy(
@@ -410,6 +413,8 @@ def linear_cross_entropy(
         REDUCTIONS[reduction],
         accumulate_into,
     )
+    if divisor is not None:
+        loss = loss / divisor
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 

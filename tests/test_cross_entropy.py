@@ -361,3 +361,46 @@ def test_gradients_too_large_for_the_caches_are_the_same(reduction, dtype, vocab
             x[part], t[part], weight, **options, upstream=None if upstream is None else upstream[part]
         )
         assert same_bits(gradient[part], small)
+
+
+@pytest.mark.parametrize("num_items", [7, 2.5, torch.tensor(7), torch.tensor([2.5], dtype=torch.float64)])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_num_items_divides_the_sum(dtype, inplace, num_items):
+    leaf = torch.randn(5, 9).to(dtype).requires_grad_()
+    target = torch.tensor([1, -100, 3, 8, 0])
+    loss = cross_entropy(1 * leaf, target, num_items=num_items, inplace=inplace)
+    (actual,) = torch.autograd.grad(loss, leaf)
+    expected = torch.nn.functional.cross_entropy(leaf.float(), target, reduction="sum") / float(num_items)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(actual, torch.autograd.grad(expected, leaf)[0])
+
+
+def test_with_num_items_a_loss_of_ignored_labels_is_zero():
+    x = torch.randn(3, 4, requires_grad=True)
+    loss = cross_entropy(x, torch.full((3,), -100), num_items=12)
+    loss.backward()
+    assert loss == 0
+    assert not x.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("num_items", "reduction", "message"),
+    [
+        (0, "mean", r"num_items is 0 .* expected a finite number above 0"),
+        (-1.0, "mean", "num_items is -1.0"),
+        (float("nan"), "mean", "num_items is nan"),
+        (torch.tensor(0), "mean", r"num_items is int64 \(\) on cpu; expected a finite number above 0"),
+        (
+            torch.ones(2),
+            "mean",
+            r"num_items is float32 \(2,\) on cpu; expected a number, or a tensor of one element",
+        ),
+        (torch.ones((), requires_grad=True), "mean", "num_items is .* expected a constant"),
+        (4, "sum", "num_items is 4 .* expected None beside a reduction that is not 'mean'"),
+        (4, "none", "num_items is 4"),
+    ],
+)
+def test_bad_num_items_are_refused(num_items, reduction, message):
+    with pytest.raises(ValueError, match=f"cross_entropy: {message}"):
+        cross_entropy(torch.ones(2, 3), torch.tensor([0, 1]), num_items=num_items, reduction=reduction)

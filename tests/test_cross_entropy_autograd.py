@@ -265,19 +265,19 @@ def test_forward_passes_opcheck(requires_grad, reduction, gradient):
     if gradient and reduction == 0:
         pytest.skip("rows with upstream gradients of their own take the other way")
     x = logits(3, 17, torch.float32).requires_grad_(requires_grad)
-    arguments = (x, labels(3, 17), class_weights(17, torch.float32), -100, reduction, 0.1, gradient, "")
+    arguments = (x, labels(3, 17), class_weights(17, torch.float32), -100, reduction, 0.0, 0.1, gradient, "")
     torch.library.opcheck(torch.ops.superfine.cross_entropy.default, arguments)
 
 
 def test_in_place_forward_passes_opcheck():
-    arguments = (logits(3, 17, torch.float32), labels(3, 17), None, -100, 1, 0.1, "")
+    arguments = (logits(3, 17, torch.float32), labels(3, 17), None, -100, 1, 5.0, 0.1, "")
     torch.library.opcheck(torch.ops.superfine.cross_entropy_.default, arguments)
 
 
 @pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.rand(3)])
 def test_backward_passes_opcheck(scale):
     x, t = logits(3, 17, torch.bfloat16), labels(3, 17).int()
-    _, lse, _ = torch.ops.superfine.cross_entropy(x, t, None, -100, 0, 0.0, False, "")
+    _, lse, _ = torch.ops.superfine.cross_entropy(x, t, None, -100, 0, 0.0, 0.0, False, "")
     torch.library.opcheck(
         torch.ops.superfine.cross_entropy_backward.default, (x, t, None, -100, 0.0, lse, scale, "")
     )

@@ -255,6 +255,16 @@ def test_backward_twice():
         torch.testing.assert_close(t.grad, 2 * once)
 
 
+@pytest.mark.parametrize("num_items", [7, torch.tensor([2.5])])
+def test_num_items_divides_the_sum(num_items):
+    x, w, b, target = problem()
+    loss = linear_cross_entropy(x, w, target, linear_bias=b, num_items=num_items)
+    expected = F.cross_entropy(F.linear(x, w, b), target, reduction="sum") / float(num_items)
+    torch.testing.assert_close(results(loss, x, w, b), results(expected, x, w, b))
+    with pytest.raises(ValueError, match="linear_cross_entropy: num_items is 0"):
+        linear_cross_entropy(x, w, target, num_items=0)
+
+
 def test_gradcheck():
     x, w, b, target = problem(torch.float64, rows=5, classes=7)
     for reduction in ("mean", "none"):
