@@ -146,9 +146,14 @@ PROVIDERS = (
 
 
 def _case(
-    dtype: torch.dtype, *, kept: float = 1.0, trains: str = "hidden and weight", in_quick: bool = True
+    dtype: torch.dtype,
+    shape: tuple[int, int, int] = (1024, 768, 50257),
+    *,
+    kept: float = 1.0,
+    trains: str = "hidden and weight",
+    in_quick: bool = True,
 ) -> Case:
-    n, h, v = 1024, 768, 50257
+    n, h, v = shape
 
     def cost() -> MovesMemory:
         op = importlib.import_module("superfine_kernels.linear_cross_entropy")
@@ -170,6 +175,7 @@ def _case(
         check=_check,
         providers=PROVIDERS,
         redraw=_redraw,
+        gemm=str(dtype).removeprefix("torch."),
         in_quick=in_quick,
     )
 

@@ -22,7 +22,10 @@ LIBRARY = torch.library.Library("superfine", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 #: Reads lists of tensors natively (csrc/bind/tensor_list.h).
-READER = _cpu.TensorReader(torch)
+with torch.inference_mode(
+    False
+):  # whoever imports this within that mode: its tensors have no version to look for
+    READER = _cpu.TensorReader(torch)
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,11 @@ class Rows:
 
 def sum_of_weights(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """Of the labels that count, without waiting for the device or trusting a label."""
+    target = target.long()  # int32 would wrap an ignore_index that it cannot hold
     counts = target != ignore_index
     if weight is None:
         return counts.sum(dtype=dtype)
-    return torch.where(counts, weight[target.long().clamp(0, len(weight) - 1)], 0.0).sum()
+    return torch.where(counts, weight[target.clamp(0, len(weight) - 1)], 0.0).sum()
 
 
 def check_options(

@@ -34,8 +34,8 @@ from superfine_kernels._library import (
 from superfine_kernels._losses import MEAN, NONE, REDUCTIONS, Rows, check_options, sum_of_weights
 from superfine_kernels.cross_entropy import reference as cross_entropy_reference
 
-# Tiles that stay in the caches between the product that makes them and those that use them; on a GPU large enough to
-# fill the devi
+# On a CPU a tile stays in the caches between the product that makes it and those that use it; on a GPU it is large
+# enough to fill the device.
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 # A narrower tile would make the product with it wait for memory.
 LEAST_CLASSES = 1024
@@ -207,7 +207,14 @@ def _row_losses(p: _Problem) -> tuple[Tensor, Tensor]:
         total = p.classes if p.weight is None else p.weight.sum()
         loss = loss + per_class * (total * (log_sum + maximum) - smooth.sum(0))
     counted = p.target != p.ignore_index
-    return torch.where(counted, loss, 0.0), torch.where(counted, log_sum + maximum, 0.0)
+    valid = (p.target >= 0) & (p.target < p.classes)  # a label out of range has a loss and gradients of NaN
+    loss, lse = (torch.where(valid, x, torch.nan) for x in (loss, log_sum + maximum))
+    return torch.where(counted, loss, 0.0), torch.where(counted, lse, 0.0)
+
+
+def _denominator(p: _Problem, dtype: torch.dtype) -> Tensor:
+    total = sum_of_weights(p.target, p.weight, p.ignore_index, dtype)
+    return torch.where(total == 0, torch.nan, total)
 
 
 # --- ops and autograd -------------------------------------------------------------------------------------
@@ -240,7 +247,7 @@ def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
         return losses, lse
     loss = losses.sum()
     if reduction == MEAN:
-        loss = loss / sum_of_weights(p.target, p.weight, p.ignore_index, lse.dtype)
+        loss = loss / _denominator(p, lse.dtype)
     return loss, lse
 
 
@@ -299,6 +306,9 @@ def _op_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+_NO_ACCUMULATION = "expected none beside accumulate_into, which eager torch does not serve"
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.tile_bytes, ctx.backend, ctx.reduction, into = inputs
     ctx.accumulate_into = into  # not saved as the others are: backward writes it
@@ -312,9 +322,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     needs = ctx.needs_input_grad[:3]
     if grad is None or not any(needs):
         return (None,) * 11
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, linear_weight, grad)
-    ):
+    tensors = (input, linear_weight, linear_bias, grad)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        if ctx.accumulate_into is not None:
+            raise RuntimeError(f"linear_cross_entropy: a second derivative is asked for; {_NO_ACCUMULATION}")
         warn_once("linear_cross_entropy: a second derivative is asked for; eager torch computes the gradient")
         reduction = next(name for name, code in REDUCTIONS.items() if code == ctx.reduction)
         rest = (weight, ctx.ignore_index, reduction, ctx.label_smoothing)
@@ -322,14 +333,17 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         wanted = [t for t, need in zip((input, linear_weight, linear_bias), needs, strict=True) if need]
         found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
         return *(next(found) if need else None for need in needs), *(None,) * 8
+    fields = (
+        input, linear_weight, linear_bias, target, weight,
+        ctx.ignore_index, ctx.label_smoothing, ctx.tile_bytes, ctx.backend,
+    )  # fmt: skip
     scale = grad.to(lse.dtype)
     if ctx.reduction == MEAN:
-        scale = scale / sum_of_weights(target, weight, ctx.ignore_index, lse.dtype)
-    fields = (input, linear_weight, linear_bias, target, weight)
-    options = (ctx.ignore_index, ctx.label_smoothing, ctx.tile_bytes, ctx.backend)
-    gradients = torch.ops.superfine.linear_cross_entropy_backward(
-        *fields, *options, lse, scale.contiguous(), *needs, ctx.accumulate_into
-    )
+        scale = scale / _denominator(_Problem(*fields), lse.dtype)
+    with torch.autocast(input.device.type, enabled=False):  # forward has cast what is to be cast
+        gradients = torch.ops.superfine.linear_cross_entropy_backward(
+            *fields, lse, scale.contiguous(), *needs, ctx.accumulate_into
+        )
     has = (needs[0], needs[1] and ctx.accumulate_into is None, needs[2])
     return *(g if need else None for g, need in zip(gradients, has, strict=True)), *(None,) * 8
 
@@ -349,7 +363,7 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     num_items: float | Tensor | None = None,
@@ -368,8 +382,9 @@ def linear_cross_entropy(
         linear_bias: (classes), of the input's dtype.
         weight, ignore_index, reduction, label_smoothing, num_items: as in `superfine_kernels.cross_entropy`.
         accumulate_into: (classes, features), of the weight's dtype or float32: backward adds the gradient of
-            `linear_weight` there instead of returning it; several losses, or steps of accumulation, then need no
-            buffer of their own. May be the weight's `.grad`.
+            `linear_weight` there instead of returning it (hooks of the weight see None); several losses, or steps of
+            accumulation, then need no buffer of their own. Each product is rounded to the inputs' dtype before it
+            is added. A weight's `.grad` will do while it is zeroed in place: `zero_grad()` replaces it.
         tile_bytes: of the tile of logits; None for 4 MiB on a CPU, 256 MiB on a GPU; at least 1024
             classes make a tile.
         backend: None for the best one; see `superfine_kernels.backends()`.
@@ -382,16 +397,22 @@ def linear_cross_entropy(
         ValueError, TypeError: shapes, dtypes or devices that do not fit; on the CPU also a label outside
             [0, classes), named with its position.
     """
+    original = linear_weight
     input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
     if tile_bytes is None:
         tile_bytes = TILE_BYTES.get(input.device.type, TILE_BYTES["cpu"]) if isinstance(input, Tensor) else 0
-    _check(input, linear_weight, target, linear_bias, accumulate_into, tile_bytes)
+    _check(input, linear_weight, target, linear_bias, tile_bytes)
+    if accumulate_into is not None:
+        _check_accumulation(accumulate_into, original)
+    ignore_index = -100 if ignore_index is None else ignore_index
     options = (weight, reduction, label_smoothing, num_items)
     check_options("linear_cross_entropy", len(linear_weight), input.device, *options)
     divisor = num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
     if divisor is not None:
         reduction = "sum"
     if in_functional_transform():
+        if accumulate_into is not None:
+            raise RuntimeError(f"linear_cross_entropy: torch.func transforms it; {_NO_ACCUMULATION}")
         warn_once(
             "linear_cross_entropy: torch.func and forward-mode AD have no kernel; eager torch computes them"
         )
@@ -404,7 +425,7 @@ def linear_cross_entropy(
         input.reshape(-1, input.shape[-1]),
         linear_weight,
         linear_bias,
-        target.reshape(-1),
+        target.reshape(-1).long(),
         weight,
         ignore_index,
         float(label_smoothing),
@@ -419,18 +440,17 @@ def linear_cross_entropy(
 
 
 def _autocast(input: Any, *others: Any) -> tuple[Any, ...]:
-    if not (isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type)):
+    device = input.device.type if isinstance(input, Tensor) else ""
+    if device not in TILE_BYTES or not torch.is_autocast_enabled(device):
         return input, *others
-    dtype = torch.get_autocast_dtype(input.device.type)
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in (input, *others)
     )
 
 
-def _check(
-    input: Any, linear_weight: Any, target: Any, linear_bias: Any, accumulate_into: Any, tile_bytes: Any
-) -> None:
+def _check(input: Any, linear_weight: Any, target: Any, linear_bias: Any, tile_bytes: Any) -> None:
     def expect(
         condition: bool, argument: str, value: object, expected: str, error: type[Exception] = ValueError
     ) -> None:
@@ -438,13 +458,12 @@ def _check(
             reject("linear_cross_entropy", argument, value, expected, error)
 
     tensors = {"input": input, "linear_weight": linear_weight, "target": target}
-    optional = {"linear_bias": linear_bias, "accumulate_into": accumulate_into}
-    tensors |= {name: t for name, t in optional.items() if t is not None}
+    tensors |= {} if linear_bias is None else {"linear_bias": linear_bias}
     for name, tensor in tensors.items():
         expect(isinstance(tensor, Tensor), name, tensor, "a torch.Tensor", TypeError)
         expect(tensor.device == input.device, name, tensor, f"a tensor on {input.device}")
     expect(input.dtype in DTYPE_CODES, "input", input, "float32, bfloat16, float16 or float64", TypeError)
-    expect(input.dim() >= 1, "input", input, "(features) or (..., features)")
+    expect(input.dim() >= 1 and input.shape[-1] > 0, "input", input, "(features) or (..., features)")
     expect(target.dtype in (torch.int64, torch.int32), "target", target, "int64 or int32 classes", TypeError)
     expect(target.shape == input.shape[:-1], "target", target, f"classes of shape {tuple(input.shape[:-1])}")
     features = input.shape[-1]
@@ -460,19 +479,22 @@ def _check(
             linear_bias,
             like,
         )
-    if accumulate_into is not None:
-        fits = accumulate_into.shape == linear_weight.shape and not accumulate_into.requires_grad
-        fits = fits and accumulate_into.dtype in (linear_weight.dtype, torch.float32)
-        like = (
-            f"shape {tuple(linear_weight.shape)}, of the weight's dtype or float32, that requires no gradient"
-        )
-        expect(fits, "accumulate_into", accumulate_into, like)
-        expect(
-            linear_weight.requires_grad, "linear_weight", "frozen", "one that trains, beside accumulate_into"
-        )
     least = max(1, target.numel()) * input.element_size()
     valid = isinstance(tile_bytes, int) and tile_bytes >= least
     expect(valid, "tile_bytes", tile_bytes, f"at least {least}, the logits of one class")
+
+
+def _check_accumulation(accumulate_into: Any, linear_weight: Tensor) -> None:
+    like = f"shape {tuple(linear_weight.shape)}, of the weight's dtype or float32, that requires no gradient"
+    if not isinstance(accumulate_into, Tensor):
+        reject("linear_cross_entropy", "accumulate_into", accumulate_into, "a torch.Tensor", TypeError)
+    fits = accumulate_into.shape == linear_weight.shape and accumulate_into.device == linear_weight.device
+    fits = fits and accumulate_into.dtype in (linear_weight.dtype, torch.float32)
+    if not fits or accumulate_into.requires_grad:
+        reject("linear_cross_entropy", "accumulate_into", accumulate_into, like)
+    if torch.is_grad_enabled() and not linear_weight.requires_grad:
+        expected = "one that trains, beside accumulate_into"
+        reject("linear_cross_entropy", "linear_weight", "frozen", expected)
 
 
 def _check_labels(p: _Problem) -> None:

@@ -16,6 +16,7 @@ from superfine_bench import (
     Settings,
     UnavailableError,
     harness,
+    linear_cross_entropy,
     measure,
     records,
     timing,
@@ -367,7 +368,7 @@ def test_every_case_of_every_op_names_itself_and_counts_its_bytes():
         assert case.memory > 0
         ours = any(provider.name.startswith("superfine") for provider in case.providers)
         assert ours or "8-bit" in case.name  # which AdamW here has not
-        assert case.traffic in ("copy", "4r3w") if case.cost().bytes else case.parts
+        assert case.traffic in ("copy", "4r3w") or case.gemm or case.parts
 
 
 SMALL = [case for case in superfine_bench.all_cases() if case.memory < 2**24]
@@ -379,6 +380,21 @@ def test_the_real_providers_pass_the_check_of_small_cases(case):
     found = {row.provider: (row.status, row.note) for row in rows if row.status != "unavailable"}
     assert len(found) >= 3
     assert found == dict.fromkeys(found, ("ok", ""))
+
+
+@pytest.mark.parametrize("trains", ["hidden and weight", "hidden", "weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_of_linear_cross_entropy_passes_providers_and_sees_an_error(dtype, trains):
+    case = linear_cross_entropy._case(dtype, (96, 32, 3000), kept=0.7, trains=trains)
+    rows = measure(case, CPU, replace(FAST, quick=True))
+    assert {row.status for row in rows} <= {"ok", "unavailable"}
+    inputs = case.inputs(CPU)
+    call = next(p for p in case.providers if p.name == "superfine").build(inputs)
+    loss, *gradients = call()
+    assert case.check(inputs, lambda: (loss, *gradients)) <= 1
+    gradients[0][-1] += gradients[0].abs().max()  # of the last row, or the last class: both are in the sample
+    assert case.check(inputs, lambda: (loss, *gradients)) > 1
+    assert case.check(inputs, lambda: (1.1 * loss, *call()[1:])) > 1
 
 
 def test_the_check_of_adamw_sees_an_error_in_one_element():

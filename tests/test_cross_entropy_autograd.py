@@ -298,3 +298,13 @@ def test_compiles_into_one_graph(reduction):
         loss.backward()
         results.append((loss.detach(), leaf.grad))
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_int32_labels_do_not_wrap_the_ignored_one_in_backward():
+    x = logits(3, 17, torch.float16).requires_grad_()
+    target = torch.tensor([0, 0, 5])
+    gradients = []
+    for t in (target, target.int()):
+        (g,) = torch.autograd.grad(cross_entropy(x, t, ignore_index=2**32), x)
+        gradients.append(g)
+    assert torch.equal(*gradients)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import ISAS, one_warning
+from support import ISAS, one_warning, run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import superfine_kernels
@@ -113,3 +113,14 @@ def test_ops_are_registered_under_one_namespace_with_their_mutations():
         "cross_entropy_": ["input"],
         "cross_entropy_backward": [],
     }
+
+
+def test_imports_within_inference_mode():
+    printed = run_python("""
+import torch
+with torch.inference_mode():
+    import superfine_kernels
+from superfine_kernels._library import READER
+print(READER.uses_shim, READER.compares_records)
+""")
+    assert printed.split() == ["True", "True"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -181,6 +182,49 @@ def test_gradients_of_the_weight_add_up_where_asked(dtype):
     assert_close([w.grad], [expected], TOLERANCE[dtype])
 
 
+def test_accumulation_is_refused_where_eager_torch_computes():
+    x, w, _, target = problem(torch.float64, rows=5, classes=7)
+    into = torch.zeros(7, FEATURES, dtype=torch.float64)
+    loss = linear_cross_entropy(x, w, target, accumulate_into=into)
+    with pytest.raises(RuntimeError, match="expected none beside accumulate_into"):
+        torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="expected none beside accumulate_into"):
+        torch.func.grad(lambda w: linear_cross_entropy(x, w, target, accumulate_into=into))(w)
+    assert not into.any()
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_autocast_leaves_accumulation_and_backward_alone(backward_inside):
+    x, w, b, target = problem()
+    into = torch.zeros(CLASSES, FEATURES)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        linear_cross_entropy(x, w, target, accumulate_into=into)  # evaluates
+    loss = linear_cross_entropy(x, w, target, linear_bias=b, accumulate_into=into)
+    with torch.autocast("cpu", torch.bfloat16, enabled=backward_inside):
+        loss.backward()
+    assert_close([into / 2], [in_float64(x, w, b, target)[2]], TOLERANCE[torch.float32])
+
+
+def test_second_derivatives_of_a_bias_alone():
+    x, w, b, target = problem(torch.float64, rows=5, classes=7)
+    x, w = x.detach(), w.detach()
+    with one_warning("a second derivative is asked for"):
+        (g,) = torch.autograd.grad(linear_cross_entropy(x, w, target, linear_bias=b), b, create_graph=True)
+    (ours,) = torch.autograd.grad(g.square().sum(), b)
+    (g,) = torch.autograd.grad(F.cross_entropy(F.linear(x, w, b), target), b, create_graph=True)
+    torch.testing.assert_close(ours, torch.autograd.grad(g.square().sum(), b)[0])
+
+
+def test_meta_tensors_have_a_meta_loss():
+    x, w, target = (
+        torch.empty(3, 4, device="meta"),
+        torch.empty(5, 4, device="meta"),
+        torch.empty(3, device="meta"),
+    )
+    assert linear_cross_entropy(x, w, target.long()).shape == ()
+    assert linear_cross_entropy(x, w, target.long(), reduction="none").device.type == "meta"
+
+
 # --- labels and numbers --------------------
 
 
@@ -243,6 +287,35 @@ def test_masked_classes_and_a_common_offset():
 
 
 # --- autograd, tracing, casts --------------------
+
+
+def test_int32_labels_do_not_wrap_the_ignored_one():
+    x, w, b, target = problem()
+    target = target.clamp(min=0)
+    loss = linear_cross_entropy(x, w, target.int(), linear_bias=b, ignore_index=2**32)
+    torch.testing.assert_close(loss, F.cross_entropy(F.linear(x, w, b), target))
+
+
+def test_a_mean_over_weights_of_zero_is_nan():
+    x, w, _, _ = problem(rows=3, classes=7)
+    weight = torch.tensor([0.0, 1, 1, 1, 1, 1, 1])
+    for backend in (None, "reference"):
+        loss = linear_cross_entropy(
+            x, w, torch.zeros(3, dtype=torch.int64), weight=weight, label_smoothing=0.1, backend=backend
+        )
+        assert loss.isnan()
+
+
+def test_a_label_out_of_range_where_none_is_looked_at_gives_nan(monkeypatch):
+    # As on a GPU, where to look would wait.
+    op = sys.modules["superfine_kernels.linear_cross_entropy"]  # the package's attribute is the function
+    monkeypatch.setattr(op, "_check_labels", lambda p: None)
+    x, w, b, target = problem(rows=4, classes=7)
+    target = torch.tensor([1, 7, -100, 3])
+    losses = linear_cross_entropy(x, w, target, linear_bias=b, reduction="none", backend="reference")
+    assert losses.isnan().tolist() == [False, True, False, False]
+    (g,) = torch.autograd.grad(losses.nansum(), x)
+    assert g.isnan().any(1).tolist() == [False, True, False, False]
 
 
 def test_backward_twice():

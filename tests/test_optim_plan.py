@@ -216,3 +216,17 @@ print(step())
 """)
     child, parent = printed.splitlines()
     assert child == f"['this process was forked '] {parent}"
+
+
+@pytest.mark.parametrize("offset", [0, 4])
+def test_a_storage_without_memory_is_refused(offset):
+    params = [nn.Parameter(torch.ones(offset + 8)[offset:]) for _ in range(2)]
+    optimizer = AdamW(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = params[0].detach().clone()
+    params[1].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"params\[1\] is .* expected a tensor with memory of its own"):
+        optimizer.step()
+    assert torch.equal(params[0], before)

@@ -184,3 +184,14 @@ def test_counts_of_steps_are_views_of_one_buffer(kind, copied):
     assert [step.data_ptr() - steps[0].data_ptr() for step in steps] == [4 * i for i in range(len(steps))]
     train(optimizer, optimizer.param_groups[0]["params"], range(2, 3))
     assert all(step == 3 and step.shape == () for step in steps)
+
+
+def test_state_of_something_else_than_a_parameter_is_left_alone():
+    params = parameters()
+    optimizer = AdamW(params)
+    train(optimizer, params, range(1))
+    saved = optimizer.state_dict()
+    saved["state"]["of the loop"] = {"step": 3}
+    optimizer.load_state_dict(saved)
+    assert optimizer.state["of the loop"] == {"step": 3}
+    train(optimizer, params, range(1, 2))

@@ -199,7 +199,8 @@ class TensorReader {
       view.strides = t.strides;
       view.ndim = static_cast<int>(t.ndim);
       for (int d = 0; d < view.ndim; ++d) view.numel *= t.shape[d];
-      if (view.data == nullptr && view.numel > 0) return false;  // torch's efficient zeros
+      if ((t.storage_bytes == 0 || view.data == nullptr) && view.numel > 0)
+        return false;  // torch's efficient zeros, and freed storages
       for (const auto& [code, dtype] : codes_) {
         if (t.dtype == code) view.dtype = dtype;
       }
@@ -218,7 +219,10 @@ class TensorReader {
       throw py::type_error(std::string("expected a torch.Tensor, got ") + Py_TYPE(object.ptr())->tp_name);
     }
     TensorView view;
-    view.data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<std::uintptr_t>());
+    const py::object storage = object.attr("untyped_storage")();
+    if (storage.attr("data_ptr")().cast<std::uintptr_t>() != 0) {
+      view.data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<std::uintptr_t>());
+    }
     const auto shape = py::cast<std::vector<std::int64_t>>(py::tuple(object.attr("shape")));
     const auto strides = py::cast<std::vector<std::int64_t>>(object.attr("stride")());
     view.ndim = static_cast<int>(shape.size());

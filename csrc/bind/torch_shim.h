@@ -41,7 +41,7 @@ class TorchShim {
   struct Tensor {
     void* data;
     std::int64_t *shape, *strides;
-    std::int64_t ndim;
+    std::int64_t ndim, storage_bytes;
     std::int32_t dtype;  // one of `dtypes`, or another
     bool on_cuda;        // else on the CPU
     std::int32_t device_index;
@@ -59,7 +59,8 @@ class TorchShim {
     t.device_index = 0;
     if (t.on_cuda && device_index_(handle, &t.device_index) != 0) return false;
     return dtype_(handle, &t.dtype) == 0 && dim_(handle, &t.ndim) == 0 && sizes_(handle, &t.shape) == 0 &&
-           strides_(handle, &t.strides) == 0 && data_(handle, &t.data) == 0;
+           strides_(handle, &t.strides) == 0 && data_(handle, &t.data) == 0 &&
+           storage_size_(handle, &t.storage_bytes) == 0;
   }
 
   int impl_word() const { return word_; }
@@ -127,6 +128,7 @@ class TorchShim {
       if (function != nullptr) value = function();
     };
     get("aoti_torch_get_data_ptr", data_);
+    get("aoti_torch_get_storage_size", storage_size_);
     get("aoti_torch_get_sizes", sizes_);
     get("aoti_torch_get_strides", strides_);
     get("aoti_torch_get_dim", dim_);
@@ -154,7 +156,7 @@ class TorchShim {
   std::uint64_t negative_bit_ = 0;
   Get<void*> data_ = nullptr;
   Get<std::int64_t*> sizes_ = nullptr, strides_ = nullptr;
-  Get<std::int64_t> dim_ = nullptr;
+  Get<std::int64_t> dim_ = nullptr, storage_size_ = nullptr;
   Get<std::int32_t> dtype_ = nullptr, layout_ = nullptr, device_type_ = nullptr, device_index_ = nullptr;
   std::int32_t strided_ = 0, cpu_ = 0, cuda_ = 0;
 };

@@ -21,7 +21,7 @@ class Shares {
   static constexpr int kMost = 64;  // shares; further threads begin with those of others
 
   Shares(std::int64_t count, std::int64_t grain, int threads)
-      : count_(count), grain_(grain), shares_(threads < kMost ? threads : kMost) {
+      : grain_(grain), shares_(threads < kMost ? threads : kMost) {
     const std::int64_t pieces = (count + grain - 1) / grain;
     for (int i = 0; i < shares_; ++i) {
       share_[i].next.store(pieces * i / shares_ * grain, std::memory_order_relaxed);
@@ -36,7 +36,7 @@ class Shares {
     std::int64_t end;
   };
 
-  std::int64_t count_, grain_;
+  std::int64_t grain_;
   int shares_;
   Share share_[kMost];
 };

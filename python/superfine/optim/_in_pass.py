@@ -117,7 +117,9 @@ class InPass(torch.optim.Optimizer):
 
     @skipped_steps.setter
     def skipped_steps(self, value: int) -> None:
-        self._skipped, self._skipped_on_gpu = value, None
+        self._skipped = value
+        if self._skipped_on_gpu is not None:
+            self._skipped_on_gpu.zero_()  # the tensor that a captured step counts in
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -153,7 +155,7 @@ class InPass(torch.optim.Optimizer):
             )
         self.grad_norm = norm
         self._measured = norm, max_norm
-        return norm if isinstance(norm, Tensor) else torch.tensor(norm)
+        return norm.clone() if isinstance(norm, Tensor) else torch.tensor(norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's."""
@@ -223,6 +225,8 @@ class InPass(torch.optim.Optimizer):
             scale = torch.where(found_inf.to(device).reshape(()) == 0, scale, math.nan)
         if self._skipped_on_gpu is None:
             self._skipped_on_gpu = torch.zeros((), dtype=torch.int64, device=device)
+        elif self._skipped_on_gpu.device != device:
+            self._skipped_on_gpu = self._skipped_on_gpu.to(device)
         self._skipped_on_gpu += ~scale.isfinite()  # in place, so that replays of a graph count on
         return scale
 
@@ -350,7 +354,7 @@ class InPass(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = Plan()
-        stepped = [param for param, entries in self.state.items() if "step" in entries]
+        stepped = [p for p, entries in self.state.items() if isinstance(p, Tensor) and "step" in entries]
         steps = counts([self.state[param]["step"] for param in stepped], stepped)
         for param, step in zip(stepped, steps, strict=True):
             self.state[param]["step"] = step

@@ -28,8 +28,13 @@ def counts(values: Sequence[float | Tensor], params: Sequence[Tensor]) -> list[T
         places.setdefault(param.device if param.is_cuda else torch.device("cpu"), []).append(i)
     found: dict[int, Tensor] = {}
     for device, positions in places.items():
-        here = [torch.as_tensor(values[i], dtype=torch.float32, device=device).reshape(()) for i in positions]
-        buffer = torch.stack(here)
+        chosen = [values[i] for i in positions]
+        if any(isinstance(value, Tensor) for value in chosen):
+            buffer = torch.stack(
+                [torch.as_tensor(value, dtype=torch.float32, device=device).reshape(()) for value in chosen]
+            )
+        else:
+            buffer = torch.tensor(chosen, dtype=torch.float32, device=device)
         found.update({i: buffer[k] for k, i in enumerate(positions)})
     return [found[i] for i in range(len(params))]
 
