@@ -13,14 +13,12 @@ Memory beside inputs and gradients: one tile of logits, and the float32 sum of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from superfine_kernels import _backends, _cpu
+from superfine_kernels._class_tiles import TILE_BYTES, Problem, denominator, row_losses, to_gradient
 from superfine_kernels._library import (
     DTYPE_CODES,
     LIBRARY,
@@ -28,17 +26,10 @@ from superfine_kernels._library import (
     in_functional_transform,
     opmath_dtype,
     reject,
-    threads,
     warn_once,
 )
-from superfine_kernels._losses import MEAN, NONE, REDUCTIONS, Rows, check_options, sum_of_weights
+from superfine_kernels._losses import MEAN, NONE, REDUCTIONS, check_options
 from superfine_kernels.cross_entropy import reference as cross_entropy_reference
-
-# On a CPU a tile stays in the caches between the product that makes it and those that use it; on a GPU it is large
-# enough to fill the device.
-TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-# A narrower tile would make the product with it wait for memory.
-LEAST_CLASSES = 1024
 
 
 def cost(
@@ -82,141 +73,6 @@ def reference(
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
-# --- tiles ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """Checked arguments: input is rows x features, target one label a row."""
-
-    input: Tensor
-    linear_weight: Tensor
-    linear_bias: Tensor | None
-    target: Tensor
-    weight: Tensor | None
-    ignore_index: int
-    label_smoothing: float
-    tile_bytes: int
-    backend: str
-
-    @property
-    def classes(self) -> int:
-        return self.linear_weight.shape[0]
-
-    def tiles(self) -> Iterator[slice]:
-        fit = self.tile_bytes // (max(1, self.input.shape[0]) * self.input.element_size())
-        step = min(self.classes, max(LEAST_CLASSES, fit // 256 * 256))
-        for first in range(0, self.classes, step):
-            yield slice(first, min(first + step, self.classes))
-
-    def new_buffer(self) -> Tensor:
-        widest = next(self.tiles())
-        return self.input.new_empty(self.input.shape[0] * widest.stop)
-
-    def logits(self, tile: slice, buffer: Tensor) -> Tensor:
-        """rows x classes of the tile, in the buffer."""
-        rows, width = self.input.shape[0], tile.stop - tile.start
-        out = buffer[: rows * width].view(rows, width)
-        part = self.linear_weight[tile].t()
-        if self.linear_bias is None:
-            return torch.mm(self.input, part, out=out)
-        return torch.addmm(self.linear_bias[tile], self.input, part, out=out)
-
-    def without_ignored(self) -> tuple[_Problem, Tensor | None]:
-        """The problem of the rows that count, and their positions; None where all do, or to look would wait."""
-        if self.input.device.type != "cpu":
-            return self, None
-        counted = self.target != self.ignore_index
-        if counted.all():
-            return self, None
-        rows = counted.nonzero().flatten()
-        return replace(self, input=self.input[rows], target=self.target[rows]), rows
-
-
-def _arguments(p: _Problem, logits: Tensor, tile: slice) -> dict[str, Any]:
-    rows = Rows(logits, p.target, p.weight, p.ignore_index, p.label_smoothing)
-    return {**rows.native(), "first_class": tile.start, "classes": p.classes}
-
-
-def _part(p: _Problem, logits: Tensor, tile: slice) -> Tensor:
-    """What a tile adds to the losses: 4 x rows, as `_cpu.cross_entropy_part` says."""
-    name, _, isa = _backends.choose("linear_cross_entropy", logits.device, p.backend).partition(":")
-    if name == "cpu":
-        out = logits.new_empty(4, logits.shape[0], dtype=opmath_dtype(logits.dtype))
-        _cpu.cross_entropy_part(**_arguments(p, logits, tile), out=out.data_ptr(), threads=threads(), isa=isa)
-        return out
-    x = logits.to(opmath_dtype(logits.dtype))
-    maximum = x.amax(1)
-    exponentials = (x - torch.where(maximum == -torch.inf, 0.0, maximum)[:, None]).exp()
-    column = p.target.long() - tile.start
-    inside = (column >= 0) & (column < x.shape[1])
-    at_target = x.gather(1, column.clamp(0, x.shape[1] - 1)[:, None])[:, 0]
-    smooth = torch.zeros_like(maximum)
-    if p.label_smoothing > 0:
-        smooth = (x if p.weight is None else x * p.weight[tile]).sum(1)
-    return torch.stack([maximum, exponentials.sum(1), torch.where(inside, at_target, 0.0), smooth])
-
-
-def _to_gradient(p: _Problem, logits: Tensor, tile: slice, lse: Tensor, scale: Tensor) -> None:
-    """Overwrites a tile of logits with scale * dloss/dlogits."""
-    name, _, isa = _backends.choose("linear_cross_entropy", logits.device, p.backend).partition(":")
-    if name == "cpu":
-        _cpu.cross_entropy_backward(
-            **_arguments(p, logits, tile),
-            lse=lse.data_ptr(),
-            scale=scale.data_ptr(),
-            scale_stride=scale.stride(0) if scale.dim() else 0,
-            dlogits=logits.data_ptr(),
-            threads=threads(),
-            isa=isa,
-        )
-        return
-    hard, per_class = _coefficients(p, lse.dtype)
-    weights = torch.ones((), dtype=lse.dtype, device=lse.device) if p.weight is None else p.weight
-    total = p.classes * weights if p.weight is None else weights.sum()
-    x = (logits.to(lse.dtype) - lse[:, None]).exp() * (hard + per_class * total)[:, None]
-    x -= per_class * (weights if p.weight is None else weights[tile])
-    column = p.target.long() - tile.start
-    inside = (column >= 0) & (column < x.shape[1])
-    x.scatter_add_(1, column.clamp(0, x.shape[1] - 1)[:, None], torch.where(inside, -hard, 0.0)[:, None])
-    x *= scale[:, None] if scale.dim() else scale
-    logits.copy_(torch.where((p.target == p.ignore_index)[:, None], 0.0, x))
-
-
-def _coefficients(p: _Problem, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """(1 - s) w_t of every row, and s / C."""
-    if p.weight is None:
-        weight = torch.ones(p.target.shape, dtype=dtype, device=p.target.device)
-    else:
-        weight = p.weight[p.target.long().clamp(0, p.classes - 1)]
-    return (1 - p.label_smoothing) * weight, p.label_smoothing / p.classes
-
-
-def _row_losses(p: _Problem) -> tuple[Tensor, Tensor]:
-    """(loss, lse) of every row, unreduced."""
-    buffer = p.new_buffer()
-    parts = torch.stack([_part(p, p.logits(tile, buffer), tile) for tile in p.tiles()])
-    maxima, sums, at_target, smooth = parts.unbind(1)
-    maximum = maxima.amax(0)
-    shift = torch.where(maximum == -torch.inf, 0.0, maximum)
-    log_sum = (sums * (maxima - shift).exp()).sum(0).log()
-    hard, per_class = _coefficients(p, log_sum.dtype)
-    # Differences of logits, not of lse, so that an offset common to a row costs no digits.
-    loss = hard * (log_sum + (maximum - at_target.sum(0)))
-    if p.label_smoothing > 0:
-        total = p.classes if p.weight is None else p.weight.sum()
-        loss = loss + per_class * (total * (log_sum + maximum) - smooth.sum(0))
-    counted = p.target != p.ignore_index
-    valid = (p.target >= 0) & (p.target < p.classes)  # a label out of range has a loss and gradients of NaN
-    loss, lse = (torch.where(valid, x, torch.nan) for x in (loss, log_sum + maximum))
-    return torch.where(counted, loss, 0.0), torch.where(counted, lse, 0.0)
-
-
-def _denominator(p: _Problem, dtype: torch.dtype) -> Tensor:
-    total = sum_of_weights(p.target, p.weight, p.ignore_index, dtype)
-    return torch.where(total == 0, torch.nan, total)
-
-
 # --- ops and autograd -------------------------------------------------------------------------------------
 
 _ARGUMENTS = (
@@ -235,10 +91,10 @@ LIBRARY.define(
 @torch.library.impl(LIBRARY, "linear_cross_entropy", "CompositeExplicitAutograd")
 def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
     *fields, reduction, _ = arguments
-    whole = _Problem(*fields)
+    whole = Problem(*fields)
     _check_labels(whole)
     p, rows = whole.without_ignored()
-    losses, lse = _row_losses(p)
+    losses, lse = row_losses(p)
     if reduction == NONE and rows is not None:
         losses = losses.new_zeros(whole.target.shape).index_copy_(0, rows, losses)
     if rows is not None:
@@ -247,7 +103,7 @@ def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
         return losses, lse
     loss = losses.sum()
     if reduction == MEAN:
-        loss = loss / _denominator(p, lse.dtype)
+        loss = loss / denominator(p, lse.dtype)
     return loss, lse
 
 
@@ -261,7 +117,7 @@ def _op_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 @torch.library.impl(LIBRARY, "linear_cross_entropy_backward", "CompositeExplicitAutograd")
 def _op_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *fields, lse, scale, input_grad, weight_grad, bias_grad, accumulate_into = arguments
-    whole = _Problem(*fields)
+    whole = Problem(*fields)
     p, rows = whole.without_ignored()
     if rows is not None:
         lse = lse[rows]
@@ -275,7 +131,7 @@ def _op_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     buffer = p.new_buffer()
     for tile in p.tiles():
         logits = p.logits(tile, buffer)
-        _to_gradient(p, logits, tile, lse, scale)
+        to_gradient(p, logits, tile, lse, scale)
         if input_grad and d_input.dtype == dtype:
             d_input.addmm_(logits, p.linear_weight[tile])
         elif input_grad:
@@ -339,7 +195,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     )  # fmt: skip
     scale = grad.to(lse.dtype)
     if ctx.reduction == MEAN:
-        scale = scale / _denominator(_Problem(*fields), lse.dtype)
+        scale = scale / denominator(Problem(*fields), lse.dtype)
     with torch.autocast(input.device.type, enabled=False):  # forward has cast what is to be cast
         gradients = torch.ops.superfine.linear_cross_entropy_backward(
             *fields, lse, scale.contiguous(), *needs, ctx.accumulate_into
@@ -497,7 +353,7 @@ def _check_accumulation(accumulate_into: Any, linear_weight: Tensor) -> None:
         reject("linear_cross_entropy", "linear_weight", "frozen", expected)
 
 
-def _check_labels(p: _Problem) -> None:
+def _check_labels(p: Problem) -> None:
     if p.target.device.type == "cpu":
         bad = (((p.target < 0) | (p.target >= p.classes)) & (p.target != p.ignore_index)).nonzero()
         if len(bad) > 0:

@@ -12,7 +12,8 @@ from support import ISAS, one_warning
 from torch import Tensor
 
 from superfine_kernels import linear_cross_entropy
-from superfine_kernels.linear_cross_entropy import LEAST_CLASSES, cost
+from superfine_kernels._class_tiles import LEAST_CLASSES
+from superfine_kernels.linear_cross_entropy import cost
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
