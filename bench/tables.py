@@ -44,6 +44,7 @@ OP_NAMES = {
     "adamw": "AdamW step",
     "lamb": "LAMB step",
     "cross_entropy": "cross-entropy, forward + backward",
+    "linear_cross_entropy": "linear + cross-entropy, forward + backward",
     "train_step": "whole training step",
 }
 
