@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from superfine.data import Rows
+from superfine.fused_loss import use_fused_loss
 from superfine.task import Task
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "load_tokenizer",
     "local_folder",
     "quiet",
+    "use_fused_loss",
 ]
 
 
