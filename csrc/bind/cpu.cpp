@@ -4,17 +4,15 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "bind/cpu_steps.h"
 #include "bind/cross_entropy_args.h"
-#include "bind/moment_groups.h"
-#include "bind/moment_lists.h"
-#include "bind/moment_options.h"
+#include "bind/moment_plan.h"
 #include "bind/tensor_list.h"
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
@@ -24,101 +22,12 @@ using namespace superfine;
 
 namespace {
 
-const cpu::Kernels& kernels_for(const std::string& isa) {
-  if (isa.empty()) {
-    static const cpu::Kernels& best = cpu::kernels(cpu::best_isa());
-    return best;
-  }
-  for (const auto candidate : {cpu::Isa::baseline, cpu::Isa::avx2, cpu::Isa::avx512}) {
-    if (cpu::has_isa(candidate) && isa == cpu::kernels(candidate).isa) return cpu::kernels(candidate);
-  }
-  throw py::value_error("isa is '" + isa + "'; expected one that this processor has");
-}
-
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (const auto isa : {cpu::Isa::baseline, cpu::Isa::avx2, cpu::Isa::avx512}) {
     if (cpu::has_isa(isa)) names.emplace_back(cpu::kernels(isa).isa);
   }
   return names;
-}
-
-// Steps what `arguments` hold and says in torch's way what was written.
-template <class Tensor, class ScalarsOf>
-void step(const TensorReader& reader, MomentArguments& arguments, const ScalarsOf& scalars_of, const py::list& params,
-          const py::list& zeroed, void (*kernel)(const Tensor*, std::int64_t, int), int threads) {
-  const auto tensors = advance<Tensor>(arguments, scalars_of);
-  reader.increment_version(params);
-  if (!zeroed.empty()) reader.increment_version(zeroed);
-  const py::gil_scoped_release release;
-  kernel(tensors.data(), static_cast<std::int64_t>(tensors.size()), threads);
-}
-
-// An optimizer's op: `Kernel` says which kernel, and how scalars follow from the hyperparameters and the step.
-template <class Kernel>
-std::vector<std::size_t> step_lists(const TensorReader& reader, const std::vector<py::list>& lists,
-                                    const py::dict& hyper, int threads, const std::string& isa) {
-  const MomentOptions options = MomentOptions::of(0, hyper);
-  const auto rule = Kernel::options(hyper);
-  MomentArguments arguments =
-      read_moment_lists(Kernel::kName, reader, TensorView::Device::cpu, lists, options, threads);
-  step(
-      reader, arguments, [&](std::size_t, double count) { return scalars(rule, count); }, lists[kParam],
-      options.zero_grads ? lists[kGrad] : py::list(), kernels_for(isa).*Kernel::kKernel, threads);
-  return arguments.rest;
-}
-
-template <class Kernel>
-std::optional<std::vector<std::pair<std::size_t, py::object>>> step_groups(const TensorReader& reader,
-                                                                           const py::list& groups,
-                                                                           const py::dict& state, MomentPlan& plan,
-                                                                           int threads, const std::string& isa) {
-  const MomentGroups read(reader, groups, state);
-  auto arguments = read.read(Kernel::kName, TensorView::Device::cpu, plan, threads);
-  if (!arguments) return std::nullopt;
-  std::vector<decltype(Kernel::options(py::dict()))> rules;
-  rules.reserve(groups.size());
-  for (const py::handle group : groups)
-    rules.push_back(Kernel::options(group.cast<std::pair<py::list, py::dict>>().second));
-  step(
-      reader, *arguments, [&](std::size_t group, double count) { return scalars(rules[group], count); }, read.params(),
-      read.zeroed(), kernels_for(isa).*Kernel::kKernel, threads);
-  std::vector<std::pair<std::size_t, py::object>> rest;
-  for (const std::size_t position : arguments->rest) rest.emplace_back(read.group(position), read.params()[position]);
-  return rest;
-}
-
-struct AdamW {
-  static constexpr const char* kName = "adamw_";
-  static constexpr auto kKernel = &cpu::Kernels::adamw;
-  static AdamWOptions options(const py::dict& hyper) { return adamw_options(hyper); }
-};
-struct Lamb {
-  static constexpr const char* kName = "lamb_";
-  static constexpr auto kKernel = &cpu::Kernels::lamb;
-  static LambOptions options(const py::dict& hyper) { return lamb_options(hyper); }
-};
-
-// Nothing where a tensor is not dense, not on the CPU or of a type without a kernel.
-std::optional<double> sum_of_squares(const TensorReader& reader, const py::list& list, int threads,
-                                     const std::string& isa) {
-  const cpu::Kernels& kernels = kernels_for(isa);
-  std::vector<DenseTensor> tensors;
-  tensors.reserve(list.size());
-  std::int64_t pieces = 0;
-  for (const py::handle object : list) {
-    TensorView view;
-    if (!reader.read_fast(object.ptr(), view) || view.device != TensorView::Device::cpu || !is_floating(view.dtype) ||
-        !is_dense(view)) {
-      return std::nullopt;
-    }
-    tensors.push_back({view.data, view.numel, *view.dtype});
-    pieces += norm_pieces(tensors.back());
-  }
-  std::vector<double> sums(pieces);
-  const py::gil_scoped_release release;
-  kernels.sums_of_squares(tensors.data(), static_cast<std::int64_t>(tensors.size()), sums.data(), threads);
-  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 template <class Label>
@@ -184,8 +93,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def(groups_name, groups, kGroupsDoc, py::arg("reader"), py::arg("groups"), py::arg("state"), py::arg("plan"),
           py::kw_only(), py::arg("threads"), py::arg("isa"));
   };
-  def_step("adamw", &step_lists<AdamW>, "adamw_groups", &step_groups<AdamW>);
-  def_step("lamb", &step_lists<Lamb>, "lamb_groups", &step_groups<Lamb>);
+  def_step("adamw", &adamw_lists, "adamw_groups", &adamw_groups);
+  def_step("lamb", &lamb_lists, "lamb_groups", &lamb_groups);
 
   m.def("sum_of_squares", &sum_of_squares,
         "Of all elements of all tensors; None where one of them is not dense on the CPU, or has no kernel.",

@@ -63,6 +63,15 @@ class Ranges {
   int share_, tried_ = 0;
 };
 
+// One copy of a worker, however many places call it.
+template <class Worker, class Part>
+#ifdef __GNUC__
+__attribute__((noinline))
+#endif
+void run_worker(const Worker& worker, Part& part) {
+  worker(part);
+}
+
 // Every thread calls worker(ranges) once.
 template <class Worker>
 inline void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Worker& worker) {
@@ -72,14 +81,14 @@ inline void parallel_for(std::int64_t count, std::int64_t grain, int threads, co
 #pragma omp parallel num_threads(threads)
     {
       Ranges ranges(shares, omp_get_thread_num());
-      worker(ranges);
+      run_worker(worker, ranges);
     }
     return;
   }
 #endif
   Shares shares(count, grain, 1);
   Ranges ranges(shares, 0);
-  if (count > 0) worker(ranges);
+  if (count > 0) run_worker(worker, ranges);
 }
 
 // One of the threads that work through several steps together.
@@ -114,13 +123,13 @@ inline void parallel_team(int threads, const Worker& worker) {
 #pragma omp parallel num_threads(threads)
     {
       Team team(omp_get_thread_num(), omp_get_num_threads());
-      worker(team);
+      run_worker(worker, team);
     }
     return;
   }
 #endif
   Team team(0, 1);
-  worker(team);
+  run_worker(worker, team);
 }
 
 }  // namespace

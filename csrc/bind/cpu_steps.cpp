@@ -1,0 +1,120 @@
+#include "bind/cpu_steps.h"
+
+#include <cstdint>
+#include <numeric>
+
+#include "bind/moment_groups.h"
+#include "bind/moment_lists.h"
+#include "bind/moment_options.h"
+
+namespace superfine {
+
+const cpu::Kernels& kernels_for(const std::string& isa) {
+  if (isa.empty()) {
+    static const cpu::Kernels& best = cpu::kernels(cpu::best_isa());
+    return best;
+  }
+  for (const auto candidate : {cpu::Isa::baseline, cpu::Isa::avx2, cpu::Isa::avx512}) {
+    if (cpu::has_isa(candidate) && isa == cpu::kernels(candidate).isa) return cpu::kernels(candidate);
+  }
+  throw py::value_error("isa is '" + isa + "'; expected one that this processor has");
+}
+
+namespace {
+
+// Steps what `arguments` hold and says in torch's way what was written.
+template <class Tensor, class ScalarsOf>
+void step(const TensorReader& reader, MomentArguments& arguments, const ScalarsOf& scalars_of, const py::list& params,
+          const py::list& zeroed, void (*kernel)(const Tensor*, std::int64_t, int), int threads) {
+  const auto tensors = advance<Tensor>(arguments, scalars_of);
+  reader.increment_version(params);
+  if (!zeroed.empty()) reader.increment_version(zeroed);
+  const py::gil_scoped_release release;
+  kernel(tensors.data(), static_cast<std::int64_t>(tensors.size()), threads);
+}
+
+// An optimizer's op: `Kernel` says which kernel, and how scalars follow from the hyperparameters and the step.
+template <class Kernel>
+std::vector<std::size_t> step_lists(const TensorReader& reader, const std::vector<py::list>& lists,
+                                    const py::dict& hyper, int threads, const std::string& isa) {
+  const MomentOptions options = MomentOptions::of(0, hyper);
+  const auto rule = Kernel::options(hyper);
+  MomentArguments arguments =
+      read_moment_lists(Kernel::kName, reader, TensorView::Device::cpu, lists, options, threads);
+  step(
+      reader, arguments, [&](std::size_t, double count) { return scalars(rule, count); }, lists[kParam],
+      options.zero_grads ? lists[kGrad] : py::list(), kernels_for(isa).*Kernel::kKernel, threads);
+  return arguments.rest;
+}
+
+template <class Kernel>
+Rest step_groups(const TensorReader& reader, const py::list& groups, const py::dict& state, MomentPlan& plan,
+                 int threads, const std::string& isa) {
+  const MomentGroups read(reader, groups, state);
+  auto arguments = read.read(Kernel::kName, TensorView::Device::cpu, plan, threads);
+  if (!arguments) return std::nullopt;
+  std::vector<decltype(Kernel::options(py::dict()))> rules;
+  rules.reserve(groups.size());
+  for (const py::handle group : groups)
+    rules.push_back(Kernel::options(group.cast<std::pair<py::list, py::dict>>().second));
+  step(
+      reader, *arguments, [&](std::size_t group, double count) { return scalars(rules[group], count); }, read.params(),
+      read.zeroed(), kernels_for(isa).*Kernel::kKernel, threads);
+  std::vector<std::pair<std::size_t, py::object>> rest;
+  for (const std::size_t position : arguments->rest) rest.emplace_back(read.group(position), read.params()[position]);
+  return rest;
+}
+
+struct AdamW {
+  static constexpr const char* kName = "adamw_";
+  static constexpr auto kKernel = &cpu::Kernels::adamw;
+  static AdamWOptions options(const py::dict& hyper) { return adamw_options(hyper); }
+};
+struct Lamb {
+  static constexpr const char* kName = "lamb_";
+  static constexpr auto kKernel = &cpu::Kernels::lamb;
+  static LambOptions options(const py::dict& hyper) { return lamb_options(hyper); }
+};
+
+}  // namespace
+
+std::vector<std::size_t> adamw_lists(const TensorReader& reader, const std::vector<py::list>& lists,
+                                     const py::dict& hyper, int threads, const std::string& isa) {
+  return step_lists<AdamW>(reader, lists, hyper, threads, isa);
+}
+std::vector<std::size_t> lamb_lists(const TensorReader& reader, const std::vector<py::list>& lists,
+                                    const py::dict& hyper, int threads, const std::string& isa) {
+  return step_lists<Lamb>(reader, lists, hyper, threads, isa);
+}
+
+Rest adamw_groups(const TensorReader& reader, const py::list& groups, const py::dict& state, MomentPlan& plan,
+                  int threads, const std::string& isa) {
+  return step_groups<AdamW>(reader, groups, state, plan, threads, isa);
+}
+Rest lamb_groups(const TensorReader& reader, const py::list& groups, const py::dict& state, MomentPlan& plan,
+                 int threads, const std::string& isa) {
+  return step_groups<Lamb>(reader, groups, state, plan, threads, isa);
+}
+
+std::optional<double> sum_of_squares(const TensorReader& reader, const py::list& list, int threads,
+                                     const std::string& isa) {
+  const cpu::Kernels& kernels = kernels_for(isa);
+  std::vector<DenseTensor> tensors;
+  tensors.reserve(list.size());
+  std::int64_t pieces = 0;
+  for (const py::handle object : list) {
+    TensorView view;
+    if (!reader.read_fast(object.ptr(), view) || view.device != TensorView::Device::cpu || !is_floating(view.dtype) ||
+        !is_dense(view)) {
+      return std::nullopt;
+    }
+    tensors.push_back({view.data, view.numel, *view.dtype});
+    pieces += norm_pieces(tensors.back());
+  }
+  std::vector<double> sums(pieces);
+  const py::gil_scoped_release release;
+  kernels.sums_of_squares(tensors.data(), static_cast<std::int64_t>(tensors.size()), sums.data(), threads);
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+}  // namespace superfine
