@@ -22,7 +22,7 @@ LEAST_CLASSES = 1024
 
 @dataclass(frozen=True)
 class Problem:
-    """Checked arguments: input is rows x features, target one label a row."""
+    """Checked arguments: input is rows x features, target one label a row, int64."""
 
     input: Tensor
     linear_weight: Tensor
@@ -83,9 +83,8 @@ def _part(p: Problem, logits: Tensor, tile: slice) -> Tensor:
     x = logits.to(opmath_dtype(logits.dtype))
     maximum = x.amax(1)
     exponentials = (x - torch.where(maximum == -torch.inf, 0.0, maximum)[:, None]).exp()
-    column = p.target.long() - tile.start
-    inside = (column >= 0) & (column < x.shape[1])
-    at_target = x.gather(1, column.clamp(0, x.shape[1] - 1)[:, None])[:, 0]
+    column, inside = _columns(p, tile)
+    at_target = x.gather(1, column[:, None])[:, 0]
     smooth = torch.zeros_like(maximum)
     if p.label_smoothing > 0:
         smooth = (x if p.weight is None else x * p.weight[tile]).sum(1)
@@ -111,11 +110,17 @@ def to_gradient(p: Problem, logits: Tensor, tile: slice, lse: Tensor, scale: Ten
     total = p.classes * weights if p.weight is None else weights.sum()
     x = (logits.to(lse.dtype) - lse[:, None]).exp() * (hard + per_class * total)[:, None]
     x -= per_class * (weights if p.weight is None else weights[tile])
-    column = p.target.long() - tile.start
-    inside = (column >= 0) & (column < x.shape[1])
-    x.scatter_add_(1, column.clamp(0, x.shape[1] - 1)[:, None], torch.where(inside, -hard, 0.0)[:, None])
+    column, inside = _columns(p, tile)
+    x.scatter_add_(1, column[:, None], torch.where(inside, -hard, 0.0)[:, None])
     x *= scale[:, None] if scale.dim() else scale
     logits.copy_(torch.where((p.target == p.ignore_index)[:, None], 0.0, x))
+
+
+def _columns(p: Problem, tile: slice) -> tuple[Tensor, Tensor]:
+    """Every row's column of its label in the tile, and whether the label is there; else the column is any."""
+    column = p.target - tile.start
+    inside = (column >= 0) & (p.target < tile.stop)
+    return column.clamp(0, tile.stop - tile.start - 1), inside
 
 
 def _coefficients(p: Problem, dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -123,7 +128,7 @@ def _coefficients(p: Problem, dtype: torch.dtype) -> tuple[Tensor, float]:
     if p.weight is None:
         weight = torch.ones(p.target.shape, dtype=dtype, device=p.target.device)
     else:
-        weight = p.weight[p.target.long().clamp(0, p.classes - 1)]
+        weight = p.weight[p.target.clamp(0, p.classes - 1)]
     return (1 - p.label_smoothing) * weight, p.label_smoothing / p.classes
 
 

@@ -22,9 +22,8 @@ LIBRARY = torch.library.Library("superfine", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 #: Reads lists of tensors natively (csrc/bind/tensor_list.h).
-with torch.inference_mode(
-    False
-):  # whoever imports this within that mode: its tensors have no version to look for
+# Even for who imports this in inference mode, whose tensors have no version to look for.
+with torch.inference_mode(False):
     READER = _cpu.TensorReader(torch)
 
 

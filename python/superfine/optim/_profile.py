@@ -24,9 +24,8 @@ def profiled_on_demand(step: Step) -> Step:
 
     @functools.wraps(step)
     def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-        ):  # a step is one call already, and what traces find in state soon changes
+        # A step is one call already, and what a trace finds in the state soon changes.
+        if torch.compiler.is_compiling():
             return untraced(self, *args, **kwargs)
         if (
             torch._C._autograd._profiler_enabled()
