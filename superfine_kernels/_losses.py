@@ -1,10 +1,10 @@
-"""What the losses over classes share: rows of logits as kernels take them, reductions, checks of options."""
+"""What the losses over classes share: options, targets and rows of logits as kernels take them, checks, results."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,44 +14,127 @@ from superfine_kernels._library import DTYPE_CODES, opmath_dtype, reject
 _CPU = torch.device("cpu")
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 NONE, MEAN = REDUCTIONS["none"], REDUCTIONS["mean"]
+_INTEGERS = (torch.int64, torch.int32)
+
+
+class Options(NamedTuple):
+    """Numbers of a loss over classes, in the order in which ops take them: `OPTIONS_SCHEMA`."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0  # 0: none
+    scale: float = 1.0
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The logits that the softmax is of."""
+        x = x if self.scale == 1 else x * self.scale
+        return torch.tanh(x / self.softcap) * self.softcap if self.softcap else x
+
+
+OPTIONS_SCHEMA = "int ignore_index, float label_smoothing, float z_loss, float softcap, float scale"
+
+
+class CrossEntropyStats(NamedTuple):
+    """Of every row, beside its loss: zeros where the label is ignored."""
+
+    logprob: Tensor  # log of the label's probability; of the type of the loss
+    entropy: Tensor  # of the probabilities, in nats; of the type of the loss
+    correct: Tensor  # bool: the first of the largest logits is the label's
+
+
+# Numbers a row that kernels write, by csrc/math/cross_entropy.h: without and with statistics.
+ROW_RESULTS, ROW_STATISTICS = 3, 6  # loss, lse, mass; logprob, entropy, correct
+PART_RESULTS, PART_STATISTICS = 4, 7  # maximum, sum, mass, dot; weighted, at_target, best
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Checked arguments: input is rows x vocab with unit stride within a row, target one label a row."""
+    """Checked arguments: input is rows x vocab with unit stride within a row.
+
+    `target` holds class indices: (rows) labels, or (rows, targets) with `probabilities` (rows, targets); None where
+    `probabilities` are of all classes, (rows, classes). Probabilities and weight are dense, of the type of the loss.
+    """
 
     input: Tensor
-    target: Tensor
+    target: Tensor | None
+    probabilities: Tensor | None
     weight: Tensor | None
-    ignore_index: int
-    label_smoothing: float
+    options: Options
+    # The input may be a part of a wider matrix: the classes from `first_class` on, of `classes`.
+    first_class: int = 0
+    classes: int = 0  # 0: those of the input
 
     def native(self) -> dict[str, Any]:
+        """The arguments of `_cpu.CrossEntropy` and `_cuda.CrossEntropy`."""
+        target, probabilities = self.target, self.probabilities
         return {
             "input": self.input.data_ptr(),
             "rows": self.input.shape[0],
             "vocab": self.input.shape[1],
             "row_stride": self.input.stride(0),
             "dtype": DTYPE_CODES[self.input.dtype],
-            "target": self.target.data_ptr(),
-            "target_is_int64": self.target.dtype == torch.int64,
-            "target_stride": self.target.stride(0),
+            "target": 0 if target is None else target.data_ptr(),
+            "target_is_int64": target is not None and target.dtype == torch.int64,
+            "target_stride": 0 if target is None else target.stride(0),
+            "targets": 0 if target is None else 1 if target.dim() == 1 else target.shape[1],
+            "probabilities": 0 if probabilities is None else probabilities.data_ptr(),
+            "probabilities_stride": 0 if probabilities is None else probabilities.stride(0),
             "weight": 0 if self.weight is None else self.weight.data_ptr(),
-            "ignore_index": self.ignore_index,
-            "label_smoothing": self.label_smoothing,
+            **self.options._asdict(),
+            "first_class": self.first_class,
+            "classes": self.classes or self.input.shape[1],
         }
 
-    def new_rows(self) -> Tensor:
-        return self.input.new_empty(self.input.shape[0], dtype=opmath_dtype(self.input.dtype))
+    def new_results(self, count: int) -> Tensor:
+        """Room for `count` numbers of every row, one row of the tensor each."""
+        return self.input.new_empty((count, self.input.shape[0]), dtype=opmath_dtype(self.input.dtype))
 
 
-def sum_of_weights(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """Of the labels that count, without waiting for the device or trusting a label."""
-    target = target.long()  # int32 would wrap an ignore_index that it cannot hold
-    counts = target != ignore_index
-    if weight is None:
+def counted(target: Tensor, ignore_index: int) -> Tensor:
+    """Which rows have a label that is not ignored."""
+    counts = target.long() != ignore_index  # int32 would wrap an ignore_index that it cannot hold
+    return counts if target.dim() == 1 else counts.any(1)
+
+
+def denominator(
+    target: Tensor | None,
+    probabilities: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What "mean" divides by: the weights of the labels that count; with probabilities the rows that count.
+
+    Without waiting for the device or trusting a label.
+    """
+    if target is None:
+        assert probabilities is not None
+        return torch.full((), probabilities.shape[0], dtype=dtype, device=probabilities.device)
+    counts = counted(target, ignore_index)
+    if weight is None or probabilities is not None:
         return counts.sum(dtype=dtype)
-    return torch.where(counts, weight[target.clamp(0, len(weight) - 1)], 0.0).sum()
+    return torch.where(counts, weight[target.long().clamp(0, len(weight) - 1)], 0.0).sum()
+
+
+# --- checks -----------------------------------------------------------------------------------------------
+
+
+def check_labels(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """Names the first label outside [0, classes) that is not ignored. Waits for a GPU."""
+    bad = ((target < 0) | (target >= classes)) & (target.long() != ignore_index)
+    if bad.any():
+        reject_label(op, target, int(bad.flatten().nonzero()[0]), classes, ignore_index)
+
+
+def reject_label(op: str, target: Tensor, index: int, classes: int, ignore_index: int) -> None:
+    """Raises for the label at `index` of the flattened target."""
+    position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), target.shape)) or (0,)
+    where = ", ".join(map(str, position))
+    raise ValueError(
+        f"{op}: target[{where}] is {int(target.reshape(-1)[index])}; expected a class in [0, {classes}) or "
+        f"ignore_index ({ignore_index})"
+    )
 
 
 def check_options(
@@ -60,10 +143,11 @@ def check_options(
     device: torch.device,
     weight: Tensor | None,
     reduction: str,
-    label_smoothing: float,
+    options: Options,
     num_items: float | Tensor | None,
+    check: bool = False,
 ) -> None:
-    """Of a loss over classes: what is not input and target."""
+    """Of a loss over classes: what is not input and target. `check` allows to wait for the device."""
     if weight is not None:
         if not isinstance(weight, Tensor):
             reject(op, "weight", weight, "a torch.Tensor", TypeError)
@@ -77,8 +161,12 @@ def check_options(
             reject(op, "weight", "a tensor that requires grad", "constant weights")
     if reduction not in REDUCTIONS:
         reject(op, "reduction", reduction, "'none', 'mean' or 'sum'")
-    if not 0 <= label_smoothing <= 1:
-        reject(op, "label_smoothing", label_smoothing, "a number in [0, 1]")
+    if not 0 <= options.label_smoothing <= 1:
+        reject(op, "label_smoothing", options.label_smoothing, "a number in [0, 1]")
+    if not 0 <= options.z_loss < math.inf:
+        reject(op, "z_loss", options.z_loss, "a finite number, 0 or above")
+    if not 0 < options.scale < math.inf:
+        reject(op, "scale", options.scale, "a finite number above 0")
     if num_items is None:
         return
     if reduction != "mean":
