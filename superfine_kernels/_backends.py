@@ -61,6 +61,12 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> str:
     return "reference"
 
 
+@torch.compiler.assume_constant_result
+def only_reference(device: torch.device) -> bool:
+    """Whether no kernel serves a device here."""
+    return device.type != "cpu" and choose("", device) == "reference"
+
+
 def _serves(backend: str, device: torch.device) -> bool:
     if backend == "reference":
         return True

@@ -1,17 +1,16 @@
-"""Tiles of classes, between a linear layer and its cross-entropy: what linear_cross_entropy.py does with each."""
+"""Parts of the classes: tiles of a linear layer and its cross-entropy, shards of a vocabulary; and their union."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from superfine_kernels import _backends, _cpu
-from superfine_kernels._library import opmath_dtype, threads
-from superfine_kernels._losses import Rows, sum_of_weights
+from superfine_kernels import _backends
+from superfine_kernels import _cross_entropy_backends as backends
+from superfine_kernels._losses import PART_STATISTICS, Options, Rows, counted, denominator
 
 # On a CPU a tile stays in the caches between the product that makes it and those that use it; on a GPU it is large
 # enough to fill the device.
@@ -20,33 +19,95 @@ TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 LEAST_CLASSES = 1024
 
 
+# --- union of parts -----------------------------------------------------------------------------------------
+
+
+def join(parts: Tensor) -> Tensor:
+    """(parts, results, rows) to (results, rows): PartResult of csrc/math/cross_entropy.h, of all their classes."""
+    maxima, sums, masses, dots, *statistics = parts.unbind(1)
+    maximum = maxima.amax(0)
+    shifts, shift = (torch.where(x == -torch.inf, 0.0, x) for x in (maxima, maximum))
+    factors = (maxima - shift).exp()
+    joined = [
+        maximum,
+        (sums * factors).sum(0),
+        masses.sum(0),
+        (dots + masses * (shifts - shift)).sum(0),
+    ]
+    if statistics:
+        weighted, at_target, best = statistics
+        first = (maxima == maximum).int().argmax(0, keepdim=True)
+        # Where a part lies below all that exp can tell from 0, its sum is exactly 0.
+        below = torch.where(factors > 0, shifts - shift, 0.0)
+        joined.append((factors * (weighted + sums * below)).sum(0))
+        joined += [at_target.sum(0), best.gather(0, first)[0]]
+    return torch.stack(joined)
+
+
+def row_results(part: Tensor, target: Tensor | None, options: Options) -> Tensor:
+    """From the part that holds all classes: RowResult of csrc/math/cross_entropy.h, (results, rows)."""
+    maximum, total, mass, dot = part[:4]
+    log_sum = total.log()
+    lse = maximum + log_sum
+    # Relative to the maximum, so that an offset common to a row costs no digits; no term is negative.
+    results = [(mass * log_sum - dot) + options.z_loss * lse.square(), lse, mass]
+    if len(part) == PART_STATISTICS:
+        assert target is not None
+        weighted, at_target, best = part[4:]
+        shift = torch.where(maximum == -torch.inf, 0.0, maximum)
+        results += [at_target - shift - log_sum, log_sum - weighted / total, (best == target).to(part.dtype)]
+    stacked = torch.stack(results)
+    return stacked if target is None else torch.where(counted(target, options.ignore_index), stacked, 0.0)
+
+
+# --- tiles --------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Problem:
-    """Checked arguments: input is rows x features, target one label a row, int64."""
+    """Checked arguments of a linear layer and its loss: input is rows x features; targets as in `Rows`.
+
+    The logits are input . linear_weight^T + linear_bias, with additions. `low_rank_input` (rows x rank) and
+    `low_rank_weight` (classes x rank): their product is added. `columns` (rows x few) replaces the products of the
+    classes `column_classes`, which are on the CPU.
+    """
 
     input: Tensor
     linear_weight: Tensor
     linear_bias: Tensor | None
-    target: Tensor
+    low_rank_input: Tensor | None
+    low_rank_weight: Tensor | None
+    columns: Tensor | None
+    column_classes: Tensor | None
+    target: Tensor | None
+    probabilities: Tensor | None
     weight: Tensor | None
-    ignore_index: int
-    label_smoothing: float
+    options: Options
     tile_bytes: int
+    skip_mass: float
     backend: str
+    # Of a shard of the vocabulary: its place among all `classes`; 0 where there are no others.
+    first_class: int = 0
+    all_classes: int = 0
+    # What tiles are measured by where they must not depend on the rows that count; 0: the rows of the input.
+    whole_rows: int = 0
 
     @property
     def classes(self) -> int:
         return self.linear_weight.shape[0]
 
     def tiles(self) -> Iterator[slice]:
-        fit = self.tile_bytes // (max(1, self.input.shape[0]) * self.input.element_size())
-        step = min(self.classes, max(LEAST_CLASSES, fit // 256 * 256))
-        for first in range(0, self.classes, step):
-            yield slice(first, min(first + step, self.classes))
+        for first in range(0, self.classes, self.step):
+            yield slice(first, min(first + self.step, self.classes))
+
+    @property
+    def step(self) -> int:
+        rows = self.whole_rows or self.input.shape[0]
+        fit = self.tile_bytes // (max(1, rows) * self.input.element_size())
+        return min(self.classes, max(LEAST_CLASSES, fit // 256 * 256))
 
     def new_buffer(self) -> Tensor:
-        widest = next(self.tiles())
-        return self.input.new_empty(self.input.shape[0] * widest.stop)
+        return self.input.new_empty(self.input.shape[0] * self.step)
 
     def logits(self, tile: slice, buffer: Tensor) -> Tensor:
         """rows x classes of the tile, in the buffer."""
@@ -54,104 +115,167 @@ class Problem:
         out = buffer[: rows * width].view(rows, width)
         part = self.linear_weight[tile].t()
         if self.linear_bias is None:
-            return torch.mm(self.input, part, out=out)
-        return torch.addmm(self.linear_bias[tile], self.input, part, out=out)
+            torch.mm(self.input, part, out=out)
+        else:
+            torch.addmm(self.linear_bias[tile], self.input, part, out=out)
+        if self.low_rank_input is not None and self.low_rank_weight is not None:
+            out.addmm_(self.low_rank_input, self.low_rank_weight[tile].t())
+        if self.columns is not None:
+            places, inside = self.columns_of(tile)
+            replaced = self.columns[:, places]
+            if self.linear_bias is not None:
+                replaced = replaced + self.linear_bias[tile][inside]
+            out[:, inside] = replaced
+        return out
+
+    def columns_of(self, tile: slice) -> tuple[Tensor, Tensor]:
+        """Of the classes with columns in the tile: their places among the columns, and in the tile."""
+        assert self.column_classes is not None
+        inside = (self.column_classes >= tile.start) & (self.column_classes < tile.stop)
+        places = inside.nonzero().flatten()
+        device = self.input.device
+        return places.to(device), (self.column_classes[places] - tile.start).to(device)
+
+    def of_rows(self, rows: Tensor) -> Problem:
+        """The problem of these rows alone."""
+        names = ("input", "low_rank_input", "columns", "target", "probabilities")
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: t[rows] for name, t in tensors.items() if t is not None})
 
     def without_ignored(self) -> tuple[Problem, Tensor | None]:
         """The problem of the rows that count, and their positions; None where all do, or to look would wait."""
-        if self.input.device.type != "cpu":
+        if self.input.device.type != "cpu" or self.target is None:
             return self, None
-        counted = self.target != self.ignore_index
-        if counted.all():
+        counts = counted(self.target, self.options.ignore_index)
+        if counts.all():
             return self, None
-        rows = counted.nonzero().flatten()
-        return replace(self, input=self.input[rows], target=self.target[rows]), rows
+        rows = counts.nonzero().flatten()
+        return self.of_rows(rows), rows
+
+    def rows_of(self, logits: Tensor, tile: slice) -> Rows:
+        targets = (self.target, self.probabilities, self.weight, self.options)
+        return Rows(logits, *targets, self.first_class + tile.start, self.all_classes or self.classes)
+
+    def chosen_backend(self) -> str:
+        return _backends.choose("linear_cross_entropy", self.input.device, self.backend)
+
+    def parts(self, statistics: bool) -> tuple[Tensor, Tensor]:
+        """(tiles, results, rows): what every tile adds to the results; and the logits of the last one."""
+        buffer, backend, found = self.new_buffer(), self.chosen_backend(), []
+        for tile in self.tiles():
+            logits = self.logits(tile, buffer)
+            found.append(backends.part(self.rows_of(logits, tile), statistics, backend))
+        return torch.stack(found), logits
+
+    def to_gradient(self, logits: Tensor, tile: slice, sums: Tensor, scale: Tensor) -> None:
+        """Overwrites a tile of logits with scale * dloss/dlogits; `sums` are lse and mass of all classes."""
+        rows = self.rows_of(logits, tile)
+        backends.gradient_to(rows, sums, scale, logits, self.chosen_backend())
+
+    def denominator(self, dtype: torch.dtype) -> Tensor:
+        return denominator(self.target, self.probabilities, self.weight, self.options.ignore_index, dtype)
+
+    def needed(self, parts: Tensor, lse: Tensor) -> Tensor:
+        """(tiles, rows): where backward must look, so that what it leaves out of a row has at most `skip_mass`.
+
+        The tiles of the targets are always needed.
+        """
+        maxima, sums = parts[:, 0], parts[:, 1]
+        masses, order = (sums * (maxima - lse).exp()).sort(0)
+        needed = torch.empty_like(order, dtype=torch.bool)
+        needed.scatter_(0, order, masses.cumsum(0) > self.skip_mass)
+        target = self.target if self.target is None or self.target.dim() == 2 else self.target[:, None]
+        if target is not None:
+            tiles = ((target.long() - self.first_class) // self.step).clamp(0, len(parts) - 1)
+            needed.scatter_(0, tiles.t(), True)
+        return needed
 
 
-def _arguments(p: Problem, logits: Tensor, tile: slice) -> dict[str, Any]:
-    rows = Rows(logits, p.target, p.weight, p.ignore_index, p.label_smoothing)
-    return {**rows.native(), "first_class": tile.start, "classes": p.classes}
+class Sum:
+    """Of products over tiles, in float32 (float64) whatever their type, some of a few rows only."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.dtype = like.dtype
+        self.total = torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+    def add(self, a: Tensor, b: Tensor, rows: Tensor | None) -> None:
+        if rows is not None:
+            self.total.index_add_(0, rows, torch.mm(a, b).to(self.total.dtype))
+        elif self.total.dtype == self.dtype:
+            self.total.addmm_(a, b)
+        else:
+            self.total += torch.mm(a, b)
+
+    def result(self) -> Tensor:
+        return self.total.to(self.dtype)
 
 
-def _part(p: Problem, logits: Tensor, tile: slice) -> Tensor:
-    """What a tile adds to the losses: 4 x rows, as `_cpu.cross_entropy_part` says."""
-    name, _, isa = _backends.choose("linear_cross_entropy", logits.device, p.backend).partition(":")
-    if name == "cpu":
-        out = logits.new_empty(4, logits.shape[0], dtype=opmath_dtype(logits.dtype))
-        _cpu.cross_entropy_part(**_arguments(p, logits, tile), out=out.data_ptr(), threads=threads(), isa=isa)
-        return out
-    x = logits.to(opmath_dtype(logits.dtype))
-    maximum = x.amax(1)
-    exponentials = (x - torch.where(maximum == -torch.inf, 0.0, maximum)[:, None]).exp()
-    column, inside = _columns(p, tile)
-    at_target = x.gather(1, column[:, None])[:, 0]
-    smooth = torch.zeros_like(maximum)
-    if p.label_smoothing > 0:
-        smooth = (x if p.weight is None else x * p.weight[tile]).sum(1)
-    return torch.stack([maximum, exponentials.sum(1), torch.where(inside, at_target, 0.0), smooth])
+#: The tensors of a Problem that gradients may reach, in the order of the ops' arguments.
+TRAINABLE = ("input", "linear_weight", "linear_bias", "low_rank_input", "low_rank_weight", "columns")
 
 
-def to_gradient(p: Problem, logits: Tensor, tile: slice, lse: Tensor, scale: Tensor) -> None:
-    """Overwrites a tile of logits with scale * dloss/dlogits."""
-    name, _, isa = _backends.choose("linear_cross_entropy", logits.device, p.backend).partition(":")
-    if name == "cpu":
-        _cpu.cross_entropy_backward(
-            **_arguments(p, logits, tile),
-            lse=lse.data_ptr(),
-            scale=scale.data_ptr(),
-            scale_stride=scale.stride(0) if scale.dim() else 0,
-            dlogits=logits.data_ptr(),
-            threads=threads(),
-            isa=isa,
-        )
-        return
-    hard, per_class = _coefficients(p, lse.dtype)
-    weights = torch.ones((), dtype=lse.dtype, device=lse.device) if p.weight is None else p.weight
-    total = p.classes * weights if p.weight is None else weights.sum()
-    x = (logits.to(lse.dtype) - lse[:, None]).exp() * (hard + per_class * total)[:, None]
-    x -= per_class * (weights if p.weight is None else weights[tile])
-    column, inside = _columns(p, tile)
-    x.scatter_add_(1, column[:, None], torch.where(inside, -hard, 0.0)[:, None])
-    x *= scale[:, None] if scale.dim() else scale
-    logits.copy_(torch.where((p.target == p.ignore_index)[:, None], 0.0, x))
+def gradients(
+    p: Problem,
+    sums: Tensor,
+    scale: Tensor,
+    needed: Tensor | None,
+    kept: Tensor | None,
+    wants: dict[str, bool],
+    accumulate_into: Tensor | None,
+) -> dict[str, Tensor]:
+    """Of the tensors that are wanted, from lse and mass of every row, (2, rows), and one scale a row or one for all.
 
-
-def _columns(p: Problem, tile: slice) -> tuple[Tensor, Tensor]:
-    """Every row's column of its label in the tile, and whether the label is there; else the column is any."""
-    column = p.target - tile.start
-    inside = (column >= 0) & (p.target < tile.stop)
-    return column.clamp(0, tile.stop - tile.start - 1), inside
-
-
-def _coefficients(p: Problem, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """(1 - s) w_t of every row, and s / C."""
-    if p.weight is None:
-        weight = torch.ones(p.target.shape, dtype=dtype, device=p.target.device)
-    else:
-        weight = p.weight[p.target.clamp(0, p.classes - 1)]
-    return (1 - p.label_smoothing) * weight, p.label_smoothing / p.classes
-
-
-def row_losses(p: Problem) -> tuple[Tensor, Tensor]:
-    """(loss, lse) of every row, unreduced."""
+    `needed` by `Problem.needed`, None for everywhere; `kept`: the logits, where they are one tile and were kept.
+    """
+    dtype = sums.dtype
+    wants = {k: v and getattr(p, k) is not None for k, v in wants.items()}
+    by_row = {k: Sum(getattr(p, k), dtype) for k in ("input", "low_rank_input") if wants[k]}
+    into = accumulate_into if wants["linear_weight"] else None
+    by_class = {
+        k: torch.empty_like(getattr(p, k))
+        for k in ("linear_weight", "linear_bias", "low_rank_weight")
+        if wants[k] and not (k == "linear_weight" and into is not None)
+    }
+    d_columns = torch.zeros_like(p.columns) if p.columns is not None else None
     buffer = p.new_buffer()
-    parts = torch.stack([_part(p, p.logits(tile, buffer), tile) for tile in p.tiles()])
-    maxima, sums, at_target, smooth = parts.unbind(1)
-    maximum = maxima.amax(0)
-    shift = torch.where(maximum == -torch.inf, 0.0, maximum)
-    log_sum = (sums * (maxima - shift).exp()).sum(0).log()
-    hard, per_class = _coefficients(p, log_sum.dtype)
-    # Differences of logits, not of lse, so that an offset common to a row costs no digits.
-    loss = hard * (log_sum + (maximum - at_target.sum(0)))
-    if p.label_smoothing > 0:
-        total = p.classes if p.weight is None else p.weight.sum()
-        loss = loss + per_class * (total * (log_sum + maximum) - smooth.sum(0))
-    counted = p.target != p.ignore_index
-    valid = (p.target >= 0) & (p.target < p.classes)  # a label out of range has a loss and gradients of NaN
-    loss, lse = (torch.where(valid, x, torch.nan) for x in (loss, log_sum + maximum))
-    return torch.where(counted, loss, 0.0), torch.where(counted, lse, 0.0)
-
-
-def denominator(p: Problem, dtype: torch.dtype) -> Tensor:
-    total = sum_of_weights(p.target, p.weight, p.ignore_index, dtype)
-    return torch.where(total == 0, torch.nan, total)
+    for number, tile in enumerate(p.tiles()):
+        part, part_sums, part_scale, rows = p, sums, scale, None
+        if needed is not None and not (here := needed[number]).all():
+            rows = here.nonzero().flatten()
+            part, part_sums = p.of_rows(rows), sums[:, rows]
+            part_scale = scale[rows] if scale.dim() else scale
+        if rows is not None and len(rows) == 0:
+            for gradient in by_class.values():
+                gradient[tile] = 0
+            continue
+        if kept is not None:
+            logits = buffer[: kept.numel()].view_as(kept)
+            logits.copy_(kept)
+        else:
+            logits = part.logits(tile, buffer)
+        part.to_gradient(logits, tile, part_sums.contiguous(), part_scale.contiguous())
+        if "linear_bias" in by_class:
+            by_class["linear_bias"][tile] = logits.sum(0, dtype=dtype)
+        if d_columns is not None:
+            places, inside = p.columns_of(tile)
+            if rows is None:
+                d_columns[:, places] = logits[:, inside]
+            else:
+                d_columns[rows[:, None], places] = logits[:, inside]
+            logits[:, inside] = 0  # no gradient of the products that the columns replace
+        if "input" in by_row:
+            by_row["input"].add(logits, p.linear_weight[tile], rows)
+        if "low_rank_input" in by_row and p.low_rank_weight is not None:
+            by_row["low_rank_input"].add(logits, p.low_rank_weight[tile], rows)
+        if into is not None:
+            into[tile] += torch.mm(logits.t(), part.input)
+        elif "linear_weight" in by_class:
+            torch.mm(logits.t(), part.input, out=by_class["linear_weight"][tile])
+        if "low_rank_weight" in by_class and part.low_rank_input is not None:
+            torch.mm(logits.t(), part.low_rank_input, out=by_class["low_rank_weight"][tile])
+    if into is not None:
+        torch.autograd.graph.increment_version(into)
+    found = {**{k: v.result() for k, v in by_row.items()}, **by_class}
+    if d_columns is not None and wants["columns"]:
+        found["columns"] = d_columns
+    return found

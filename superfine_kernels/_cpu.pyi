@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import types
 import typing
-__all__: list[str] = ['MomentPlan', 'TensorReader', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'cross_entropy_part', 'isas', 'lamb', 'lamb_groups', 'sum_of_squares']
+__all__: list[str] = ['CrossEntropy', 'MomentPlan', 'TensorReader', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'cross_entropy_part', 'isas', 'lamb', 'lamb_groups', 'sum_of_squares']
 class TensorReader:
     """
     Reads torch tensors natively; made once from the torch module.
@@ -28,6 +28,12 @@ class MomentPlan:
     """
     def __init__(self) -> None:
         ...
+class CrossEntropy:
+    """
+    Logits, targets and settings; see csrc/math/cross_entropy.h. Addresses may be 0 for none.
+    """
+    def __init__(self, input: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, row_stride: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_is_int64: bool, target_stride: typing.SupportsInt | typing.SupportsIndex, targets: typing.SupportsInt | typing.SupportsIndex, probabilities: typing.SupportsInt | typing.SupportsIndex, probabilities_stride: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, ignore_index: typing.SupportsInt | typing.SupportsIndex, label_smoothing: typing.SupportsFloat | typing.SupportsIndex, z_loss: typing.SupportsFloat | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, scale: typing.SupportsFloat | typing.SupportsIndex, first_class: typing.SupportsInt | typing.SupportsIndex, classes: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
 def adamw(reader: TensorReader, lists: collections.abc.Sequence[list], hyper: dict, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
     """
     lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the positions that it left alone.
@@ -40,21 +46,21 @@ def advise_huge_pages(address: typing.SupportsInt | typing.SupportsIndex, bytes:
     """
     Asks for huge pages behind a fresh buffer. False where the system has none.
     """
-def check_labels(target: typing.SupportsInt | typing.SupportsIndex, target_is_int64: bool, target_stride: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, weight_is_f64: bool, ignore_index: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, float]:
+def check_labels(args: CrossEntropy) -> tuple[int, float]:
     """
-    (first position with a label outside [0, vocab) or -1, sum of the weights of the labels not ignored).
+    (place among rows x targets of the first label outside [0, classes) or -1, what a mean divides by).
     """
-def cross_entropy_backward(input: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, row_stride: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_is_int64: bool, target_stride: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, ignore_index: typing.SupportsInt | typing.SupportsIndex, label_smoothing: typing.SupportsFloat | typing.SupportsIndex, first_class: typing.SupportsInt | typing.SupportsIndex, classes: typing.SupportsInt | typing.SupportsIndex, lse: typing.SupportsInt | typing.SupportsIndex, scale: typing.SupportsInt | typing.SupportsIndex, scale_stride: typing.SupportsInt | typing.SupportsIndex, dlogits: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> None:
+def cross_entropy_backward(args: CrossEntropy, sums: typing.SupportsInt | typing.SupportsIndex, scale: typing.SupportsInt | typing.SupportsIndex, scale_stride: typing.SupportsInt | typing.SupportsIndex, dlogits: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> None:
     """
-    dlogits from the lse of the forward pass and one scale a row. The input may be the classes from `first_class` on of `classes`, in which labels and weights count; dlogits may be the input.
+    dlogits, which may be the input, from lse and mass of all classes and one scale a row.
     """
-def cross_entropy_forward(input: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, row_stride: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_is_int64: bool, target_stride: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, ignore_index: typing.SupportsInt | typing.SupportsIndex, label_smoothing: typing.SupportsFloat | typing.SupportsIndex, losses: typing.SupportsInt | typing.SupportsIndex, lse: typing.SupportsInt | typing.SupportsIndex, dlogits: typing.SupportsInt | typing.SupportsIndex, scale: typing.SupportsFloat | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> float:
+def cross_entropy_forward(args: CrossEntropy, out: typing.SupportsInt | typing.SupportsIndex, statistics: bool, dlogits: typing.SupportsInt | typing.SupportsIndex, scale: typing.SupportsFloat | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> float:
     """
-    Losses and lse of every row; with `dlogits` also scale * dloss/dinput. Returns the sum of the losses.
+    Results of every row to `out`; with `dlogits` also scale * dloss/dinput. Returns the sum of the losses.
     """
-def cross_entropy_part(input: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, row_stride: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_is_int64: bool, target_stride: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, ignore_index: typing.SupportsInt | typing.SupportsIndex, label_smoothing: typing.SupportsFloat | typing.SupportsIndex, first_class: typing.SupportsInt | typing.SupportsIndex, classes: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> None:
+def cross_entropy_part(args: CrossEntropy, out: typing.SupportsInt | typing.SupportsIndex, statistics: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> None:
     """
-    By rows, what the classes from `first_class` on add to the losses: 4 x rows numbers, of the type that losses have: the maximum, the sum of exponentials relative to it, the logit of the target or 0, and with smoothing the weighted sum of logits.
+    What a part of the classes adds to the results of every row, to `out`.
     """
 def isas() -> list[str]:
     """

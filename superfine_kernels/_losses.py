@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from superfine_kernels._library import DTYPE_CODES, opmath_dtype, reject
+from superfine_kernels._library import DTYPE_CODES, is_plain, opmath_dtype, reject
 
 _CPU = torch.device("cpu")
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -106,18 +106,136 @@ def denominator(
 ) -> Tensor:
     """What "mean" divides by: the weights of the labels that count; with probabilities the rows that count.
 
-    Without waiting for the device or trusting a label.
+    NaN for 0. Without waiting for the device or trusting a label.
     """
     if target is None:
         assert probabilities is not None
         return torch.full((), probabilities.shape[0], dtype=dtype, device=probabilities.device)
     counts = counted(target, ignore_index)
     if weight is None or probabilities is not None:
-        return counts.sum(dtype=dtype)
-    return torch.where(counts, weight[target.long().clamp(0, len(weight) - 1)], 0.0).sum()
+        total = counts.sum(dtype=dtype)
+    else:
+        total = torch.where(counts, weight[target.long().clamp(0, len(weight) - 1)], 0.0).sum()
+    return torch.where(total == 0, torch.nan, total)
+
+
+# --- targets --------------------------------------------------------------------------------------------
+
+
+def flat_targets(
+    target: Tensor, probabilities: Tensor | None, ignore_index: int, shift: bool, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Checked targets, classes last, as `Rows` takes them; `shift` moves every sequence by one."""
+    if target.is_floating_point():
+        return None, target.reshape(-1, target.shape[-1]).to(dtype).contiguous()
+    if shift:
+        target = _next(target.long(), ignore_index, target.dim() - (probabilities is not None))
+    if probabilities is None:
+        return target.reshape(-1), None
+    if shift:
+        probabilities = _next(probabilities, 0, target.dim() - 1)
+    targets = target.shape[-1]
+    flat = probabilities.reshape(-1, targets).to(dtype).contiguous()
+    return target.reshape(-1, targets).contiguous(), flat
+
+
+def _next(x: Tensor, fill: float, dims: int) -> Tensor:
+    """Moves the last of the first `dims` dimensions one to the left."""
+    behind = (0, 0) * (x.dim() - dims)
+    return torch.nn.functional.pad(x.narrow(dims - 1, 1, x.shape[dims - 1] - 1), (*behind, 0, 1), value=fill)
+
+
+# --- reference ------------------------------------------------------------------------------------------
+
+
+def reference_rows(
+    y: Tensor, target: Tensor | None, probabilities: Tensor | None, weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """The unreduced losses of logits (rows, classes) in eager torch, and which rows count."""
+    cross_entropy = torch.nn.functional.cross_entropy
+    counts = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    if target is not None:
+        counts = counted(target, options.ignore_index)
+        y = torch.where(counts[:, None], y, 0.0)  # what is ignored may be NaN
+    lse = torch.logsumexp(y, 1) if options.z_loss else None
+    settings: dict[str, Any] = {"reduction": "none", "label_smoothing": options.label_smoothing}
+    if target is None:
+        losses = cross_entropy(y, probabilities, weight, **settings)
+    elif probabilities is None:
+        losses = cross_entropy(y, target.long(), weight, ignore_index=options.ignore_index, **settings)
+    else:
+        slots = target.long() != options.ignore_index
+        index = torch.where(slots, target.long(), 0)
+        wanted = torch.where(slots, probabilities, 0.0) * (1 if weight is None else weight[index])
+        log_p = torch.log_softmax(y, 1)
+        losses = -(1 - options.label_smoothing) * torch.where(
+            slots, wanted * log_p.gather(1, index), 0.0
+        ).sum(1)
+        if options.label_smoothing:
+            smooth = (log_p if weight is None else log_p * weight).sum(1)
+            losses = losses - options.label_smoothing / y.shape[1] * smooth
+    if lse is not None:
+        losses = losses + options.z_loss * lse.square()
+    return torch.where(counts, losses, 0.0), counts
+
+
+@torch.no_grad()
+def reference_statistics(y: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """(3, rows): logprob, entropy, correct as 0 or 1, of logits (rows, classes)."""
+    counts = counted(target, ignore_index)
+    log_p = torch.log_softmax(y, 1)
+    label = torch.where(counts, target.long(), 0)
+    logprob = log_p.gather(1, label[:, None])[:, 0]
+    entropy = torch.special.entr(log_p.exp()).sum(1)
+    correct = (y == y.amax(1, keepdim=True)).int().argmax(1) == label
+    return torch.where(counts, torch.stack([logprob, entropy, correct.to(y.dtype)]), 0.0)
 
 
 # --- checks -----------------------------------------------------------------------------------------------
+
+
+def check_targets(
+    op: str,
+    target: Tensor,
+    probabilities: Tensor | None,
+    shape: torch.Size,
+    dense: tuple[int, ...],
+    *,
+    shift: bool,
+    return_stats: bool,
+) -> None:
+    """Of labels of `shape`, or of more classes by index with probabilities, or probabilities of shape `dense`."""
+    by_index = not target.is_floating_point()
+    if probabilities is not None:
+        if not isinstance(probabilities, Tensor):
+            reject(op, "probabilities", probabilities, "a torch.Tensor", TypeError)
+        few = f"int64 or int32 classes of shape {(*shape, 'K')}, beside probabilities"
+        if target.dtype not in _INTEGERS or target.dim() != len(shape) + 1 or target.shape[:-1] != shape:
+            reject(op, "target", target, few)
+        fits = probabilities.shape == target.shape and probabilities.is_floating_point()
+        if not fits or probabilities.device != target.device:
+            reject(op, "probabilities", probabilities, f"as many as classes: float {tuple(target.shape)}")
+    elif by_index:
+        if target.dtype not in _INTEGERS:
+            reject(op, "target", target, "int64 or int32 classes", TypeError)
+        if target.shape != shape:
+            reject(op, "target", target, f"classes of shape {tuple(shape)}")
+    elif target.shape != dense:
+        reject(op, "target", target, f"classes of shape {tuple(shape)}, or probabilities {tuple(dense)}")
+    labels = by_index and probabilities is None
+    if return_stats and not labels:
+        reject(
+            op, "return_stats", return_stats, "False beside probabilities: statistics are those of a label"
+        )
+    if shift and not (by_index and len(shape) > 0):
+        reject(op, "shift", shift, "False beside a target that is no sequence of classes")
+
+
+def as_softcap(op: str, softcap: float | None) -> float:
+    """As kernels take it: 0 for none."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        reject(op, "softcap", softcap, "None or a finite number above 0")
+    return float(softcap or 0)
 
 
 def check_labels(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
@@ -145,9 +263,8 @@ def check_options(
     reduction: str,
     options: Options,
     num_items: float | Tensor | None,
-    check: bool = False,
 ) -> None:
-    """Of a loss over classes: what is not input and target. `check` allows to wait for the device."""
+    """Of a loss over classes: what is not input and target."""
     if weight is not None:
         if not isinstance(weight, Tensor):
             reject(op, "weight", weight, "a torch.Tensor", TypeError)
@@ -159,6 +276,8 @@ def check_options(
             reject(op, "weight", weight, f"a tensor on {device}")
         if weight.requires_grad:
             reject(op, "weight", "a tensor that requires grad", "constant weights")
+        if device == _CPU and is_plain([weight]) and (weight < 0).any():
+            reject(op, "weight", f"a tensor with {weight.min().item():g}", "weights of 0 or above")
     if reduction not in REDUCTIONS:
         reject(op, "reduction", reduction, "'none', 'mean' or 'sum'")
     if not 0 <= options.label_smoothing <= 1:

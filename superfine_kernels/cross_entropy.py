@@ -1,19 +1,23 @@
 """Cross-entropy over logits, with the gradient of the logits from the same pass.
 
-For one row of logits x, label t, class weights w (1 without) and label smoothing s over C classes:
+For one row of logits x over C classes, of which q is wanted (1 at the label, or probabilities), with class weights
+w (1 without), label smoothing s and z-loss z:
 
-    lse     = log sum_c exp(x_c)
-    loss    = (1 - s) w_t (lse - x_t) + s/C sum_c w_c (lse - x_c)
-    dx_c    = [(1 - s) w_t + s/C sum_c w_c] exp(x_c - lse) - (1 - s) w_t [c = t] - s/C w_c
+    y_c  = softcap tanh(scale x_c / softcap), or scale x_c
+    lse  = log sum_c exp(y_c)
+    v_c  = w_c ((1 - s) q_c + s/C)
+    loss = sum_c v_c (lse - y_c) + z lse^2
+    dx_c = [(sum_c v_c + 2 z lse) exp(y_c - lse) - v_c] dy_c/dx_c
 
-reduced as `torch.nn.functional.cross_entropy` does (the mean divides by the sum of w_t over the rows that are
-not ignored). Losses are float32 (float64 for float64 logits) whatever the dtype of the logits.
+reduced as `torch.nn.functional.cross_entropy` does (the mean divides by the sum of w_t over the labels t that are
+not ignored, with probabilities by the rows). Losses are float32 (float64 for float64 logits) whatever the dtype of
+the logits. The z-loss is that of PaLM (Chowdhery et al. 2022), the softcap that of Gemma 2 (2024).
 
 Two ways to the gradient. *Fused*: the forward pass writes dx while the row is still in the cache; only dx is
-saved, and backward multiplies it by the upstream gradient unless that is known to be 1. *Two-phase*: lse is
-saved beside the logits, and backward computes dx from them: for `reduction="none"`, where the upstream gradient
-differs from row to row, for float16, whose loss scale must come before the rounding, and on GPUs, where looking at
-the upstream gradient would wait for the device.
+saved, and backward multiplies it by the upstream gradient unless that is known to be 1. *Two-phase*: lse and the sum
+of v are saved beside the logits, and backward computes dx from them: for `reduction="none"`, where the upstream
+gradient differs from row to row, for float16, whose loss scale must come before the rounding, and on GPUs, where
+looking at the upstream gradient would wait for the device.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from superfine_kernels import _backends, _cpu
+from superfine_kernels import _backends
+from superfine_kernels._cross_entropy_backends import new_gradient, run_backward, run_forward
 from superfine_kernels._library import (
     DTYPE_CODES,
     LIBRARY,
@@ -32,13 +37,27 @@ from superfine_kernels._library import (
     is_plain,
     opmath_dtype,
     reject,
-    threads,
     warn_once,
 )
-from superfine_kernels._losses import MEAN, NONE, REDUCTIONS, Rows, check_options, sum_of_weights
-
-# Smaller buffers come from the heap, whose pages have mostly been touched before.
-HUGE_PAGE_BYTES = 4 << 20
+from superfine_kernels._losses import (
+    MEAN,
+    NONE,
+    OPTIONS_SCHEMA,
+    REDUCTIONS,
+    ROW_RESULTS,
+    ROW_STATISTICS,
+    CrossEntropyStats,
+    Options,
+    Rows,
+    as_softcap,
+    check_labels,
+    check_options,
+    check_targets,
+    denominator,
+    flat_targets,
+    reference_rows,
+    reference_statistics,
+)
 
 
 def cost(rows: int, vocab: int, dtype: torch.dtype = torch.float32, backward: bool = True) -> Cost:
@@ -55,235 +74,123 @@ def reference(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     num_items: float | Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Eager torch in float32 (float64 for float64): every input that torch takes, any number of derivatives."""
-    if num_items is not None:
-        return reference(input, target, weight, ignore_index, "sum", label_smoothing) / num_items
-    dtype = opmath_dtype(input.dtype)
-    return torch.nn.functional.cross_entropy(
-        input.to(dtype),
-        target.to(dtype if target.is_floating_point() else torch.int64),
-        weight if weight is None else weight.to(dtype),
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    """Eager torch in float32 (float64 for float64), any number of derivatives: `_losses.reference_rows`, reduced."""
+    rest = (weight, ignore_index, reduction, label_smoothing)
+    return cross_entropy(input, target, *rest, num_items=num_items, **options, backend="reference")
 
 
-# --- backends ---------------------------------------------------------------------------------------------
-
-
-def _cpu_forward(
-    rows: Rows, reduction: int, num_items: float, dlogits: Tensor | None, isa: str
-) -> tuple[Tensor, Tensor]:
-    arguments = rows.native()
-    labels = {
-        k: arguments[k] for k in ("target", "target_is_int64", "target_stride", "rows", "vocab", "weight")
-    }
-    bad, weight_sum = _cpu.check_labels(
-        **labels, weight_is_f64=rows.input.dtype == torch.float64, ignore_index=rows.ignore_index
-    )
-    if bad >= 0:
-        raise ValueError(
-            f"cross_entropy: target[{bad}] is {int(rows.target[bad])}; expected a class in "
-            f"[0, {rows.input.shape[1]}) or ignore_index ({rows.ignore_index})"
-        )
-    denominator = (num_items or weight_sum) if reduction == MEAN else 1.0
-    losses, lse = rows.new_rows(), rows.new_rows()
-    total = _cpu.cross_entropy_forward(
-        **arguments,
-        losses=losses.data_ptr(),
-        lse=lse.data_ptr(),
-        dlogits=0 if dlogits is None else dlogits.data_ptr(),
-        scale=1 / denominator if denominator else float("inf"),
-        threads=threads(),
-        isa=isa,
-    )
-    if reduction == NONE:
-        return losses, lse
-    mean = total / denominator if denominator else float("nan")
-    return torch.tensor(mean, dtype=lse.dtype, device=lse.device), lse  # not torch's default device
-
-
-def _cuda_forward(
-    rows: Rows, reduction: int, num_items: float, dlogits: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    from superfine_kernels import _cuda
-
-    arguments, where = rows.native(), _where(rows.input)
-    losses, lse = rows.new_rows(), rows.new_rows()
-    denominator = losses.new_ones(2)  # and its reciprocal, which scales the gradient
-    if reduction == MEAN and num_items:
-        denominator[0], denominator[1] = num_items, 1 / num_items
-    elif reduction == MEAN:
-        labels = {k: v for k, v in arguments.items() if k not in ("input", "row_stride", "label_smoothing")}
-        _cuda.cross_entropy_denominator(**labels, out=denominator.data_ptr(), **where)
-    _cuda.cross_entropy_forward(
-        **arguments,
-        losses=losses.data_ptr(),
-        lse=lse.data_ptr(),
-        dlogits=0 if dlogits is None else dlogits.data_ptr(),
-        scale=denominator[1].data_ptr(),
-        scale_stride=0,
-        **where,
-    )
-    if reduction == NONE:
-        return losses, lse
-    loss = losses.new_empty(())
-    _cuda.cross_entropy_reduce(
-        losses=losses.data_ptr(),
-        rows=losses.numel(),
-        dtype=DTYPE_CODES[losses.dtype],
-        denominator=denominator.data_ptr() if reduction == MEAN else 0,
-        out=loss.data_ptr(),
-        **where,
-    )
-    return loss, lse
-
-
-def _triton_forward(
-    rows: Rows, reduction: int, num_items: float, dlogits: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    from superfine_kernels.triton import cross_entropy as kernels
-
-    one = rows.input.new_ones((), dtype=opmath_dtype(rows.input.dtype))
-    counted = (rows.target, rows.weight, rows.ignore_index, one.dtype)
-    denominator = one
-    if reduction == MEAN:
-        denominator = one * num_items if num_items else sum_of_weights(*counted)
-    losses, lse = kernels.cross_entropy_forward(**vars(rows), dlogits=dlogits, scale=denominator.reciprocal())
-    return (losses if reduction == NONE else losses.sum() / denominator), lse
-
-
-def _where(tensor: Tensor) -> dict[str, Any]:
-    return {"stream": torch.cuda.current_stream(tensor.device).cuda_stream, "device": tensor.device.index}
-
-
-def _run_forward(
-    rows: Rows, reduction: int, num_items: float, dlogits: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    """(loss, lse); fills dlogits, which may be the input itself, with the gradient of the reduced loss."""
-    name, _, isa = _backends.choose("cross_entropy", rows.input.device, backend).partition(":")
-    if name == "cpu":
-        return _cpu_forward(rows, reduction, num_items, dlogits, isa)
-    return (_triton_forward if name == "triton" else _cuda_forward)(rows, reduction, num_items, dlogits)
-
-
-def _run_backward(rows: Rows, lse: Tensor, scale: Tensor, backend: str) -> Tensor:
-    """The gradient of the logits; `scale` holds the upstream gradient of every row, or one for all."""
-    name, _, isa = _backends.choose("cross_entropy", rows.input.device, backend).partition(":")
-    if name == "triton":
-        from superfine_kernels.triton import cross_entropy as kernels
-
-        return kernels.cross_entropy_backward(**vars(rows), lse=lse, scale=scale)
-    dlogits = _new_gradient(rows.input)
-    addresses: dict[str, Any] = {
-        "lse": lse.data_ptr(),
-        "scale": scale.data_ptr(),
-        "scale_stride": scale.stride(0) if scale.dim() else 0,
-        "dlogits": dlogits.data_ptr(),
-    }
-    if name == "cpu":
-        whole: dict[str, Any] = {"first_class": 0, "classes": rows.input.shape[1]}
-        _cpu.cross_entropy_backward(**rows.native(), **whole, **addresses, threads=threads(), isa=isa)
-    else:
-        from superfine_kernels import _cuda
-
-        _cuda.cross_entropy_backward(**rows.native(), **addresses, **_where(rows.input))
-    return dlogits
-
-
-def _new_gradient(input: Tensor) -> Tensor:
-    dlogits = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    if input.device.type == "cpu" and dlogits.nbytes >= HUGE_PAGE_BYTES:
-        _cpu.advise_huge_pages(dlogits.data_ptr(), dlogits.nbytes)
-    return dlogits
+def _rows(input: Tensor) -> Tensor:
+    """(rows, classes) of logits or probabilities shaped (C), (N, C) or (N, C, d1, ...): a view where one can be."""
+    if input.dim() == 2:
+        return input
+    return input.movedim(min(1, input.dim() - 1), -1).reshape(-1, input.shape[min(1, input.dim() - 1)])
 
 
 # --- ops and autograd -----------------------------------------------------------------------------------------
 
-_ARGUMENTS = (
-    "Tensor target, Tensor? weight, int ignore_index, int reduction, float num_items, float label_smoothing"
-)
+_TARGETS = "Tensor? target, Tensor? probabilities, Tensor? weight"
+_ARGUMENTS = f"{_TARGETS}, {OPTIONS_SCHEMA}, int reduction, float num_items, bool statistics"
 LIBRARY.define(
     f"cross_entropy(Tensor input, {_ARGUMENTS}, bool gradient, str backend) -> (Tensor, Tensor, Tensor)"
 )
-LIBRARY.define(f"cross_entropy_(Tensor(a!) input, {_ARGUMENTS}, str backend) -> Tensor")
+LIBRARY.define(f"cross_entropy_(Tensor(a!) input, {_ARGUMENTS}, str backend) -> (Tensor, Tensor)")
 LIBRARY.define(
-    "cross_entropy_backward(Tensor input, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
-    "Tensor lse, Tensor scale, str backend) -> Tensor"
+    f"cross_entropy_backward(Tensor input, {_TARGETS}, {OPTIONS_SCHEMA}, Tensor sums, Tensor upstream, str backend) "
+    "-> Tensor"
 )
+_OPTIONS = len(Options._fields)
+
+
+def _parse(input: Tensor, *arguments: Any) -> tuple[Rows, int, float, bool]:
+    """What ops take: rows, reduction, num_items, statistics."""
+    target, probabilities, weight, *rest = arguments
+    rows = Rows(input, target, probabilities, weight, Options(*rest[:_OPTIONS]))
+    reduction, num_items, statistics = rest[_OPTIONS:]
+    return rows, reduction, num_items, statistics
 
 
 @torch.library.impl(LIBRARY, "cross_entropy", "CompositeExplicitAutograd")
-def _op(input, target, weight, ignore_index, reduction, num_items, label_smoothing, gradient, backend):
-    dlogits = _new_gradient(input) if gradient else None
-    rows = Rows(input, target, weight, ignore_index, label_smoothing)
-    loss, lse = _run_forward(rows, reduction, num_items, dlogits, backend)
-    return loss, lse, input.new_empty(0) if dlogits is None else dlogits
+def _op(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *settings, gradient, backend = arguments
+    rows, reduction, num_items, statistics = _parse(input, *settings)
+    dlogits = new_gradient(input) if gradient else None
+    loss, out = run_forward(rows, reduction, num_items, dlogits, statistics, backend)
+    if reduction == NONE:
+        loss = loss.clone()  # results of an op share no memory
+    return loss, out, input.new_empty(0) if dlogits is None else dlogits
 
 
 @torch.library.register_fake("superfine::cross_entropy", lib=LIBRARY)
-def _op_fake(input, target, weight, ignore_index, reduction, num_items, label_smoothing, gradient, backend):
-    lse = input.new_empty(input.shape[0], dtype=opmath_dtype(input.dtype))
-    loss = torch.empty_like(lse) if reduction == NONE else lse.new_empty(())
-    return loss, lse, input.new_empty(input.shape if gradient else 0)
+def _op_fake(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *settings, gradient, _ = arguments
+    rows, reduction, _, statistics = _parse(input, *settings)
+    out = rows.new_results(ROW_STATISTICS if statistics else ROW_RESULTS)
+    loss = out.new_empty(input.shape[:1] if reduction == NONE else ())
+    return loss, out, input.new_empty(input.shape if gradient else 0)
 
 
 @torch.library.impl(LIBRARY, "cross_entropy_", "CompositeExplicitAutograd")
-def _op_inplace(input, target, weight, ignore_index, reduction, num_items, label_smoothing, backend):
-    rows = Rows(input, target, weight, ignore_index, label_smoothing)
-    loss = _run_forward(rows, reduction, num_items, input, backend)[0]
+def _op_inplace(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *settings, backend = arguments
+    rows, reduction, num_items, statistics = _parse(input, *settings)
+    results = run_forward(rows, reduction, num_items, input, statistics, backend)
     torch.autograd.graph.increment_version(input)  # autograd must notice, as after any in-place op
-    return loss
+    return results
 
 
 @torch.library.register_fake("superfine::cross_entropy_", lib=LIBRARY)
-def _op_inplace_fake(input, target, weight, ignore_index, reduction, num_items, label_smoothing, backend):
-    return input.new_empty((), dtype=opmath_dtype(input.dtype))
+def _op_inplace_fake(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _op_fake(input, *arguments[:-1], False, "")[:2]
 
 
 @torch.library.impl(LIBRARY, "cross_entropy_backward", "CompositeExplicitAutograd")
-def _op_backward(input, target, weight, ignore_index, label_smoothing, lse, scale, backend):
-    return _run_backward(Rows(input, target, weight, ignore_index, label_smoothing), lse, scale, backend)
+def _op_backward(*arguments: Any) -> Tensor:
+    input, target, probabilities, weight, *options, sums, scale, backend = arguments
+    return run_backward(Rows(input, target, probabilities, weight, Options(*options)), sums, scale, backend)
 
 
 @torch.library.register_fake("superfine::cross_entropy_backward", lib=LIBRARY)
-def _op_backward_fake(input, target, weight, ignore_index, label_smoothing, lse, scale, backend):
+def _op_backward_fake(input: Tensor, *_: Any) -> Tensor:
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    input, target, weight, ctx.ignore_index, ctx.reduction, *options = inputs
-    ctx.num_items, ctx.label_smoothing, ctx.fused, ctx.backend = options
-    _, lse, dlogits = output
-    ctx.mark_non_differentiable(lse, dlogits)
+    input, target, probabilities, weight, *rest = inputs
+    ctx.options, (ctx.reduction, ctx.num_items, _, ctx.fused, ctx.backend) = rest[:_OPTIONS], rest[_OPTIONS:]
+    _, out, dlogits = output
+    ctx.mark_non_differentiable(out, dlogits)
     ctx.set_materialize_grads(False)
     if ctx.fused:
         ctx.save_for_backward(dlogits)
     else:
-        ctx.save_for_backward(input, target, weight, lse)
+        ctx.save_for_backward(input, target, probabilities, weight, out)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (_OPTIONS + 8)
     if grad is None or not ctx.needs_input_grad[0]:
-        return (None,) * 9
+        return None, *nothing
     dinput = _times_upstream(ctx.saved_tensors[0], grad) if ctx.fused else _two_phase_gradient(ctx, grad)
-    return dinput, *(None,) * 8
+    return dinput, *nothing
 
 
 def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
-    input, target, weight, lse = ctx.saved_tensors
+    input, target, probabilities, weight, out = ctx.saved_tensors
+    options = Options(*ctx.options)
+    scale = grad.to(out.dtype)
+    if ctx.reduction == MEAN:
+        counted = (target, probabilities, weight, options.ignore_index, out.dtype)
+        scale = scale / (ctx.num_items or denominator(*counted))
     if torch.is_grad_enabled() and input.requires_grad:  # backward(create_graph=True)
         warn_once("cross_entropy: a second derivative is asked for; eager torch computes the gradient")
-        reduction = next(name for name, code in REDUCTIONS.items() if code == ctx.reduction)
-        rest = (ctx.ignore_index, reduction, ctx.label_smoothing, ctx.num_items or None)
-        loss = reference(input, target, weight, *rest)
-        return torch.autograd.grad(loss, input, grad, create_graph=True)[0]
-    scale = grad.to(lse.dtype)
-    if ctx.reduction == MEAN:
-        scale = scale / (ctx.num_items or sum_of_weights(target, weight, ctx.ignore_index, lse.dtype))
-    arguments = (input, target, weight, ctx.ignore_index, ctx.label_smoothing, lse, scale, ctx.backend)
+        losses, _ = reference_rows(
+            options.transform(input.to(out.dtype)), target, probabilities, weight, options
+        )
+        return torch.autograd.grad(losses, input, scale.expand_as(losses), create_graph=True)[0]
+    sums = out[1:ROW_RESULTS]
+    arguments = (input, target, probabilities, weight, *options, sums, scale, ctx.backend)
     return torch.ops.superfine.cross_entropy_backward(*arguments)
 
 
@@ -322,19 +229,20 @@ class _Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, inplace, target, weight, ignore_index, reduction, num_items, smoothing, backend):
-        arguments = (target, weight, ignore_index, reduction, num_items, smoothing)
+    def forward(ctx, input, inplace, arguments, backend):
         if inplace:
             dlogits = input.detach()
-            loss = torch.ops.superfine.cross_entropy_(dlogits, *arguments, backend)
+            loss, out = torch.ops.superfine.cross_entropy_(dlogits, *arguments, backend)
         else:
-            loss, _, dlogits = _op(input, *arguments, True, backend)
+            loss, out, dlogits = _op(input, *arguments, True, backend)
+        ctx.mark_non_differentiable(out)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(dlogits)
-        return loss
+        return loss, out
 
     @staticmethod
-    def backward(ctx, grad):
-        return _times_upstream(ctx.saved_tensors[0], grad), *(None,) * 8
+    def backward(ctx, grad, _):
+        return None if grad is None else _times_upstream(ctx.saved_tensors[0], grad), None, None, None
 
 
 # --- public ---------------------------------------------------------------------------------------------------
@@ -348,77 +256,157 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    probabilities: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    shift: bool = False,
     num_items: float | Tensor | None = None,
     inplace: bool = False,
+    return_stats: bool = False,
+    check: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """Cross-entropy as `torch.nn.functional.cross_entropy`, reading each logit once and writing its gradient once.
 
     Args:
         input: logits (C), (N, C) or (N, C, d1, ...); float32, bfloat16, float16 or float64, any strides.
-        target: classes (), (N) or (N, d1, ...), int64 or int32, or class probabilities of the shape of `input`
-            (eager torch computes those, with one warning).
-        weight: one weight a class, shape (C).
-        ignore_index: rows with this label have no loss and a gradient of exactly zero, whatever their logits.
+        target: classes (), (N) or (N, d1, ...), int64 or int32; or probabilities of all classes, floats of the shape
+            of `input`; or, with `probabilities`, K classes for each of these: (..., K).
+        weight: one weight a class, 0 or above, shape (C).
+        ignore_index: rows with this label have no loss and a gradient of exactly zero, whatever their logits. Beside
+            `probabilities` it marks a place among the K that does not count.
         reduction: "mean", "sum" or "none".
         label_smoothing: in [0, 1].
+        probabilities: of the K classes in `target`, of its shape: for instance the largest of a teacher. They need
+            not add up to 1; a class may occur twice. "mean" divides by the rows with a class that counts.
+        z_loss: adds `z_loss * logsumexp(row)**2` to the loss of every row that counts.
+        softcap: the logits become `softcap * tanh(logits / softcap)`.
+        scale: what the logits are multiplied by before that.
+        shift: position i of the last dimension of `target` is scored against the label at i + 1, as in a causal
+            language model, and the last position has no loss. Logits are not copied for that.
         num_items: what "mean" divides the sum of the losses by, instead of what counts in this call: for instance the
             labels of all steps of accumulation, on all processes. A number or a tensor of one element, above 0; on
             a GPU it is not waited for. With every label ignored the loss is then 0.
         inplace: the gradient may overwrite the memory of `input`, which then no longer holds the logits; needs a
             reduction and an input that is not a leaf. Saves a buffer of the size of the logits where the logits
             are a matrix with contiguous rows and not float16, whose loss scale arrives only in backward.
+        return_stats: also return a `CrossEntropyStats` of the labels, from the same reading of the logits.
+        check: on a GPU, wait for the device to raise for a label out of range, as on the CPU always.
         backend: None for the best one; see `superfine_kernels.backends()`.
 
     Returns:
-        The loss, float32 (float64 for float64 logits): a scalar, or the shape of `target` for "none". With "mean"
-        and every label ignored it is NaN, as in torch, and the gradient zero.
+        The loss, float32 (float64 for float64 logits): a scalar, or for "none" the shape of `target` (without K).
+        With "mean" and every label ignored it is NaN, as in torch, and the gradient zero. With `return_stats`, a
+        pair: the loss, and (logprob, entropy, correct) of the shape of `target`.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; on the CPU also a label outside [0, C),
             named with its position. On a GPU such a label gives NaN without waiting for the device. Nothing has
             been written then.
     """
-    _check(input, target, weight, reduction, label_smoothing, num_items, inplace)
-    if target.is_floating_point():
-        warn_once("cross_entropy: class probabilities have no kernel yet; eager torch computes them")
-        backend = "reference"
+    options = Options(
+        ignore_index,
+        float(label_smoothing),
+        float(z_loss),
+        as_softcap("cross_entropy", softcap),
+        float(scale),
+    )
+    _check(input, target, probabilities, weight, reduction, options, num_items, shift, return_stats)
+    if inplace:
+        _check_inplace(input, reduction)
+    dtype, shape = opmath_dtype(input.dtype), input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
+    if weight is not None:
+        weight = weight.to(dtype).contiguous()
+    wanted = target if not target.is_floating_point() or target.dim() < 2 else target.movedim(1, -1)
+    labels, probabilities = flat_targets(wanted, probabilities, ignore_index, shift, dtype)
+    logits = _rows(input)
+    divide_by = None
+    if isinstance(num_items, Tensor) and num_items.device.type != "cpu":
+        divide_by, num_items, reduction = num_items.reshape(()), None, "sum"
+    backend = _without_kernel(input.device, probabilities) or backend or ""
+    eager = backend == "reference"
+    if labels is not None and (check or (eager and labels.device.type == "cpu" and is_plain([labels]))):
+        check_labels("cross_entropy", labels, logits.shape[1], ignore_index)
+    if eager:
+        loss, stats = _by_reference(
+            logits, labels, probabilities, weight, options, reduction, num_items, return_stats
+        )
+    else:
+        loss, stats = _by_kernel(
+            logits,
+            labels,
+            probabilities,
+            weight,
+            options,
+            reduction,
+            num_items,
+            return_stats,
+            inplace,
+            backend,
+        )
+    if divide_by is not None:
+        loss = loss / divide_by
+    elif reduction == "none":
+        loss = loss.reshape(shape)
+    if not return_stats:
+        return loss
+    logprob, entropy, correct = (x.reshape(shape) for x in stats)
+    return loss, CrossEntropyStats(logprob, entropy, correct != 0)
+
+
+def _without_kernel(device: torch.device, probabilities: Tensor | None) -> str | None:
     if in_functional_transform():
         warn_once("cross_entropy: torch.func and forward-mode AD have no kernel; eager torch computes them")
-        backend = "reference"
-    if backend == "reference":
-        return reference(input, target, weight, ignore_index, reduction, label_smoothing, num_items)
-    if isinstance(num_items, Tensor) and num_items.device.type != "cpu":
-        rest = (weight, ignore_index, "sum", label_smoothing)
-        return cross_entropy(input, target, *rest, inplace=inplace, backend=backend) / num_items.reshape(())
-    logits = input if input.dim() <= 2 else input.movedim(1, -1)
-    logits = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+        return "reference"
+    if probabilities is not None and probabilities.requires_grad and torch.is_grad_enabled():
+        warn_once("cross_entropy: probabilities that require grad have no kernel; eager torch computes them")
+        return "reference"
+    return "reference" if _backends.only_reference(device) else None
+
+
+def _by_reference(logits, labels, probabilities, weight, options, reduction, num_items, statistics):
+    y = options.transform(logits.to(opmath_dtype(logits.dtype)))
+    loss, _ = reference_rows(y, labels, probabilities, weight, options)
+    stats = reference_statistics(y, labels, options.ignore_index) if statistics else ()
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        counted = (labels, probabilities, weight, options.ignore_index, loss.dtype)
+        loss = loss / (denominator(*counted) if num_items is None else num_items)
+    return loss, stats
+
+
+def _by_kernel(
+    logits, labels, probabilities, weight, options, reduction, num_items, statistics, inplace, backend
+):
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         logits = logits.contiguous()
-    labels = target.reshape(-1)
-    if weight is not None:
-        weight = weight.to(opmath_dtype(input.dtype)).contiguous()
-    options = (REDUCTIONS[reduction], float(num_items or 0), float(label_smoothing))
-    arguments = (labels, weight, ignore_index, *options)
-    needs_gradient = torch.is_grad_enabled() and input.requires_grad
+    numbers = (REDUCTIONS[reduction], float(num_items or 0), statistics)
+    arguments = (labels, probabilities, weight, *options, *numbers)
+    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     # float16 gradients want the loss scale before they are rounded, and it is known only in backward.
-    early = reduction != "none" and input.dtype != torch.float16
-    fused = needs_gradient and early and input.device.type == "cpu"
+    early = reduction != "none" and logits.dtype != torch.float16
+    fused = needs_gradient and early and logits.device.type == "cpu"
     inplace = inplace and early and not torch.compiler.is_compiling()  # the compiler plans memory itself
-    if needs_gradient and (inplace or (fused and is_plain((logits, labels)))):
-        return _Fused.apply(logits, inplace, *arguments, backend or "")
-    loss = torch.ops.superfine.cross_entropy(logits, *arguments, fused, backend or "")[0]
-    return loss.reshape(target.shape) if reduction == "none" else loss
+    tensors = [t for t in (logits, labels, probabilities) if t is not None]
+    if needs_gradient and (inplace or (fused and is_plain(tensors))):
+        loss, out = _Fused.apply(logits, inplace, arguments, backend)
+    else:
+        loss, out, _ = torch.ops.superfine.cross_entropy(logits, *arguments, fused, backend)
+    return loss, out[ROW_RESULTS:] if statistics else ()
 
 
 def _check(
     input: Tensor,
     target: Tensor,
+    probabilities: Tensor | None,
     weight: Tensor | None,
     reduction: str,
-    label_smoothing: float,
+    options: Options,
     num_items: float | Tensor | None,
-    inplace: bool,
+    shift: bool,
+    return_stats: bool,
 ) -> None:
     def expect(
         condition: bool, argument: str, value: object, expected: str, error: type[Exception] = ValueError
@@ -432,28 +420,23 @@ def _check(
     expect(input.dim() >= 1, "input", input, "(C), (N, C) or (N, C, d1, ...)")
     classes = input.shape[0 if input.dim() == 1 else 1]
     expect(classes > 0, "input", input, "at least one class")
-    if target.is_floating_point():
-        expect(target.shape == input.shape, "target", target, f"probabilities of shape {tuple(input.shape)}")
-    else:
-        expect(
-            target.dtype in (torch.int64, torch.int32), "target", target, "int64 or int32 classes", TypeError
-        )
-        shape = input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
-        expect(target.shape == shape, "target", target, f"classes of shape {tuple(shape)}")
+    shape = input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
+    check_targets(
+        "cross_entropy", target, probabilities, shape, input.shape, shift=shift, return_stats=return_stats
+    )
     expect(target.device == input.device, "target", target, f"a tensor on {input.device}")
-    check_options("cross_entropy", classes, input.device, weight, reduction, label_smoothing, num_items)
-    if inplace:
-        expect(reduction != "none", "reduction", reduction, "'mean' or 'sum' with inplace=True")
-        expect(
-            not (input.requires_grad and input.is_leaf), "input", "a leaf that requires grad",
-            "the output of an op: inplace=True overwrites it",
-        )  # fmt: skip
-        expect(
-            not _overlaps_itself(input),
-            "input",
-            f"a tensor with strides {input.stride()}",
-            "memory of its own for every element with inplace=True",
-        )
+    check_options("cross_entropy", classes, input.device, weight, reduction, options, num_items)
+
+
+def _check_inplace(input: Tensor, reduction: str) -> None:
+    op = "cross_entropy"
+    if reduction == "none":
+        reject(op, "reduction", reduction, "'mean' or 'sum' with inplace=True")
+    if input.requires_grad and input.is_leaf:
+        reject(op, "input", "a leaf that requires grad", "the output of an op: inplace=True overwrites it")
+    if _overlaps_itself(input):
+        strides = f"a tensor with strides {input.stride()}"
+        reject(op, "input", strides, "memory of its own for every element with inplace=True")
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

@@ -2,11 +2,16 @@
 
     x_c = input . linear_weight_c + linear_bias_c,   loss as in cross_entropy.py
 
-The classes are cut into tiles. Forward multiplies the input with one tile of the weight after the other, keeps four
-numbers a row of each (`cross_entropy_part` of csrc/cpu/cross_entropy.h) and forgets the logits. Backward makes a
+The classes are cut into tiles. Forward multiplies the input with one tile of the weight after the other, keeps a few
+numbers a row of each (PartResult of csrc/math/cross_entropy.h) and forgets the logits. Backward makes a
 tile's logits again, turns them into their gradient in place, and multiplies: all rows at once, so that a weight's
 gradient is one product, summed in float32 by the GEMM and rounded once, whatever the tiles. Only the products that
-something trainable needs are made. On the CPU rows with an ignored label are taken out first.
+something trainable needs are made. On the CPU rows with an ignored label are taken out first. Logits that are one
+tile are kept instead.
+
+A head that trains in part costs what its part does. Of a LoRA head (Hu et al. 2021) the op sees input . a^T, one
+product with b^T in every tile, and no gradient of the size of the weight. Rows that train have their logits' columns
+replaced.
 
 Memory beside inputs and gradients: one tile of logits, and the float32 sum of the input's gradient for 16-bit inputs.
 """
@@ -18,18 +23,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from superfine_kernels._class_tiles import TILE_BYTES, Problem, denominator, row_losses, to_gradient
+from superfine_kernels import _backends
+from superfine_kernels._class_tiles import TILE_BYTES, TRAINABLE, Problem, gradients, join, row_results
+from superfine_kernels._head import Head
 from superfine_kernels._library import (
-    DTYPE_CODES,
     LIBRARY,
     Cost,
     in_functional_transform,
+    is_plain,
     opmath_dtype,
     reject,
     warn_once,
 )
-from superfine_kernels._losses import MEAN, NONE, REDUCTIONS, check_options
-from superfine_kernels.cross_entropy import reference as cross_entropy_reference
+from superfine_kernels._losses import (
+    MEAN,
+    NONE,
+    OPTIONS_SCHEMA,
+    REDUCTIONS,
+    ROW_RESULTS,
+    ROW_STATISTICS,
+    CrossEntropyStats,
+    Options,
+    as_softcap,
+    check_labels,
+    check_options,
+    check_targets,
+    counted,
+    flat_targets,
+    reference_rows,
+    reference_statistics,
+)
 
 
 def cost(
@@ -50,158 +73,179 @@ def cost(
     return Cost(bytes=moved * dtype.itemsize, flops=2 * rows * features * classes * products)
 
 
-def reference(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
+def reference(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
     """Eager torch, by way of all logits."""
-    logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
-    loss = cross_entropy_reference(
-        logits.reshape(-1, logits.shape[-1]),
-        target.reshape(-1),
-        weight,
-        ignore_index,
-        reduction,
-        label_smoothing,
-    )
-    return loss.reshape(target.shape) if reduction == "none" else loss
+    return linear_cross_entropy(input, linear_weight, target, **options, backend="reference")
+
+
+def _reference_logits(p: Problem) -> Tensor:
+    input = p.input
+    if p.target is not None:  # what is ignored may be NaN
+        input = torch.where(counted(p.target, p.options.ignore_index)[:, None], input, 0.0)
+    logits = torch.nn.functional.linear(input, p.linear_weight)
+    if p.low_rank_input is not None and p.low_rank_weight is not None:
+        logits = logits + p.low_rank_input @ p.low_rank_weight.t()
+    if p.columns is not None and p.column_classes is not None:
+        logits = logits.index_copy(1, p.column_classes.to(logits.device), p.columns)
+    if p.linear_bias is not None:
+        logits = logits + p.linear_bias
+    return p.options.transform(logits.to(opmath_dtype(logits.dtype)))
 
 
 # --- ops and autograd -------------------------------------------------------------------------------------
 
-_ARGUMENTS = (
-    "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, int ignore_index, "
-    "float label_smoothing, int tile_bytes, str backend"
+_TENSORS = (
+    "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? low_rank_input, Tensor? low_rank_weight, "
+    "Tensor? columns, Tensor? column_classes, Tensor? target, Tensor? probabilities, Tensor? weight"
+)
+_SETTINGS = f"{OPTIONS_SCHEMA}, int tile_bytes, float skip_mass, str backend"
+LIBRARY.define(
+    f"linear_cross_entropy({_TENSORS}, {_SETTINGS}, int reduction, bool statistics, bool keep, "
+    "Tensor? accumulate_into) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    f"linear_cross_entropy({_ARGUMENTS}, int reduction, Tensor? accumulate_into) -> (Tensor, Tensor)"
+    f"linear_cross_entropy_backward({_TENSORS}, {_SETTINGS}, Tensor sums, Tensor upstream, Tensor needed, "
+    "Tensor kept, bool[] wants, Tensor(a!)? accumulate_into) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-LIBRARY.define(
-    f"linear_cross_entropy_backward({_ARGUMENTS}, Tensor lse, Tensor scale, bool input_grad, bool weight_grad, "
-    "bool bias_grad, Tensor(a!)? accumulate_into) -> (Tensor, Tensor, Tensor)"
-)
+_TENSOR_COUNT, _OPTION_COUNT = 10, len(Options._fields)
+_FIELDS = _TENSOR_COUNT + _OPTION_COUNT + 3
+
+
+def _problem(fields: Any) -> Problem:
+    tensors, numbers = fields[:_TENSOR_COUNT], fields[_TENSOR_COUNT:_FIELDS]
+    options, (tile_bytes, skip_mass, backend) = numbers[:_OPTION_COUNT], numbers[_OPTION_COUNT:]
+    # What is skipped goes from forward to backward by tiles, whose number must not depend on the labels.
+    whole_rows = tensors[0].shape[0] if skip_mass > 0 else 0
+    return Problem(*tensors, Options(*options), tile_bytes, skip_mass, backend, whole_rows=whole_rows)
+
+
+def _spread(x: Tensor, rows: Tensor | None, whole: int) -> Tensor:
+    """(n, rows) to (n, whole): zeros where a row was left out."""
+    return x if rows is None else x.new_zeros(len(x), whole).index_copy_(1, rows, x)
 
 
 @torch.library.impl(LIBRARY, "linear_cross_entropy", "CompositeExplicitAutograd")
-def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *fields, reduction, _ = arguments
-    whole = Problem(*fields)
-    _check_labels(whole)
+def _op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reduction, statistics, keep, _ = arguments[_FIELDS:]
+    whole = _problem(arguments)
+    if whole.target is not None and whole.target.device.type == "cpu":
+        check_labels("linear_cross_entropy", whole.target, whole.classes, whole.options.ignore_index)
     p, rows = whole.without_ignored()
-    losses, lse = row_losses(p)
-    if reduction == NONE and rows is not None:
-        losses = losses.new_zeros(whole.target.shape).index_copy_(0, rows, losses)
+    parts, logits = p.parts(statistics)
+    results = row_results(join(parts), p.target, p.options)
+    nothing = parts.new_empty(0, dtype=torch.bool)
+    needed = p.needed(parts, results[1]) if p.skip_mass > 0 else nothing
+    kept = logits if keep else logits.new_empty(0)
     if rows is not None:
-        lse = lse.new_zeros(whole.target.shape).index_copy_(0, rows, lse)
-    if reduction == NONE:
-        return losses, lse
-    loss = losses.sum()
+        count = whole.input.shape[0]
+        results = _spread(results, rows, count)
+        needed = _spread(needed, rows, count) if p.skip_mass > 0 else needed
+        kept = _spread(kept.t(), rows, count).t().contiguous() if keep else kept
+    loss = results[0].clone() if reduction == NONE else results[0].sum()
     if reduction == MEAN:
-        loss = loss / denominator(p, lse.dtype)
-    return loss, lse
+        loss = loss / p.denominator(loss.dtype)
+    return loss, results, needed, kept
 
 
 @torch.library.register_fake("superfine::linear_cross_entropy", lib=LIBRARY)
-def _op_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    input, reduction = arguments[0], arguments[-2]
-    lse = input.new_empty(input.shape[0], dtype=opmath_dtype(input.dtype))
-    return (torch.empty_like(lse) if reduction == NONE else lse.new_empty(())), lse
+def _op_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p, (reduction, statistics, keep, _) = _problem(arguments), arguments[_FIELDS:]
+    count = p.input.shape[0]
+    out = p.input.new_empty(
+        (ROW_STATISTICS if statistics else ROW_RESULTS, count), dtype=opmath_dtype(p.input.dtype)
+    )
+    loss = out.new_empty((count,) if reduction == NONE else ())
+    needed = (len(range(0, p.classes, p.step)), count) if p.skip_mass > 0 else (0,)
+    kept = (count, p.classes) if keep else (0,)
+    return loss, out, out.new_empty(needed, dtype=torch.bool), p.input.new_empty(kept)
 
 
 @torch.library.impl(LIBRARY, "linear_cross_entropy_backward", "CompositeExplicitAutograd")
-def _op_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *fields, lse, scale, input_grad, weight_grad, bias_grad, accumulate_into = arguments
-    whole = Problem(*fields)
+def _op_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    sums, scale, needed, kept, wants, accumulate_into = arguments[_FIELDS:]
+    whole = _problem(arguments)
     p, rows = whole.without_ignored()
     if rows is not None:
-        lse = lse[rows]
-        scale = scale[rows] if scale.dim() else scale
-    dtype = p.input.dtype
-    d_input = torch.zeros(p.input.shape if input_grad else 0, dtype=opmath_dtype(dtype), device=lse.device)
-    d_weight = (
-        torch.empty_like(p.linear_weight) if weight_grad and accumulate_into is None else lse.new_empty(0)
+        sums, scale = sums[:, rows], scale[rows] if scale.dim() else scale
+        needed = needed[:, rows] if needed.numel() else needed
+        kept = kept[rows] if kept.numel() else kept
+    found = gradients(
+        p,
+        sums,
+        scale,
+        needed if p.skip_mass > 0 else None,
+        kept if kept.numel() else None,
+        dict(zip(TRAINABLE, wants, strict=True)),
+        accumulate_into,
     )
-    d_bias = torch.empty_like(p.linear_bias) if bias_grad and p.linear_bias is not None else lse.new_empty(0)
-    buffer = p.new_buffer()
-    for tile in p.tiles():
-        logits = p.logits(tile, buffer)
-        to_gradient(p, logits, tile, lse, scale)
-        if input_grad and d_input.dtype == dtype:
-            d_input.addmm_(logits, p.linear_weight[tile])
-        elif input_grad:
-            d_input += torch.mm(logits, p.linear_weight[tile])
-        if weight_grad and accumulate_into is None:
-            torch.mm(logits.t(), p.input, out=d_weight[tile])
-        elif weight_grad:
-            accumulate_into[tile] += torch.mm(logits.t(), p.input)
-        if d_bias.numel() > 0:
-            d_bias[tile] = logits.sum(0, dtype=lse.dtype)
-    if accumulate_into is not None:
-        torch.autograd.graph.increment_version(accumulate_into)
-    d_input = d_input.to(dtype)
-    if input_grad and rows is not None:
-        d_input = d_input.new_zeros(whole.input.shape).index_copy_(0, rows, d_input)
-    return d_input, d_weight, d_bias
+    if rows is not None:
+        for name in ("input", "low_rank_input", "columns"):
+            if name in found:
+                like = getattr(whole, name)
+                found[name] = torch.zeros_like(like).index_copy_(0, rows, found[name])
+    nothing = sums.new_empty(0)
+    return tuple(found.get(name, nothing) for name in TRAINABLE)
 
 
 @torch.library.register_fake("superfine::linear_cross_entropy_backward", lib=LIBRARY)
-def _op_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    input, linear_weight, linear_bias = arguments[:3]
-    lse, _, input_grad, weight_grad, bias_grad, accumulate_into = arguments[-6:]
-    has_weight, has_bias = weight_grad and accumulate_into is None, bias_grad and linear_bias is not None
-    return (
-        input.new_empty(input.shape if input_grad else 0),
-        torch.empty_like(linear_weight) if has_weight else lse.new_empty(0),
-        torch.empty_like(linear_bias) if has_bias else lse.new_empty(0),
-    )
+def _op_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    sums, _, _, _, wants, accumulate_into = arguments[_FIELDS:]
+    p, found = _problem(arguments), []
+    for name, wanted in zip(TRAINABLE, wants, strict=True):
+        like = getattr(p, name)
+        returned = (
+            wanted and like is not None and not (name == "linear_weight" and accumulate_into is not None)
+        )
+        found.append(
+            torch.empty(like.shape, dtype=like.dtype, device=like.device) if returned else sums.new_empty(0)
+        )
+    return tuple(found)
 
 
 _NO_ACCUMULATION = "expected none beside accumulate_into, which eager torch does not serve"
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.tile_bytes, ctx.backend, ctx.reduction, into = inputs
+    ctx.settings = inputs[_TENSOR_COUNT:_FIELDS]
+    ctx.reduction, _, _, into = inputs[_FIELDS:]
     ctx.accumulate_into = into  # not saved as the others are: backward writes it
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*inputs[:_TENSOR_COUNT], *output[1:])
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    input, linear_weight, linear_bias, target, weight, lse = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    if grad is None or not any(needs):
-        return (None,) * 11
-    tensors = (input, linear_weight, linear_bias, grad)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    *tensors, out, needed, kept = ctx.saved_tensors
+    wants = ctx.needs_input_grad[: len(TRAINABLE)]
+    rest = (None,) * (_FIELDS + 4 - len(TRAINABLE))
+    if grad is None or not any(wants):
+        return *(None,) * len(TRAINABLE), *rest
+    p, scale = _problem((*tensors, *ctx.settings)), grad.to(out.dtype)
+    if ctx.reduction == MEAN:
+        scale = scale / p.denominator(out.dtype)
+    trainable = [t for t in (*tensors[: len(TRAINABLE)], grad) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in trainable):
         if ctx.accumulate_into is not None:
             raise RuntimeError(f"linear_cross_entropy: a second derivative is asked for; {_NO_ACCUMULATION}")
         warn_once("linear_cross_entropy: a second derivative is asked for; eager torch computes the gradient")
-        reduction = next(name for name, code in REDUCTIONS.items() if code == ctx.reduction)
-        rest = (weight, ctx.ignore_index, reduction, ctx.label_smoothing)
-        loss = reference(input, linear_weight, target, linear_bias, *rest)
-        wanted = [t for t, need in zip((input, linear_weight, linear_bias), needs, strict=True) if need]
-        found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
-        return *(next(found) if need else None for need in needs), *(None,) * 8
-    fields = (
-        input, linear_weight, linear_bias, target, weight,
-        ctx.ignore_index, ctx.label_smoothing, ctx.tile_bytes, ctx.backend,
-    )  # fmt: skip
-    scale = grad.to(lse.dtype)
-    if ctx.reduction == MEAN:
-        scale = scale / denominator(Problem(*fields), lse.dtype)
-    with torch.autocast(input.device.type, enabled=False):  # forward has cast what is to be cast
-        gradients = torch.ops.superfine.linear_cross_entropy_backward(
-            *fields, lse, scale.contiguous(), *needs, ctx.accumulate_into
+        losses, _ = reference_rows(_reference_logits(p), p.target, p.probabilities, p.weight, p.options)
+        wanted = [t for t, want in zip(tensors, wants, strict=False) if want]
+        scale = scale.expand_as(losses)
+        found = iter(torch.autograd.grad(losses, wanted, scale, create_graph=True))
+        return *(next(found) if want else None for want in wants), *rest
+    with torch.autocast(grad.device.type, enabled=False):  # forward has cast what is to be cast
+        found = torch.ops.superfine.linear_cross_entropy_backward(
+            *tensors,
+            *ctx.settings,
+            out[1:ROW_RESULTS],
+            scale.contiguous(),
+            needed,
+            kept,
+            wants,
+            ctx.accumulate_into,
         )
-    has = (needs[0], needs[1] and ctx.accumulate_into is None, needs[2])
-    return *(g if need else None for g, need in zip(gradients, has, strict=True)), *(None,) * 8
+    has = [w and not (i == 1 and ctx.accumulate_into is not None) for i, w in enumerate(wants)]
+    return *(g if h else None for g, h in zip(found, has, strict=True)), *rest
 
 
 torch.library.register_autograd(
@@ -222,11 +266,21 @@ def linear_cross_entropy(
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    probabilities: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    shift: bool = False,
     num_items: float | Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    rows: tuple[Tensor, Tensor] | None = None,
     accumulate_into: Tensor | None = None,
     tile_bytes: int | None = None,
+    skip_mass: float = 0.0,
+    return_stats: bool = False,
+    check: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """Cross-entropy of `input @ linear_weight.T + linear_bias`, as `torch.nn.functional.linear_cross_entropy`.
 
     Logits are never held but for a tile of classes. Under autocast the products are made in its dtype.
@@ -234,110 +288,134 @@ def linear_cross_entropy(
     Args:
         input: (features) or (..., features); float32, bfloat16, float16 or float64, any strides.
         linear_weight: (classes, features), of the input's dtype.
-        target: classes, of the shape of `input` without its last dimension; int64 or int32.
+        target: classes, of the shape of `input` without its last dimension; int64 or int32. Or probabilities of all
+            classes, (..., classes), or (..., K) classes beside `probabilities`.
         linear_bias: (classes), of the input's dtype.
-        weight, ignore_index, reduction, label_smoothing, num_items: as in `superfine_kernels.cross_entropy`.
+        weight, ignore_index, reduction, label_smoothing, probabilities, z_loss, softcap, scale, shift, num_items,
+            return_stats, check: as in `superfine_kernels.cross_entropy`.
+        lora: `LoRA(a, b, scale)`: the head's weight is linear_weight + scale * b @ a, which is never formed.
+        rows: `TrainableRows(index, weight)`: the rows of linear_weight at `index` count as those in `weight`, whose
+            gradient has their number of rows. An index on the CPU is not waited for.
         accumulate_into: (classes, features), of the weight's dtype or float32: backward adds the gradient of
             `linear_weight` there instead of returning it (hooks of the weight see None); several losses, or steps of
             accumulation, then need no buffer of their own. Each product is rounded to the inputs' dtype before it
             is added. A weight's `.grad` will do while it is zeroed in place: `zero_grad()` replaces it.
         tile_bytes: of the tile of logits; None for 4 MiB on a CPU, 256 MiB on a GPU; at least 1024
             classes make a tile.
+        skip_mass: backward leaves out tiles of a row, never those of its targets, whose classes have together at most
+            this much of the probability; 0 leaves out nothing. The gradient of a row's logits then differs by at most
+            skip_mass * g * scale in sum of absolute values, with g the upstream gradient of the row's loss times
+            (sum_c v_c + 2 z lse), and that of its input by as much times the norm of the longest row of the weight.
+            Waits for a GPU.
         backend: None for the best one; see `superfine_kernels.backends()`.
 
     Returns:
-        The loss, float32 (float64 for float64 inputs): a scalar, or the shape of `target` for "none". Gradients reach
-        `input`, `linear_weight` and `linear_bias` where these require them; what does not costs nothing.
+        The loss, float32 (float64 for float64 inputs): a scalar, or the shape of `target` for "none"; with
+        `return_stats` a pair, as `cross_entropy`. Gradients reach `input`, `linear_weight`, `linear_bias`, and the
+        weights of `lora` and `rows`, where these require them; what does not costs nothing.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; on the CPU also a label outside
             [0, classes), named with its position.
     """
-    original = linear_weight
-    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
-    if tile_bytes is None:
-        tile_bytes = TILE_BYTES.get(input.device.type, TILE_BYTES["cpu"]) if isinstance(input, Tensor) else 0
-    _check(input, linear_weight, target, linear_bias, tile_bytes)
+    op, original = "linear_cross_entropy", linear_weight
+    a, b, lora_scale = lora or (None, None, 1.0)
+    head = Head(input, linear_weight, linear_bias, a, b, *(rows or (None, None)))
+    head.check_tensors(op)
+    head = head.autocast()
+    head.check_shapes(op)
+    input, linear_weight, linear_bias, a, b, index, row_weight = head
+    tile_bytes = TILE_BYTES.get(input.device.type, TILE_BYTES["cpu"]) if tile_bytes is None else tile_bytes
+    least = max(1, input.numel() // input.shape[-1]) * input.element_size()
+    if not isinstance(tile_bytes, int) or tile_bytes < least:
+        reject(op, "tile_bytes", tile_bytes, f"at least {least}, the logits of one class")
+    ignore_index = -100 if ignore_index is None else ignore_index
+    options = Options(
+        ignore_index, float(label_smoothing), float(z_loss), as_softcap(op, softcap), float(scale)
+    )
+    classes, shape = linear_weight.shape[0], input.shape[:-1]
+    if not isinstance(target, Tensor):
+        reject(op, "target", target, "a torch.Tensor", TypeError)
+    dense = (*shape, classes)
+    check_targets(op, target, probabilities, shape, dense, shift=shift, return_stats=return_stats)
+    if target.device != input.device:
+        reject(op, "target", target, f"a tensor on {input.device}")
+    check_options(op, classes, input.device, weight, reduction, options, num_items)
+    if not 0 <= skip_mass < 1:
+        reject(op, "skip_mass", skip_mass, "a number in [0, 1)")
+    if skip_mass > 0 and (label_smoothing > 0 or target.is_floating_point()):
+        reject(
+            op, "skip_mass", skip_mass, "0 where every class is wanted: with smoothing or all probabilities"
+        )
     if accumulate_into is not None:
         _check_accumulation(accumulate_into, original)
-    ignore_index = -100 if ignore_index is None else ignore_index
-    options = (weight, reduction, label_smoothing, num_items)
-    check_options("linear_cross_entropy", len(linear_weight), input.device, *options)
-    divisor = num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
-    if divisor is not None:
-        reduction = "sum"
-    if in_functional_transform():
-        if accumulate_into is not None:
-            raise RuntimeError(f"linear_cross_entropy: torch.func transforms it; {_NO_ACCUMULATION}")
-        warn_once(
-            "linear_cross_entropy: torch.func and forward-mode AD have no kernel; eager torch computes them"
-        )
-        rest = (linear_bias, weight, ignore_index, reduction, label_smoothing)
-        loss = reference(input, linear_weight, target, *rest)
-        return loss if divisor is None else loss / divisor
+
+    flat, dtype = input.reshape(-1, input.shape[-1]), opmath_dtype(input.dtype)
+    labels, probabilities = flat_targets(target, probabilities, ignore_index, shift, dtype)
     if weight is not None:
-        weight = weight.to(opmath_dtype(input.dtype)).contiguous()
-    loss, _ = torch.ops.superfine.linear_cross_entropy(
-        input.reshape(-1, input.shape[-1]),
-        linear_weight,
-        linear_bias,
-        target.reshape(-1).long(),
-        weight,
-        ignore_index,
-        float(label_smoothing),
-        tile_bytes,
-        backend or "",
-        REDUCTIONS[reduction],
-        accumulate_into,
-    )
+        weight = weight.to(dtype).contiguous()
+    low_rank = None if a is None else torch.nn.functional.linear(flat, a) * lora_scale
+    columns = None if row_weight is None else torch.nn.functional.linear(flat, row_weight)
+    fields = (
+        flat, linear_weight, linear_bias, low_rank, b, columns, None if index is None else index.cpu(),
+        labels, probabilities, weight, *options, tile_bytes, float(skip_mass),
+    )  # fmt: skip
+    divisor = num_items.reshape(()) if isinstance(num_items, Tensor) else num_items
+    code = REDUCTIONS["sum" if divisor is not None else reduction]
+    eager = _without_kernel(input.device, probabilities, accumulate_into, backend)
+    if labels is not None and (check or (eager and labels.device.type == "cpu" and is_plain([labels]))):
+        check_labels(op, labels, classes, ignore_index)
+    if eager:
+        loss, stats = _by_reference(_problem((*fields, "")), code, return_stats)
+    else:
+        trains = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad
+            for t in (flat, linear_weight, linear_bias, b, low_rank, columns)
+        )
+        keep = trains and _problem((*fields, "")).step >= classes
+        loss, out, _, _ = torch.ops.superfine.linear_cross_entropy(
+            *fields, backend or "", code, return_stats, keep, accumulate_into
+        )
+        stats = out[ROW_RESULTS:]
     if divisor is not None:
         loss = loss / divisor
-    return loss.reshape(target.shape) if reduction == "none" else loss
+    elif reduction == "none":
+        loss = loss.reshape(shape)
+    if not return_stats:
+        return loss
+    logprob, entropy, correct = (x.reshape(shape) for x in stats)
+    return loss, CrossEntropyStats(logprob, entropy, correct != 0)
 
 
-def _autocast(input: Any, *others: Any) -> tuple[Any, ...]:
-    device = input.device.type if isinstance(input, Tensor) else ""
-    if device not in TILE_BYTES or not torch.is_autocast_enabled(device):
-        return input, *others
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in (input, *others)
-    )
-
-
-def _check(input: Any, linear_weight: Any, target: Any, linear_bias: Any, tile_bytes: Any) -> None:
-    def expect(
-        condition: bool, argument: str, value: object, expected: str, error: type[Exception] = ValueError
-    ) -> None:
-        if not condition:
-            reject("linear_cross_entropy", argument, value, expected, error)
-
-    tensors = {"input": input, "linear_weight": linear_weight, "target": target}
-    tensors |= {} if linear_bias is None else {"linear_bias": linear_bias}
-    for name, tensor in tensors.items():
-        expect(isinstance(tensor, Tensor), name, tensor, "a torch.Tensor", TypeError)
-        expect(tensor.device == input.device, name, tensor, f"a tensor on {input.device}")
-    expect(input.dtype in DTYPE_CODES, "input", input, "float32, bfloat16, float16 or float64", TypeError)
-    expect(input.dim() >= 1 and input.shape[-1] > 0, "input", input, "(features) or (..., features)")
-    expect(target.dtype in (torch.int64, torch.int32), "target", target, "int64 or int32 classes", TypeError)
-    expect(target.shape == input.shape[:-1], "target", target, f"classes of shape {tuple(input.shape[:-1])}")
-    features = input.shape[-1]
-    fits = linear_weight.dim() == 2 and linear_weight.shape[1] == features and linear_weight.shape[0] > 0
-    like = f"{str(input.dtype).removeprefix('torch.')} (classes, {features}), as the input"
-    expect(fits and linear_weight.dtype == input.dtype, "linear_weight", linear_weight, like)
-    classes = linear_weight.shape[0]
-    if linear_bias is not None:
-        like = f"{str(input.dtype).removeprefix('torch.')} ({classes},)"
-        expect(
-            linear_bias.shape == (classes,) and linear_bias.dtype == input.dtype,
-            "linear_bias",
-            linear_bias,
-            like,
+def _without_kernel(
+    device: torch.device, probabilities: Tensor | None, accumulate_into: Tensor | None, backend: str | None
+) -> bool:
+    reason = None
+    if in_functional_transform():
+        reason = "torch.func and forward-mode AD have no kernel"
+    elif probabilities is not None and probabilities.requires_grad and torch.is_grad_enabled():
+        reason = "probabilities that require grad have no kernel"
+    eager = reason is not None or backend == "reference" or _backends.only_reference(device)
+    if reason is not None and accumulate_into is None:
+        warn_once(f"linear_cross_entropy: {reason}; eager torch computes them")
+    if eager and accumulate_into is not None:
+        raise RuntimeError(
+            f"linear_cross_entropy: {reason or 'the reference is asked for'}; {_NO_ACCUMULATION}"
         )
-    least = max(1, target.numel()) * input.element_size()
-    valid = isinstance(tile_bytes, int) and tile_bytes >= least
-    expect(valid, "tile_bytes", tile_bytes, f"at least {least}, the logits of one class")
+    return eager
+
+
+def _by_reference(p: Problem, reduction: int, statistics: bool) -> tuple[Tensor, Any]:
+    y = _reference_logits(p)
+    loss, _ = reference_rows(y, p.target, p.probabilities, p.weight, p.options)
+    stats: Any = ()
+    if statistics and p.target is not None:
+        stats = reference_statistics(y, p.target, p.options.ignore_index)
+    if reduction != NONE:
+        loss = loss.sum()
+    if reduction == MEAN:
+        loss = loss / p.denominator(loss.dtype)
+    return loss, stats
 
 
 def _check_accumulation(accumulate_into: Any, linear_weight: Tensor) -> None:
@@ -351,14 +429,3 @@ def _check_accumulation(accumulate_into: Any, linear_weight: Tensor) -> None:
     if torch.is_grad_enabled() and not linear_weight.requires_grad:
         expected = "one that trains, beside accumulate_into"
         reject("linear_cross_entropy", "linear_weight", "frozen", expected)
-
-
-def _check_labels(p: Problem) -> None:
-    if p.target.device.type == "cpu":
-        bad = (((p.target < 0) | (p.target >= p.classes)) & (p.target != p.ignore_index)).nonzero()
-        if len(bad) > 0:
-            i = int(bad[0])
-            raise ValueError(
-                f"linear_cross_entropy: target[{i}] is {int(p.target[i])}; expected a class in [0, {p.classes}) or "
-                f"ignore_index ({p.ignore_index})"
-            )

@@ -265,21 +265,24 @@ def test_forward_passes_opcheck(requires_grad, reduction, gradient):
     if gradient and reduction == 0:
         pytest.skip("rows with upstream gradients of their own take the other way")
     x = logits(3, 17, torch.float32).requires_grad_(requires_grad)
-    arguments = (x, labels(3, 17), class_weights(17, torch.float32), -100, reduction, 0.0, 0.1, gradient, "")
+    targets = (labels(3, 17), None, class_weights(17, torch.float32))
+    arguments = (x, *targets, -100, 0.1, 0.01, 5.0, 0.5, reduction, 0.0, True, gradient, "")
     torch.library.opcheck(torch.ops.superfine.cross_entropy.default, arguments)
 
 
 def test_in_place_forward_passes_opcheck():
-    arguments = (logits(3, 17, torch.float32), labels(3, 17), None, -100, 1, 5.0, 0.1, "")
+    targets = (torch.randint(0, 17, (3, 2)), torch.rand(3, 2), None)
+    arguments = (logits(3, 17, torch.float32), *targets, -100, 0.1, 0.0, 0.0, 1.0, 1, 5.0, False, "")
     torch.library.opcheck(torch.ops.superfine.cross_entropy_.default, arguments)
 
 
 @pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.rand(3)])
 def test_backward_passes_opcheck(scale):
     x, t = logits(3, 17, torch.bfloat16), labels(3, 17).int()
-    _, lse, _ = torch.ops.superfine.cross_entropy(x, t, None, -100, 0, 0.0, 0.0, False, "")
+    arguments = (x, t, None, None, -100, 0.0, 0.0, 0.0, 1.0)
+    _, out, _ = torch.ops.superfine.cross_entropy(*arguments, 0, 0.0, False, False, "")
     torch.library.opcheck(
-        torch.ops.superfine.cross_entropy_backward.default, (x, t, None, -100, 0.0, lse, scale, "")
+        torch.ops.superfine.cross_entropy_backward.default, (*arguments, out[1:], scale, "")
     )
 
 

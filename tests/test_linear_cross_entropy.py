@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import pytest
 import torch
@@ -137,9 +136,8 @@ def profiled(step) -> tuple[int, int]:
     return products, max(event.self_cpu_memory_usage for event in events)
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("trained", ["x", "w", "b", "xw", "xwb", "wb"])
-def test_what_is_frozen_takes_no_product_and_gets_no_gradient(trained, backend):
+def test_what_is_frozen_takes_no_product_and_gets_no_gradient(trained):
     x, w, b, target = problem()
     tensors = {"x": x, "w": w, "b": b}
     expected = in_float64(x, w, b, target)
@@ -147,7 +145,7 @@ def test_what_is_frozen_takes_no_product_and_gets_no_gradient(trained, backend):
         t.requires_grad_(name in trained)
     tiles = 3
     loss = []
-    options = {"linear_bias": b, "tile_bytes": TILE_BYTES, "backend": backend}
+    options = {"linear_bias": b, "tile_bytes": TILE_BYTES}
     assert profiled(lambda: loss.append(linear_cross_entropy(x, w, target, **options)))[0] == tiles
     products = tiles * (1 + ("x" in trained) + ("w" in trained))
     assert profiled(lambda: loss[0].backward())[0] == products
@@ -235,14 +233,14 @@ def test_ignored_rows_have_no_gradient_whatever_they_hold(backend):
     with torch.no_grad():
         x[::5] = math.nan
     clean = x.detach().clone().nan_to_num(0).requires_grad_()
-    if backend == "reference":
-        w.requires_grad_(False)  # NaN times a gradient of zero is NaN in a product over all rows
     loss = linear_cross_entropy(x, w, target, linear_bias=b, tile_bytes=TILE_BYTES, backend=backend)
     expected = linear_cross_entropy(clean, w, target, linear_bias=b, tile_bytes=TILE_BYTES)
     torch.testing.assert_close(loss, expected)
     loss.backward()
+    grad, w.grad = w.grad, None
     expected.backward()
     torch.testing.assert_close(x.grad, clean.grad)
+    torch.testing.assert_close(grad, w.grad)
     assert not x.grad[::5].any()
 
 
@@ -307,18 +305,6 @@ def test_a_mean_over_weights_of_zero_is_nan():
         assert loss.isnan()
 
 
-def test_a_label_out_of_range_where_none_is_looked_at_gives_nan(monkeypatch):
-    # As on a GPU, where to look would wait.
-    op = sys.modules["superfine_kernels.linear_cross_entropy"]  # the package's attribute is the function
-    monkeypatch.setattr(op, "_check_labels", lambda p: None)
-    x, w, b, target = problem(rows=4, classes=7)
-    target = torch.tensor([1, 7, -100, 3])
-    losses = linear_cross_entropy(x, w, target, linear_bias=b, reduction="none", backend="reference")
-    assert losses.isnan().tolist() == [False, True, False, False]
-    (g,) = torch.autograd.grad(losses.nansum(), x)
-    assert g.isnan().any(1).tolist() == [False, True, False, False]
-
-
 def test_backward_twice():
     x, w, b, target = problem()
     loss = linear_cross_entropy(x, w, target, linear_bias=b)
@@ -378,16 +364,21 @@ def test_compiles_into_one_graph(reduction):
     torch.testing.assert_close(results(compiled(x, w, b), x, w, b), results(loss(x, w, b), x, w, b))
 
 
-def test_opcheck():
+@pytest.mark.parametrize("skip_mass", [0.0, 0.1])
+def test_opcheck(skip_mass):
     x, w, b, target = problem(rows=5, classes=7)
-    arguments = (x, w, b, target, None, -100, 0.1, 1 << 20, "")
-    torch.library.opcheck(torch.ops.superfine.linear_cross_entropy.default, (*arguments, 1, None))
+    low_rank = (torch.randn(5, 2), torch.randn(7, 2), torch.randn(5, 2), torch.tensor([6, 1]))
+    options = (-100, 0.0 if skip_mass else 0.1, 0.01, 5.0, 0.5, 1 << 20, skip_mass, "")
+    arguments = (x, w, b, *low_rank, target, None, torch.ones(7), *options)
+    forward = torch.ops.superfine.linear_cross_entropy.default
+    for keep in (False, True):
+        torch.library.opcheck(forward, (*arguments, 1, True, keep, None))
     plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-    lse, scale = torch.randn(5), torch.tensor(0.5)
+    _, out, needed, kept = forward(*plain, 1, False, True, None)
     for into in (None, torch.zeros(7, FEATURES)):
         torch.library.opcheck(
             torch.ops.superfine.linear_cross_entropy_backward.default,
-            (*plain, lse, scale, True, True, True, into),
+            (*plain, out[1:], torch.tensor(0.5), needed, kept, [True] * 6, into),
         )
 
 
@@ -410,7 +401,7 @@ def test_autocast_makes_products_in_its_dtype():
         ({"input": 3}, TypeError, r"input is 3 \(int\); expected a torch.Tensor"),
         ({"input": torch.ones(37, 16, dtype=torch.int32)}, TypeError, "input is int32"),
         ({"input": torch.ones(())}, ValueError, r"input is float32 \(\) on cpu"),
-        ({"target": torch.ones(37)}, TypeError, "target is float32"),
+        ({"target": torch.ones(37)}, ValueError, "target is float32"),
         ({"target": torch.ones(36, dtype=torch.int64)}, ValueError, r"target is int64 \(36,\)"),
         ({"target": torch.ones(37, dtype=torch.int64, device="meta")}, ValueError, "a tensor on cpu"),
         ({"linear_weight": torch.ones(50, 15)}, ValueError, r"linear_weight is float32 \(50, 15\)"),

@@ -30,31 +30,37 @@ std::vector<std::string> isas() {
   return names;
 }
 
+struct Labels {
+  std::int64_t first_bad;  // its place among rows x targets, or -1
+  double denominator;
+};
+
+// Only real labels have weights: with probabilities rows are counted, as torch does.
 template <class Label>
-std::pair<std::int64_t, double> scan_labels(const Label* target, std::int64_t stride, std::int64_t rows,
-                                            std::int64_t vocab, const void* weight, bool weight_is_f64,
-                                            std::int64_t ignore_index) {
-  double weight_sum = 0;
-  for (std::int64_t i = 0; i < rows; ++i) {
-    const std::int64_t label = target[i * stride];
-    if (label == ignore_index) continue;
-    if (label < 0 || label >= vocab) return {i, weight_sum};
-    weight_sum += weight == nullptr ? 1.0
-                  : weight_is_f64   ? static_cast<const double*>(weight)[label]
-                                    : static_cast<const float*>(weight)[label];
+Labels scan_labels(const CrossEntropy& args) {
+  const auto* weights = static_cast<const char*>(args.weight);
+  double denominator = 0;
+  for (std::int64_t i = 0; i < args.rows; ++i) {
+    const Label* target = static_cast<const Label*>(args.target) + i * args.target_stride;
+    double counts = 0;
+    for (std::int64_t k = 0; k < args.targets; ++k) {
+      const std::int64_t label = target[k];
+      if (label == args.ignore_index) continue;
+      if (label < 0 || label >= args.classes) return {i * args.targets + k, denominator};
+      counts = args.probabilities || !weights ? 1.0
+               : args.dtype == DType::f64     ? reinterpret_cast<const double*>(weights)[label]
+                                              : reinterpret_cast<const float*>(weights)[label];
+    }
+    denominator += counts;
   }
-  return {-1, weight_sum};
+  return {-1, denominator};
 }
 
-std::pair<std::int64_t, double> check_labels(std::uintptr_t target, bool target_is_int64, std::int64_t target_stride,
-                                             std::int64_t rows, std::int64_t vocab, std::uintptr_t weight,
-                                             bool weight_is_f64, std::int64_t ignore_index) {
+std::pair<std::int64_t, double> check_labels(const CrossEntropy& args) {
   const py::gil_scoped_release release;
-  const void* w = pointer(weight);
-  if (target_is_int64) {
-    return scan_labels(pointer<const std::int64_t>(target), target_stride, rows, vocab, w, weight_is_f64, ignore_index);
-  }
-  return scan_labels(pointer<const std::int32_t>(target), target_stride, rows, vocab, w, weight_is_f64, ignore_index);
+  if (args.target == nullptr) return {-1, static_cast<double>(args.rows)};
+  const Labels labels = args.target_is_int64 ? scan_labels<std::int64_t>(args) : scan_labels<std::int32_t>(args);
+  return {labels.first_bad, labels.denominator};
 }
 
 template <class T>
@@ -100,76 +106,47 @@ PYBIND11_MODULE(_cpu, m) {
         "Of all elements of all tensors; None where one of them is not dense on the CPU, or has no kernel.",
         py::arg("reader"), py::arg("tensors"), py::kw_only(), py::arg("threads"), py::arg("isa"));
 
+  define_cross_entropy_arguments(m);
   m.def("check_labels", &check_labels,
-        "(first position with a label outside [0, vocab) or -1, sum of the weights of the labels not ignored).",
-        py::arg("target"), py::arg("target_is_int64"), py::arg("target_stride"), py::arg("rows"), py::arg("vocab"),
-        py::arg("weight"), py::arg("weight_is_f64"), py::arg("ignore_index"));
+        "(place among rows x targets of the first label outside [0, classes) or -1, what a mean divides by).",
+        py::arg("args"));
 
   m.def(
       "cross_entropy_forward",
-      [](std::uintptr_t input, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride, int dtype,
-         std::uintptr_t target, bool target_is_int64, std::int64_t target_stride, std::uintptr_t weight,
-         std::int64_t ignore_index, double label_smoothing, std::uintptr_t losses, std::uintptr_t lse,
-         std::uintptr_t dlogits, double scale, int threads, const std::string& isa) {
-        const auto args = cross_entropy_args(input, rows, vocab, row_stride, dtype, target, target_is_int64,
-                                             target_stride, weight, ignore_index, label_smoothing);
+      [](const CrossEntropy& args, std::uintptr_t out, bool statistics, std::uintptr_t dlogits, double scale,
+         int threads, const std::string& isa) {
         const cpu::Kernels& kernels = kernels_for(isa);
         const py::gil_scoped_release release;
-        kernels.cross_entropy_forward(args, pointer(losses), pointer(lse), pointer(dlogits), scale, threads);
-        return args.dtype == DType::f64 ? sum_in_order(pointer<const double>(losses), rows)
-                                        : sum_in_order(pointer<const float>(losses), rows);
+        kernels.cross_entropy_forward(args, pointer(out), statistics, pointer(dlogits), scale, threads);
+        return args.dtype == DType::f64 ? sum_in_order(pointer<const double>(out), args.rows)
+                                        : sum_in_order(pointer<const float>(out), args.rows);
       },
-      "Losses and lse of every row; with `dlogits` also scale * dloss/dinput. Returns the sum of the losses.",
-      py::arg("input"), py::arg("rows"), py::arg("vocab"), py::arg("row_stride"), py::arg("dtype"), py::arg("target"),
-      py::arg("target_is_int64"), py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"),
-      py::arg("label_smoothing"), py::arg("losses"), py::arg("lse"), py::arg("dlogits"), py::arg("scale"),
-      py::arg("threads"), py::arg("isa"));
+      "Results of every row to `out`; with `dlogits` also scale * dloss/dinput. Returns the sum of the losses.",
+      py::arg("args"), py::arg("out"), py::arg("statistics"), py::arg("dlogits"), py::arg("scale"), py::arg("threads"),
+      py::arg("isa"));
 
   m.def(
       "cross_entropy_backward",
-      [](std::uintptr_t input, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride, int dtype,
-         std::uintptr_t target, bool target_is_int64, std::int64_t target_stride, std::uintptr_t weight,
-         std::int64_t ignore_index, double label_smoothing, std::int64_t first_class, std::int64_t classes,
-         std::uintptr_t lse, std::uintptr_t scale, std::int64_t scale_stride, std::uintptr_t dlogits, int threads,
-         const std::string& isa) {
-        const auto args = part_of(cross_entropy_args(input, rows, vocab, row_stride, dtype, target, target_is_int64,
-                                                     target_stride, weight, ignore_index, label_smoothing),
-                                  first_class, classes);
+      [](const CrossEntropy& args, std::uintptr_t sums, std::uintptr_t scale, std::int64_t scale_stride,
+         std::uintptr_t dlogits, int threads, const std::string& isa) {
         const cpu::Kernels& kernels = kernels_for(isa);
         const py::gil_scoped_release release;
-        kernels.cross_entropy_backward(args, pointer<const void>(lse), pointer<const void>(scale), scale_stride,
+        kernels.cross_entropy_backward(args, pointer<const void>(sums), pointer<const void>(scale), scale_stride,
                                        pointer(dlogits), threads);
       },
-      "dlogits from the lse of the forward pass and one scale a row. The input may be the classes from `first_class` "
-      "on "
-      "of `classes`, in which labels and weights count; dlogits may be the input.",
-      py::arg("input"), py::arg("rows"), py::arg("vocab"), py::arg("row_stride"), py::arg("dtype"), py::arg("target"),
-      py::arg("target_is_int64"), py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"),
-      py::arg("label_smoothing"), py::arg("first_class"), py::arg("classes"), py::arg("lse"), py::arg("scale"),
-      py::arg("scale_stride"), py::arg("dlogits"), py::arg("threads"), py::arg("isa"));
+      "dlogits, which may be the input, from lse and mass of all classes and one scale a row.", py::arg("args"),
+      py::arg("sums"), py::arg("scale"), py::arg("scale_stride"), py::arg("dlogits"), py::arg("threads"),
+      py::arg("isa"));
 
   m.def(
       "cross_entropy_part",
-      [](std::uintptr_t input, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride, int dtype,
-         std::uintptr_t target, bool target_is_int64, std::int64_t target_stride, std::uintptr_t weight,
-         std::int64_t ignore_index, double label_smoothing, std::int64_t first_class, std::int64_t classes,
-         std::uintptr_t out, int threads, const std::string& isa) {
-        const auto args = part_of(cross_entropy_args(input, rows, vocab, row_stride, dtype, target, target_is_int64,
-                                                     target_stride, weight, ignore_index, label_smoothing),
-                                  first_class, classes);
+      [](const CrossEntropy& args, std::uintptr_t out, bool statistics, int threads, const std::string& isa) {
         const cpu::Kernels& kernels = kernels_for(isa);
         const py::gil_scoped_release release;
-        kernels.cross_entropy_part(args, pointer(out), threads);
+        kernels.cross_entropy_part(args, pointer(out), statistics, threads);
       },
-      "By rows, what the classes from `first_class` on add to the losses: 4 x rows numbers, of the type that losses "
-      "have: "
-      "the maximum, the sum of exponentials relative to it, the logit of the target or 0, and with smoothing the "
-      "weighted "
-      "sum of logits.",
-      py::arg("input"), py::arg("rows"), py::arg("vocab"), py::arg("row_stride"), py::arg("dtype"), py::arg("target"),
-      py::arg("target_is_int64"), py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"),
-      py::arg("label_smoothing"), py::arg("first_class"), py::arg("classes"), py::arg("out"), py::arg("threads"),
-      py::arg("isa"));
+      "What a part of the classes adds to the results of every row, to `out`.", py::arg("args"), py::arg("out"),
+      py::arg("statistics"), py::arg("threads"), py::arg("isa"));
 
   m.def(
       "advise_huge_pages",

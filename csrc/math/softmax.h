@@ -1,9 +1,7 @@
-// The exponential behind softmax and cross-entropy on the CPU: exp(x) for x <= 0, NaN in, NaN out.
+// The functions behind softmax and cross-entropy on the CPU.
 //
-// Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, then the degree-6 polynomial of Cephes' expf
-// (Moshier); at most 2 ulp from the true value. Branch-free, so that loops over it vectorise; every
-// rounding is written out, so that every instruction set gives the same bits. Results below the
-// smallest normal number are zero.
+// Branch-free, so that loops over them vectorise; every rounding is written out, so that every instruction set gives
+// the same bits.
 #pragma once
 
 #include <cmath>
@@ -13,6 +11,8 @@
 
 namespace superfine {
 
+// exp(x) for x <= 0, NaN in, NaN out: Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, then the degree-6 polynomial of
+// Cephes' expf (Moshier); at most 2 ulp from the true value. Results below the smallest normal number are zero.
 SF_HD float exp_nonpositive(float x) {
   const float lowest = -87.3365f;  // exp is just above the smallest normal number
   const float clamped = x < lowest ? lowest : x;
@@ -33,5 +33,27 @@ SF_HD float exp_nonpositive(float x) {
 }
 
 inline double exp_nonpositive(double x) { return std::exp(x); }
+
+// tanh(x): near 0 the polynomial of Cephes' tanhf, else by e = exp(-2|x|); at most 2 ulp from the true value.
+SF_HD float hyperbolic_tangent(float x) {
+  const float size = std::fabs(x), e = exp_nonpositive(-2.0f * size);
+  const float far = std::copysign((1.0f - e) / (1.0f + e), x);
+  const float z = x * x;
+  float p = -5.70498872745e-3f;
+  p = std::fma(p, z, 2.06390887954e-2f);
+  p = std::fma(p, z, -5.37397155531e-2f);
+  p = std::fma(p, z, 1.33314422036e-1f);
+  p = std::fma(p, z, -3.33332819422e-1f);
+  return size < 0.625f ? std::fma(p * z, x, x) : far;
+}
+
+inline double hyperbolic_tangent(double x) { return std::tanh(x); }
+
+// 1 - tanh(x)^2 = 4 e / (1 + e)^2 with e = exp(-2|x|), which loses no digits where tanh is near 1.
+template <class T>
+SF_HD T tangent_slope(T x) {
+  const T e = exp_nonpositive(T(-2) * std::fabs(x)), d = T(1) + e;
+  return T(4) * e / (d * d);
+}
 
 }  // namespace superfine
