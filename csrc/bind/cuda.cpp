@@ -188,59 +188,54 @@ PYBIND11_MODULE(_cuda, m) {
   def_step("adamw", "adamw_groups", kAdamW);
   def_step("lamb", "lamb_groups", kLamb);
 
+  define_cross_entropy_arguments(m);
   m.def(
       "cross_entropy_forward",
-      [](std::uintptr_t input, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride, int dtype,
-         std::uintptr_t target, bool target_is_int64, std::int64_t target_stride, std::uintptr_t weight,
-         std::int64_t ignore_index, double label_smoothing, std::uintptr_t losses, std::uintptr_t lse,
-         std::uintptr_t dlogits, std::uintptr_t scale, std::int64_t scale_stride, std::uintptr_t stream, int device) {
-        const auto args = cross_entropy_args(input, rows, vocab, row_stride, dtype, target, target_is_int64,
-                                             target_stride, weight, ignore_index, label_smoothing);
+      [](const CrossEntropy& args, std::uintptr_t out, bool statistics, std::uintptr_t dlogits, std::uintptr_t scale,
+         std::int64_t scale_stride, std::uintptr_t stream, int device) {
         const DeviceGuard guard(device, "cross_entropy_forward");
         const py::gil_scoped_release release;
-        cuda::cross_entropy_forward(args, pointer(losses), pointer(lse), pointer(dlogits), pointer<const void>(scale),
+        cuda::cross_entropy_forward(args, pointer(out), statistics, pointer(dlogits), pointer<const void>(scale),
                                     scale_stride, as_stream(stream));
       },
-      "Losses and lse of every row; unless `dlogits` is 0 also scale[i * scale_stride] * dloss_i/dinput_i.",
-      py::arg("input"), py::arg("rows"), py::arg("vocab"), py::arg("row_stride"), py::arg("dtype"), py::arg("target"),
-      py::arg("target_is_int64"), py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"),
-      py::arg("label_smoothing"), py::arg("losses"), py::arg("lse"), py::arg("dlogits"), py::arg("scale"),
+      "RowResult of every row, 3 x rows, or 6 x rows with statistics; unless `dlogits` is 0 also "
+      "scale[i * scale_stride] * dloss_i/dinput_i.",
+      py::arg("args"), py::arg("out"), py::arg("statistics"), py::arg("dlogits"), py::arg("scale"),
       py::arg("scale_stride"), py::arg("stream"), py::arg("device"));
 
   m.def(
       "cross_entropy_backward",
-      [](std::uintptr_t input, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride, int dtype,
-         std::uintptr_t target, bool target_is_int64, std::int64_t target_stride, std::uintptr_t weight,
-         std::int64_t ignore_index, double label_smoothing, std::uintptr_t lse, std::uintptr_t scale,
-         std::int64_t scale_stride, std::uintptr_t dlogits, std::uintptr_t stream, int device) {
-        const auto args = cross_entropy_args(input, rows, vocab, row_stride, dtype, target, target_is_int64,
-                                             target_stride, weight, ignore_index, label_smoothing);
+      [](const CrossEntropy& args, std::uintptr_t sums, std::uintptr_t scale, std::int64_t scale_stride,
+         std::uintptr_t dlogits, std::uintptr_t stream, int device) {
         const DeviceGuard guard(device, "cross_entropy_backward");
         const py::gil_scoped_release release;
-        cuda::cross_entropy_backward(args, pointer<const void>(lse), pointer<const void>(scale), scale_stride,
+        cuda::cross_entropy_backward(args, pointer<const void>(sums), pointer<const void>(scale), scale_stride,
                                      pointer(dlogits), as_stream(stream));
       },
-      "dlogits from the lse of the forward pass and one scale, or one scale a row.", py::arg("input"), py::arg("rows"),
-      py::arg("vocab"), py::arg("row_stride"), py::arg("dtype"), py::arg("target"), py::arg("target_is_int64"),
-      py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("lse"),
-      py::arg("scale"), py::arg("scale_stride"), py::arg("dlogits"), py::arg("stream"), py::arg("device"));
+      "dlogits from `sums`, the lse and mass of rows with all their classes, and one scale, or one scale a row.",
+      py::arg("args"), py::arg("sums"), py::arg("scale"), py::arg("scale_stride"), py::arg("dlogits"),
+      py::arg("stream"), py::arg("device"));
+
+  m.def(
+      "cross_entropy_part",
+      [](const CrossEntropy& args, std::uintptr_t out, bool statistics, std::uintptr_t stream, int device) {
+        const DeviceGuard guard(device, "cross_entropy_part");
+        const py::gil_scoped_release release;
+        cuda::cross_entropy_part(args, pointer(out), statistics, as_stream(stream));
+      },
+      "PartResult of every row, 4 x rows, or 7 x rows with statistics.", py::arg("args"), py::arg("out"),
+      py::arg("statistics"), py::arg("stream"), py::arg("device"));
 
   m.def(
       "cross_entropy_denominator",
-      [](std::int64_t rows, std::int64_t vocab, int dtype, std::uintptr_t target, bool target_is_int64,
-         std::int64_t target_stride, std::uintptr_t weight, std::int64_t ignore_index, std::uintptr_t out,
-         std::uintptr_t stream, int device) {
-        const auto args = cross_entropy_args(0, rows, vocab, vocab, dtype, target, target_is_int64, target_stride,
-                                             weight, ignore_index, 0.0);
+      [](const CrossEntropy& args, std::uintptr_t out, std::uintptr_t stream, int device) {
         const DeviceGuard guard(device, "cross_entropy_denominator");
         const py::gil_scoped_release release;
         cuda::cross_entropy_denominator(args, pointer(out), as_stream(stream));
       },
-      "out[0] = sum of the weights of the labels that are not ignored (their number without weights), "
-      "out[1] = 1 / out[0].",
-      py::arg("rows"), py::arg("vocab"), py::arg("dtype"), py::arg("target"), py::arg("target_is_int64"),
-      py::arg("target_stride"), py::arg("weight"), py::arg("ignore_index"), py::arg("out"), py::arg("stream"),
-      py::arg("device"));
+      "out[0] = sum of the weights of the labels that are not ignored (their number without weights), or the number of "
+      "rows that count where there are probabilities; out[1] = 1 / out[0].",
+      py::arg("args"), py::arg("out"), py::arg("stream"), py::arg("device"));
 
   m.def(
       "cross_entropy_reduce",

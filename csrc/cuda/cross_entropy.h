@@ -9,20 +9,26 @@
 
 namespace superfine::cuda {
 
-// All functions launch on the current device and return at once; std::runtime_error when a launch
-// fails, std::invalid_argument for a vocab out of range. dlogits is dense, or the input itself.
+// All functions launch on the current device and return at once; std::runtime_error when a launch fails,
+// std::invalid_argument for a vocab out of range. dlogits is dense, or the input itself. Statistics are for rows of
+// one label without probabilities.
 
-// Writes losses and lse (rows Reals each; 0 for ignored rows). Unless dlogits is null also
-// dlogits[i] = scale[i * scale_stride] * dloss_i/dinput_i, in the same pass.
-void cross_entropy_forward(const CrossEntropy& args, void* losses, void* lse, void* dlogits, const void* scale,
+// Writes RowResult of every row, which holds all classes; unless dlogits is null also, in the same pass,
+// dlogits[i] = scale[i * scale_stride] * dloss_i/dinput_i.
+void cross_entropy_forward(const CrossEntropy& args, void* out, bool statistics, void* dlogits, const void* scale,
                            std::int64_t scale_stride, cudaStream_t stream);
 
-// dlogits as above, from the lse of the forward pass: one read and one write of the logits.
-void cross_entropy_backward(const CrossEntropy& args, const void* lse, const void* scale, std::int64_t scale_stride,
+// dlogits as above, one read and one write of the logits. `sums` are kLse and kMass of the forward pass, 2 x rows
+// Reals, those of all classes where the input holds a part of them.
+void cross_entropy_backward(const CrossEntropy& args, const void* sums, const void* scale, std::int64_t scale_stride,
                             void* dlogits, cudaStream_t stream);
 
-// out[0] = sum of w_t over the rows that are not ignored, out[1] = 1 / out[0]: the mean's denominator
-// and the scale of its gradient, without a word to the host. Reads target, weight and sizes only.
+// Writes PartResult of every row. Ignored rows: maximum 0, sum 1, the rest 0. Rows with a bad label: NaN.
+void cross_entropy_part(const CrossEntropy& args, void* out, bool statistics, cudaStream_t stream);
+
+// out[0] = sum of w_t over the rows that are not ignored, or the number of them where targets have probabilities;
+// out[1] = 1 / out[0]: the mean's denominator and the scale of its gradient, without a word to the host. Reads
+// targets, weight and sizes only.
 void cross_entropy_denominator(const CrossEntropy& args, void* out, cudaStream_t stream);
 
 // out[0] = sum of the losses, over denominator[0] unless that is null; NaN when no row counts.

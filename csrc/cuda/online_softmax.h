@@ -23,7 +23,13 @@ __device__ __forceinline__ T minus_infinity() {
   return -std::numeric_limits<T>::infinity();
 }
 
-// What is known of a part of a row: maximum, and sum of exp(x - maximum). NaN and +inf end up in sum.
+// What exponentials are relative to: the maximum, or 0 where that is -inf, as -inf - -inf would be NaN.
+template <class T>
+__device__ __forceinline__ T shift_of(T maximum) {
+  return maximum == minus_infinity<T>() ? T(0) : maximum;
+}
+
+// What is known of a part of a row: maximum, and sum of exp(x - maximum).
 template <class T>
 struct Softmax {
   T maximum = minus_infinity<T>();
@@ -33,7 +39,7 @@ struct Softmax {
 
   __device__ void merge(const Softmax& other) {
     const T joint = max(maximum, other.maximum);
-    const T shift = joint == minus_infinity<T>() ? T(0) : joint;  // -inf - -inf would be NaN
+    const T shift = shift_of(joint);
     sum = sum * exponential(maximum - shift) + other.sum * exponential(other.maximum - shift);
     maximum = joint;
   }
@@ -43,27 +49,11 @@ struct Softmax {
     T joint = maximum;
 #pragma unroll
     for (int j = 0; j < N; ++j) joint = max(joint, x[j]);
-    const T shift = joint == minus_infinity<T>() ? T(0) : joint;
+    const T shift = shift_of(joint);
     sum *= exponential(maximum - shift);
 #pragma unroll
     for (int j = 0; j < N; ++j) sum += exponential(x[j] - shift);
     maximum = joint;
-  }
-};
-
-// The same and, for label smoothing, sum_c w_c and sum_c w_c (x_c - reference).
-template <class T>
-struct SmoothSoftmax {
-  Softmax<T> softmax;
-  T weights = 0, weighted = 0;
-
-  __device__ SmoothSoftmax shuffled(int mask) const {
-    return {softmax.shuffled(mask), shuffle(weights, mask), shuffle(weighted, mask)};
-  }
-  __device__ void merge(const SmoothSoftmax& other) {
-    softmax.merge(other.softmax);
-    weights += other.weights;
-    weighted += other.weighted;
   }
 };
 

@@ -1,0 +1,93 @@
+// The kernel for one label a row, with no smoothing, softcap or scale: what most training has.
+#pragma once
+
+#include "cuda/cluster.h"
+#include "cuda/cross_entropy_row.h"
+
+namespace superfine::cuda {
+
+// Traffic per logit: forward reads it once, and writes the gradient once where that is wanted; backward reads and
+// writes once. kHold: the row waits in dynamic shared memory for its gradient, spread over the blocks of a cluster
+// where there is one. Otherwise it is read again, mostly from the L2 cache. Every element of a row is read and
+// written by one thread, so the gradient may overwrite the logits.
+template <class E, bool kHold>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    plain_kernel(const CrossEntropy args, const Work<float> work, const Settings<float> k, std::int64_t first_row) {
+  static_assert(sizeof(Opmath<E>) == sizeof(float));
+  constexpr int kPack = PackedRow<E>::kPack;
+  extern __shared__ float4 shared[];
+  RowPack<E>* held = reinterpret_cast<RowPack<E>*>(shared);
+  int rank = 0, blocks = 1;
+  if constexpr (kHold) {
+    const Cluster cluster;
+    rank = cluster.rank, blocks = cluster.blocks;
+  }
+
+  const std::int64_t i = first_row + blockIdx.x / blocks;
+  const std::int64_t label = class_at(args, i * args.target_stride);
+  if (label == args.ignore_index || !is_class(args, label)) {
+    return answer_without_logits<E>(args, work, i, label == args.ignore_index, rank, blocks);
+  }
+  const PackedRow<E> row(logits_of<E>(args, i), static_cast<int>(args.vocab));
+  // The label's column, or -1 where it is in another part.
+  const std::int64_t distance = label - args.first_class;
+  const int column = 0 <= distance && distance < row.size ? static_cast<int>(distance) : -1;
+  float mass = args.weight ? static_cast<const float*>(args.weight)[label] : 1.0f;
+
+  const int share = (row.packs + blocks - 1) / blocks;
+  const int begin = min(row.packs, rank * share), end = min(row.packs, begin + share);
+  float shift, factor = 1, lse;
+  if (kHold || work.sums == nullptr) {
+    const float at_label = column < 0 ? 0.0f : widen(row.x[column]);
+    Softmax<float> all;
+    const auto add = [&](int, const RowPack<E>& pack) {
+      float x[kPack];
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) x[j] = widen(pack.at[j]);
+      all.add(x);
+    };
+    if constexpr (kHold) {
+      hold_packs<E>(row, begin, end, held, add);
+    } else {
+      stream_packs<RowPack<E>>(row.packs, [&](int p) { return row.load(p); }, add);
+    }
+    all = block_reduce(all);
+    if constexpr (kHold) all = Cluster().reduce(all);
+    lse = all.maximum + log(all.sum);
+    if (rank == 0 && threadIdx.x == 0) {
+      const float here = column < 0 ? 0.0f : mass;
+      const float dot = column < 0 ? 0.0f : mass * (at_label - shift_of(all.maximum));
+      write_results(args, work, k, i, all.maximum, all.sum, here, dot);
+    }
+    shift = all.maximum;
+    factor = 1 / all.sum;
+  } else {
+    shift = lse = work.sums[i];
+  }
+  if (work.dlogits == nullptr) return;
+  __syncwarp();  // a block of one warp has met no barrier yet, and the label's logit may now be overwritten
+
+  const float scale = work.scale[i * work.scale_stride];
+  const float at_target = scale * mass;
+  factor *= probability_scale(k, scale, mass, lse);
+  E* const dx = gradient_of<E>(args, work, i);
+  const auto write = [&](int p, const RowPack<E>& pack) {
+    const int at = column < 0 ? -1 : column - row.first(p);
+    RowPack<E> out;
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) {
+      const float value = factor * exponential(widen(pack.at[j]) - shift);
+      out.at[j] = narrow<E>(j == at ? value - at_target : value);
+    }
+    row.store(p, out, dx);
+  };
+  if constexpr (kHold) {
+#pragma unroll 1
+    for (int p = begin + threadIdx.x; p < end; p += blockDim.x) write(p, held[p - begin]);
+    Cluster().finish();
+  } else {
+    stream_packs<RowPack<E>>(row.packs, [&](int p) { return row.load(p); }, write);
+  }
+}
+
+}  // namespace superfine::cuda
