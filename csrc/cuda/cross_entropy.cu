@@ -110,7 +110,7 @@ class Launch {
   // Shared memory for a row, or for its part in each of `blocks`: packs that it may touch, also where it begins
   // within one. 0 where that is too much.
   int room(int device, int blocks) const {
-    const std::int64_t bytes = ((args_.vocab / kPack + 2) / blocks + 1) * kPackBytes;
+    const std::int64_t bytes = ((args_.vocab / kPack + 2 * (kPack - 1)) / blocks + 1) * kPackBytes;
     return bytes + kStaticShared <= attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin) ? static_cast<int>(bytes)
                                                                                                : 0;
   }

@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
   // The column of a slot's class, or -1 where that is another part's.
   const auto column_of = [&](std::int64_t c) {
     const std::int64_t column = c - args.first_class;
-    return 0 <= column && column < row.size ? static_cast<int>(column) : -1;
+    return 0 <= column && column < args.vocab ? static_cast<int>(column) : -1;
   };
   if (!targets.dense()) {
     bool counts = false, bad = false;
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
       counts = true;
       bad = bad || !is_class(args, c);
       const int column = column_of(c);
-      if (column >= 0) marks.set((column + row.before) / kPack);
+      if (column >= 0) marks.set(row.pack_of(column));
     }
     bad = __syncthreads_or(bad);
     counts = __syncthreads_or(counts);
@@ -186,11 +186,10 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
       if (work.hold) held[p] = pack;
       T y[kPack], slope;
 #pragma unroll
-      for (int j = 0; j < kPack; ++j) y[j] = widen(pack.at[j]);
+      for (int j = 0; j < kPack; ++j) y[j] = widen(pack[j]);
       if (!linear) {
 #pragma unroll
-        for (int j = 0; j < kPack; ++j)
-          y[j] = row.has(row.first(p) + j) ? transform(k, y[j], slope) : minus_infinity<T>();
+        for (int j = 0; j < kPack; ++j) y[j] = row.has(p, j) ? transform(k, y[j], slope) : minus_infinity<T>();
       }
       T joint = all.maximum;
 #pragma unroll
@@ -198,7 +197,7 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
       if (statistics && (joint > all.maximum || all.best == all.kNone)) {
 #pragma unroll
         for (int j = kPack - 1; j >= 0; --j) {
-          if (y[j] == joint && row.has(row.first(p) + j)) all.best = row.first(p) + j;
+          if (y[j] == joint && row.has(p, j)) all.best = row.first(p) + j;
         }
       }
       if (joint > all.maximum) all.raise(joint);
@@ -212,13 +211,13 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
       if (!targets.every_class()) return;
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
-        if (!row.has(row.first(p) + j)) continue;
+        if (!row.has(p, j)) continue;
         const T v = targets.class_value(row.first(p) + j);
         all.mass += v;
         all.dot += v * (y[j] - to);
       }
     };
-    stream_packs<RowPack<E>>(row.packs, [&](int p) { return row.load(p); }, add);
+    stream_packs<1>(row, row.begin(), row.whole, add);
     for (std::int64_t slot = threadIdx.x; slot < targets.slots(); slot += blockDim.x) {
       const std::int64_t c = targets.slot_class(slot);
       const int column = c == args.ignore_index ? -1 : column_of(c);
@@ -260,7 +259,7 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
   const auto write = [&](int p, const RowPack<E>& pack) {
     T value[kPack], slope[kPack];
 #pragma unroll
-    for (int j = 0; j < kPack; ++j) value[j] = widen(pack.at[j]);
+    for (int j = 0; j < kPack; ++j) value[j] = widen(pack[j]);
     if (!linear) {
 #pragma unroll
       for (int j = 0; j < kPack; ++j) value[j] = transform(k, value[j], slope[j]);
@@ -270,7 +269,7 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
     if (targets.every_class()) {
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
-        if (row.has(row.first(p) + j)) value[j] -= scale * targets.class_value(row.first(p) + j);
+        if (row.has(p, j)) value[j] -= scale * targets.class_value(row.first(p) + j);
       }
     }
     if (!targets.dense() && marks.has(p)) {
@@ -280,16 +279,16 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
         const std::int64_t at = c - args.first_class - row.first(p);
 #pragma unroll
         for (int j = 0; j < kPack; ++j) {
-          if (j == at && row.has(row.first(p) + j)) value[j] -= scale * targets.slot_value(slot, c);
+          if (j == at) value[j] -= scale * targets.slot_value(slot, c);
         }
       }
     }
     RowPack<E> out;
 #pragma unroll
-    for (int j = 0; j < kPack; ++j) out.at[j] = narrow<E>(linear ? value[j] : value[j] * slope[j]);
+    for (int j = 0; j < kPack; ++j) out.set(j, narrow<E>(linear ? value[j] : value[j] * slope[j]));
     row.store(p, out, dx);
   };
-  stream_packs<RowPack<E>>(row.packs, [&](int p) { return work.hold ? held[p] : row.load(p); }, write);
+  stream_packs<1>(row, work.hold ? held : row.begin(), work.hold ? row.packs : row.whole, write);
 }
 
 }  // namespace superfine::cuda

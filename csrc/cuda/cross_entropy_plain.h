@@ -15,6 +15,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     plain_kernel(const CrossEntropy args, const Work<float> work, const Settings<float> k, std::int64_t first_row) {
   static_assert(sizeof(Opmath<E>) == sizeof(float));
   constexpr int kPack = PackedRow<E>::kPack;
+  constexpr int kBatch = 2;  // two blocks of 512 threads have 32 KB on the way to their multiprocessor
   extern __shared__ float4 shared[];
   RowPack<E>* held = reinterpret_cast<RowPack<E>*>(shared);
   int rank = 0, blocks = 1;
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const PackedRow<E> row(logits_of<E>(args, i), static_cast<int>(args.vocab));
   // The label's column, or -1 where it is in another part.
   const std::int64_t distance = label - args.first_class;
-  const int column = 0 <= distance && distance < row.size ? static_cast<int>(distance) : -1;
+  const int column = 0 <= distance && distance < args.vocab ? static_cast<int>(distance) : -1;
   float mass = args.weight ? static_cast<const float*>(args.weight)[label] : 1.0f;
 
   const int share = (row.packs + blocks - 1) / blocks;
@@ -43,13 +44,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const auto add = [&](int, const RowPack<E>& pack) {
       float x[kPack];
 #pragma unroll
-      for (int j = 0; j < kPack; ++j) x[j] = widen(pack.at[j]);
+      for (int j = 0; j < kPack; ++j) x[j] = widen(pack[j]);
       all.add(x);
     };
     if constexpr (kHold) {
       hold_packs<E>(row, begin, end, held, add);
     } else {
-      stream_packs<RowPack<E>>(row.packs, [&](int p) { return row.load(p); }, add);
+      stream_packs<kBatch>(row, row.begin(), row.whole, add);
     }
     all = block_reduce(all);
     if constexpr (kHold) all = Cluster().reduce(all);
@@ -76,8 +77,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     RowPack<E> out;
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {
-      const float value = factor * exponential(widen(pack.at[j]) - shift);
-      out.at[j] = narrow<E>(j == at ? value - at_target : value);
+      const float value = factor * exponential(widen(pack[j]) - shift);
+      out.set(j, narrow<E>(j == at ? value - at_target : value));
     }
     row.store(p, out, dx);
   };
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     for (int p = begin + threadIdx.x; p < end; p += blockDim.x) write(p, held[p - begin]);
     Cluster().finish();
   } else {
-    stream_packs<RowPack<E>>(row.packs, [&](int p) { return row.load(p); }, write);
+    stream_packs<kBatch>(row, row.begin(), row.whole, write);
   }
 }
 

@@ -6,55 +6,62 @@
 #include <cstdint>
 #include <limits>
 
-#include "cuda/pack.h"
+#include "cuda/tile.h"
 
 namespace superfine::cuda {
 
 // A held row is requested at once and used in this many parts, as they arrive.
 constexpr int kStages = 4;
 
-// A row cut where addresses are multiples of a pack: rows of an odd vocabulary start anywhere. What the first and the
-// last pack have beside the row reads as -inf, a class without a part in anything, and is not written.
+// A row as 16-byte packs from its first aligned address on. The few elements before and after them, as rows of an odd
+// vocabulary start anywhere, come last, as packs of one element each; what those lack reads as -inf, a class without
+// a part in anything.
 template <class E>
 struct PackedRow {
   static constexpr int kPack = sizeof(E) == 8 ? 1 : 16 / sizeof(E);  // doubles are slow for other reasons
-  using Packed = Pack<E, kPack>;
+  using Packed = Elements<E, kPack, 1>;
 
   const E* x;
-  int size, before, packs;  // `before`: elements of the first pack before the row
+  int head, whole, packs;  // elements before the first pack; packs of kPack; all
 
-  __device__ PackedRow(const E* row, int elements)
-      : x(row),
-        size(elements),
-        before(static_cast<int>(reinterpret_cast<std::uintptr_t>(row) / sizeof(E)) & (kPack - 1)),
-        packs((before + elements + kPack - 1) / kPack) {}
+  __device__ PackedRow(const E* row, int size) : x(row) {
+    const int past = static_cast<int>(reinterpret_cast<std::uintptr_t>(row) / sizeof(E)) % kPack;
+    head = min(size, (kPack - past) % kPack);
+    whole = (size - head) / kPack;
+    packs = whole + size - whole * kPack;
+  }
 
-  __device__ int first(int p) const { return p * kPack - before; }  // column where pack p begins
-  __device__ bool has(int column) const { return 0 <= column && column < size; }
-  __device__ bool whole(int p) const { return 0 <= first(p) && first(p) + kPack <= size; }
+  // The column where pack p begins, and the pack that has a column.
+  __device__ int first(int p) const {
+    if (p < whole) return head + p * kPack;
+    const int edge = p - whole;
+    return edge < head ? edge : whole * kPack + edge;
+  }
+  __device__ int pack_of(int column) const {
+    const int p = (column - head) / kPack;
+    return column >= head && p < whole ? p : column < head ? whole + column : whole + column - whole * kPack;
+  }
+  __device__ bool has(int p, int j) const { return j == 0 || p < whole; }  // whether pack p has a j-th element
 
-  __device__ const Packed* address(int p) const { return reinterpret_cast<const Packed*>(x + first(p)); }
-
-  __device__ __forceinline__ Packed load(int p) const {
-    if (whole(p)) return *address(p);
+  __device__ const Packed* begin() const { return reinterpret_cast<const Packed*>(x + head); }
+  __device__ __forceinline__ Packed edge(int p) const {
     Packed pack;
+    pack.set(0, x[first(p)]);
 #pragma unroll
-    for (int j = 0; j < kPack; ++j) {
-      pack.at[j] = has(first(p) + j) ? x[first(p) + j] : narrow<E>(-std::numeric_limits<Opmath<E>>::infinity());
-    }
+    for (int j = 1; j < kPack; ++j) pack.set(j, narrow<E>(-std::numeric_limits<Opmath<E>>::infinity()));
     return pack;
   }
 
-  // Pack p of this row to the same columns of another one, which may be cut elsewhere.
+  // Pack p to the same columns of another row, whose packs may begin elsewhere.
   __device__ __forceinline__ void store(int p, const Packed& pack, E* to) const {
-    E* out = to + first(p);
-    if (whole(p) && reinterpret_cast<std::uintptr_t>(out) % sizeof(Packed) == 0) {
+    E* const out = to + first(p);
+    if (p < whole && reinterpret_cast<std::uintptr_t>(out) % sizeof(Packed) == 0) {
       *reinterpret_cast<Packed*>(out) = pack;
       return;
     }
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {
-      if (has(first(p) + j)) out[j] = pack.at[j];
+      if (has(p, j)) out[j] = pack[j];
     }
   }
 };
@@ -68,23 +75,36 @@ __device__ void fill_row(E* x, int size, Opmath<E> value, int rank, int blocks) 
   const PackedRow<E> row(x, size);
   RowPack<E> pack;
 #pragma unroll
-  for (int j = 0; j < row.kPack; ++j) pack.at[j] = narrow<E>(value);
+  for (int j = 0; j < row.kPack; ++j) pack.set(j, narrow<E>(value));
 #pragma unroll 1
   for (int p = rank * blockDim.x + threadIdx.x; p < row.packs; p += blocks * blockDim.x) row.store(p, pack, x);
 }
 
-// Calls use(p, load(p)) for every pack of this thread in [0, packs). Two packs are on their way while a third is
-// used: two blocks of 512 threads then have 32 KB on the way to their multiprocessor. One copy of `load` and `use`.
-template <class Packed, class Load, class Use>
-__device__ __forceinline__ void stream_packs(int packs, const Load& load, const Use& use) {
+// Calls use(p, pack) for every pack of this thread. The first `count` lie at `from`: those of the row's `whole` in
+// global memory, or all of them where they are held. The next kBatch packs are on their way while these are used.
+template <int kBatch, class E, class Use>
+__device__ __forceinline__ void stream_packs(const PackedRow<E>& row, const RowPack<E>* from, int count,
+                                             const Use& use) {
   const int stride = blockDim.x;
-  Packed next = {}, after = {};
+  RowPack<E> next[kBatch];
+  const auto request = [&](int first) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (first + b * stride < count) next[b] = from[first + b * stride];
+    }
+  };
+  request(threadIdx.x);
 #pragma unroll 1
-  for (int p = static_cast<int>(threadIdx.x) - 2 * stride; p < packs; p += stride) {
-    const Packed pack = next;
-    next = after;
-    if (p + 2 * stride < packs) after = load(p + 2 * stride);
-    if (p >= 0) use(p, pack);
+  for (int first = threadIdx.x; first < row.packs; first += kBatch * stride) {
+    RowPack<E> now[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) now[b] = next[b];
+    request(first + kBatch * stride);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int p = first + b * stride;
+      if (p < row.packs) use(p, p < count ? now[b] : row.edge(p));
+    }
   }
 }
 
@@ -103,10 +123,10 @@ __device__ __forceinline__ void hold_packs(const PackedRow<E>& row, int begin, i
 #pragma unroll 1
   for (int stage = 0; stage < kStages; ++stage) {
     for_each(stage, [&](int p) {
-      if (row.whole(p)) {
-        __pipeline_memcpy_async(&held[p - begin], row.address(p), sizeof(held[0]));
+      if (p < row.whole) {
+        __pipeline_memcpy_async(&held[p - begin], row.begin() + p, sizeof(held[0]));
       } else {
-        held[p - begin] = row.load(p);
+        held[p - begin] = row.edge(p);
       }
     });
     __pipeline_commit();
