@@ -28,15 +28,22 @@ __device__ __forceinline__ double tanh_with_slope(double u, double& slope) {
   return tanh(u);
 }
 
-// y of a logit, and dy/dx.
-template <class T>
-__device__ __forceinline__ T transform(const Settings<T>& k, T x, T& slope) {
-  slope = k.scale;
-  if (k.softcap == 0) return k.scale * x;
-  T steepness;
-  const T y = k.softcap * tanh_with_slope(k.inner * x, steepness);
-  slope *= steepness;
-  return y;
+// From logits to y, and dy/dx.
+template <class T, int N>
+__device__ __forceinline__ void transform(const Settings<T>& k, T (&x)[N], T (&slope)[N]) {
+  if (k.softcap == 0) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      x[j] *= k.scale;
+      slope[j] = k.scale;
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    x[j] = k.softcap * tanh_with_slope(k.inner * x[j], slope[j]);
+    slope[j] *= k.scale;
+  }
 }
 
 // What is known of some classes of a row: the maximum M of their y_c, and sums relative to it; v_c and the results
@@ -109,9 +116,20 @@ class Targets {
   __device__ T slot_value(std::int64_t slot, std::int64_t c) const {
     return k_.hard * weight(c) * (probabilities_ ? probabilities_[slot] : T(1));
   }
-  __device__ T class_value(int column) const {
-    const std::int64_t c = args_.first_class + column;
-    return weight(c) * (dense() ? k_.hard * probabilities_[c] + k_.smooth : k_.smooth);
+  // The v_c of pack p: all loads at once, none outside the row.
+  template <class E, int N>
+  __device__ __forceinline__ void class_values(const PackedRow<E>& row, int p, T (&v)[N]) const {
+    const std::int64_t first = args_.first_class + row.first(p);
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[j] = k_.smooth;
+    if (dense()) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) v[j] += k_.hard * probabilities_[first + (row.has(p, j) ? j : 0)];
+    }
+    if (args_.weight != nullptr) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) v[j] *= weight(first + (row.has(p, j) ? j : 0));
+    }
   }
 
  private:
@@ -184,16 +202,16 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
     const bool statistics = work.statistics();
     const auto add = [&](int p, const RowPack<E>& pack) {
       if (work.hold) held[p] = pack;
-      T y[kPack], slope;
+      T y[kPack], slope[kPack];
 #pragma unroll
       for (int j = 0; j < kPack; ++j) y[j] = widen(pack[j]);
-      if (!linear) {
-#pragma unroll
-        for (int j = 0; j < kPack; ++j) y[j] = row.has(p, j) ? transform(k, y[j], slope) : minus_infinity<T>();
-      }
+      if (!linear) transform(k, y, slope);
       T joint = all.maximum;
 #pragma unroll
-      for (int j = 0; j < kPack; ++j) joint = max(joint, y[j]);
+      for (int j = 0; j < kPack; ++j) {
+        y[j] = row.has(p, j) ? y[j] : minus_infinity<T>();  // a softcap has made it finite
+        joint = max(joint, y[j]);
+      }
       if (statistics && (joint > all.maximum || all.best == all.kNone)) {
 #pragma unroll
         for (int j = kPack - 1; j >= 0; --j) {
@@ -204,17 +222,21 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
       const T to = shift_of(joint);
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
-        const T e = exponential(y[j] - to);
-        all.sum += e;
-        if (statistics) all.weighted += e * all.bounded(y[j] - to);
+        y[j] -= to;
+        all.sum += exponential(y[j]);
       }
-      if (!targets.every_class()) return;
+      if (statistics) {
 #pragma unroll
-      for (int j = 0; j < kPack; ++j) {
-        if (!row.has(p, j)) continue;
-        const T v = targets.class_value(row.first(p) + j);
-        all.mass += v;
-        all.dot += v * (y[j] - to);
+        for (int j = 0; j < kPack; ++j) all.weighted += exponential(y[j]) * all.bounded(y[j]);
+      }
+      if (targets.every_class()) {
+        T v[kPack];
+        targets.class_values(row, p, v);
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) {
+          all.mass += row.has(p, j) ? v[j] : T(0);
+          all.dot += row.has(p, j) ? v[j] * y[j] : T(0);
+        }
       }
     };
     stream_packs<1>(row, row.begin(), row.whole, add);
@@ -222,13 +244,14 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
       const std::int64_t c = targets.slot_class(slot);
       const int column = c == args.ignore_index ? -1 : column_of(c);
       if (column < 0) continue;
-      T slope;
-      const T y = transform(k, static_cast<T>(widen(row.x[column])), slope);
-      all.add_target(y, targets.slot_value(slot, c));
-      at_label = y;
+      T y[1] = {widen(row.x[column])}, slope[1];
+      transform(k, y, slope);
+      all.add_target(y[0], targets.slot_value(slot, c));
+      at_label = y[0];
     }
     all = block_reduce(all);
     const T log_sum = log(all.sum);
+    factor = 1 / all.sum;
     if (threadIdx.x == 0) {
       write_results(args, work, k, i, all.maximum, all.sum, all.mass, all.dot);
       T* const out = work.out + i;
@@ -238,14 +261,13 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
         out[kBest * args.rows] = static_cast<T>(args.first_class + all.best);
       } else if (statistics) {
         out[kLogprob * args.rows] = at_label - shift_of(all.maximum) - log_sum;
-        out[kEntropy * args.rows] = log_sum - all.weighted / all.sum;
+        out[kEntropy * args.rows] = log_sum - factor * all.weighted;
         out[kCorrect * args.rows] = all.best == column_of(targets.slot_class(0)) ? T(1) : T(0);
       }
     }
     shift = all.maximum;
     lse = all.maximum + log_sum;
     mass = all.mass;
-    factor = 1 / all.sum;
   } else {
     shift = lse = work.sums[i];
     mass = work.sums[args.rows + i];
@@ -260,27 +282,23 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
     T value[kPack], slope[kPack];
 #pragma unroll
     for (int j = 0; j < kPack; ++j) value[j] = widen(pack[j]);
-    if (!linear) {
-#pragma unroll
-      for (int j = 0; j < kPack; ++j) value[j] = transform(k, value[j], slope[j]);
-    }
+    if (!linear) transform(k, value, slope);
 #pragma unroll
     for (int j = 0; j < kPack; ++j) value[j] = factor * exponential(value[j] - shift);
     if (targets.every_class()) {
+      T v[kPack];
+      targets.class_values(row, p, v);
 #pragma unroll
-      for (int j = 0; j < kPack; ++j) {
-        if (row.has(p, j)) value[j] -= scale * targets.class_value(row.first(p) + j);
-      }
+      for (int j = 0; j < kPack; ++j) value[j] -= scale * v[j];
     }
     if (!targets.dense() && marks.has(p)) {
+#pragma unroll 1
       for (std::int64_t slot = 0; slot < targets.slots(); ++slot) {
-        const std::int64_t c = targets.slot_class(slot);
-        if (c == args.ignore_index) continue;
-        const std::int64_t at = c - args.first_class - row.first(p);
+        const std::int64_t c = targets.slot_class(slot), at = c - args.first_class - row.first(p);
+        if (c == args.ignore_index || at < 0 || at >= kPack) continue;
+        const T v = scale * targets.slot_value(slot, c);
 #pragma unroll
-        for (int j = 0; j < kPack; ++j) {
-          if (j == at) value[j] -= scale * targets.slot_value(slot, c);
-        }
+        for (int j = 0; j < kPack; ++j) value[j] -= j == static_cast<int>(at) ? v : T(0);
       }
     }
     RowPack<E> out;
