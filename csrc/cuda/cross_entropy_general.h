@@ -255,14 +255,15 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
     if (threadIdx.x == 0) {
       write_results(args, work, k, i, all.maximum, all.sum, all.mass, all.dot);
       T* const out = work.out + i;
+      const int best = all.best == all.kNone ? 0 : all.best;  // a row of NaN has no maximum
       if (statistics && work.part) {
         out[kWeighted * args.rows] = all.weighted;
         out[kAtTarget * args.rows] = at_label;
-        out[kBest * args.rows] = static_cast<T>(args.first_class + all.best);
+        out[kBest * args.rows] = static_cast<T>(args.first_class + best);
       } else if (statistics) {
         out[kLogprob * args.rows] = at_label - shift_of(all.maximum) - log_sum;
         out[kEntropy * args.rows] = log_sum - factor * all.weighted;
-        out[kCorrect * args.rows] = all.best == column_of(targets.slot_class(0)) ? T(1) : T(0);
+        out[kCorrect * args.rows] = best == column_of(targets.slot_class(0)) ? T(1) : T(0);
       }
     }
     shift = all.maximum;

@@ -59,8 +59,7 @@ __device__ void answer_without_logits(const CrossEntropy& args, const Work<Opmat
   const int r = threadIdx.x;
   if (work.out != nullptr && rank == 0 && r < work.results) {
     const bool one = ignored && work.part && r == kSum;  // of an empty sum, which adds nothing to others
-    const bool wrong = !work.part && r == int{kCorrect};
-    work.out[r * args.rows + i] = one ? T(1) : wrong ? T(0) : value;
+    work.out[r * args.rows + i] = one ? T(1) : value;
   }
   if (work.dlogits != nullptr) {
     fill_row(gradient_of<E>(args, work, i), static_cast<int>(args.vocab), value, rank, blocks);
