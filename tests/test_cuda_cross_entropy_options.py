@@ -125,7 +125,7 @@ def test_agrees_with_torch_in_float64(backend, dtype, vocab, kind, options):
         loss, fused = kernels.run_forward(rows, MEAN, 0.0, dlogits, False, backend)
         assert_close(loss, losses.sum() / divisor, tolerance)
         assert_close(fused[0], losses, tolerance)
-        assert_close(dlogits, in_float64(rows, torch.tensor(1 / divisor).double())[2], scaled)
+        assert_close(dlogits, in_float64(rows, torch.tensor(1 / divisor, dtype=torch.float64))[2], scaled)
 
 
 # One, up to a warp's, more than a block's threads: all classes of a row, and some twice.
