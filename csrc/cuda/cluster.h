@@ -5,7 +5,17 @@
 
 namespace superfine::cuda {
 
-// A block that was launched without a cluster, or runs on an older GPU, is alone.
+struct LoneBlock {
+  static constexpr int rank = 0, blocks = 1;
+
+  template <class State>
+  __device__ State reduce(State state) const {
+    return state;
+  }
+  __device__ void finish() const {}
+};
+
+// One of one where the kernel was launched without clusters, or runs on an older GPU.
 struct Cluster {
   int rank = 0, blocks = 1;
 

@@ -4,6 +4,7 @@
 #include "cuda/cross_entropy_row.h"
 
 namespace superfine::cuda {
+namespace {  // of cross_entropy.cu, by which tools know whose kernel it is
 
 // Doubles take twice the registers.
 template <class E>
@@ -310,4 +311,5 @@ __global__ void __launch_bounds__(kThreadLimit<E>, 1)
   stream_packs<1>(row, work.hold ? held : row.begin(), work.hold ? row.packs : row.whole, write);
 }
 
+}  // namespace
 }  // namespace superfine::cuda

@@ -1,10 +1,13 @@
 // The kernel for one label a row, with no smoothing, softcap or scale: what most training has.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/cluster.h"
 #include "cuda/cross_entropy_row.h"
 
 namespace superfine::cuda {
+namespace {  // of cross_entropy.cu, by which tools know whose kernel it is
 
 // Traffic per logit: forward reads it once, and writes the gradient once where that is wanted; backward reads and
 // writes once. kHold: the row waits in dynamic shared memory for its gradient, spread over the blocks of a cluster
@@ -18,25 +21,21 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   constexpr int kBatch = 2;  // two blocks of 512 threads have 32 KB on the way to their multiprocessor
   extern __shared__ float4 shared[];
   RowPack<E>* held = reinterpret_cast<RowPack<E>*>(shared);
-  int rank = 0, blocks = 1;
-  if constexpr (kHold) {
-    const Cluster cluster;
-    rank = cluster.rank, blocks = cluster.blocks;
-  }
+  const std::conditional_t<kHold, Cluster, LoneBlock> group;
 
-  const std::int64_t i = first_row + blockIdx.x / blocks;
+  const std::int64_t i = first_row + blockIdx.x / group.blocks;
   const std::int64_t label = class_at(args, i * args.target_stride);
   if (label == args.ignore_index || !is_class(args, label)) {
-    return answer_without_logits<E>(args, work, i, label == args.ignore_index, rank, blocks);
+    return answer_without_logits<E>(args, work, i, label == args.ignore_index, group.rank, group.blocks);
   }
   const PackedRow<E> row(logits_of<E>(args, i), static_cast<int>(args.vocab));
   // The label's column, or -1 where it is in another part.
   const std::int64_t distance = label - args.first_class;
   const int column = 0 <= distance && distance < args.vocab ? static_cast<int>(distance) : -1;
-  float mass = args.weight ? static_cast<const float*>(args.weight)[label] : 1.0f;
+  const float mass = args.weight ? static_cast<const float*>(args.weight)[label] : 1.0f;
 
-  const int share = (row.packs + blocks - 1) / blocks;
-  const int begin = min(row.packs, rank * share), end = min(row.packs, begin + share);
+  const int share = (row.packs + group.blocks - 1) / group.blocks;
+  const int begin = min(row.packs, group.rank * share), end = min(row.packs, begin + share);
   float shift, factor = 1, lse;
   if (kHold || work.sums == nullptr) {
     const float at_label = column < 0 ? 0.0f : widen(row.x[column]);
@@ -52,13 +51,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     } else {
       stream_packs<kBatch>(row, row.begin(), row.whole, add);
     }
-    all = block_reduce(all);
-    if constexpr (kHold) all = Cluster().reduce(all);
+    all = group.reduce(block_reduce(all));
     lse = all.maximum + log(all.sum);
-    if (rank == 0 && threadIdx.x == 0) {
-      const float here = column < 0 ? 0.0f : mass;
-      const float dot = column < 0 ? 0.0f : mass * (at_label - shift_of(all.maximum));
-      write_results(args, work, k, i, all.maximum, all.sum, here, dot);
+    if (group.rank == 0 && threadIdx.x == 0) {
+      const float dot = mass * (at_label - shift_of(all.maximum));
+      const bool here = column >= 0;
+      write_results(args, work, k, i, all.maximum, all.sum, here ? mass : 0.0f, here ? dot : 0.0f);
     }
     shift = all.maximum;
     factor = 1 / all.sum;
@@ -85,10 +83,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   if constexpr (kHold) {
 #pragma unroll 1
     for (int p = begin + threadIdx.x; p < end; p += blockDim.x) write(p, held[p - begin]);
-    Cluster().finish();
+    group.finish();
   } else {
     stream_packs<kBatch>(row, row.begin(), row.whole, write);
   }
 }
 
+}  // namespace
 }  // namespace superfine::cuda
