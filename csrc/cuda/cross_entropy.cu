@@ -123,7 +123,7 @@ class Launch {
 
   // In the fewest blocks that leave room for a second cluster's beside them.
   bool in_cluster(int device, Shape& shape) const {
-    if (attribute(device, cudaDevAttrComputeCapabilityMajor) < 9) return false;
+    if (!takes_clusters(device)) return false;
     for (int blocks = 2; blocks <= kMostBlocks; blocks *= 2) {
       const int bytes = room(device, blocks);
       if (bytes == 0 || (bytes > kShareBytes && blocks < kMostBlocks)) continue;
@@ -172,13 +172,21 @@ class Launch {
     cuda_check(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), op_);
   }
 
-  // How many the device can hold.
+  // The device, and the code: what was compiled for sm_80 does not know its cluster, wherever it runs.
+  bool takes_clusters(int device) const {
+    cudaFuncAttributes code = {};
+    cuda_check(cudaFuncGetAttributes(&code, kernel_), op_);
+    return code.ptxVersion >= 90 && attribute(device, cudaDevAttrClusterLaunch) != 0;
+  }
+
+  // How many the device can hold; 0 where it refuses the shape.
   int clusters(const Shape& shape) const {
     reserve(shape);
     Config config(shape, 1, nullptr);
     int count = 0;
-    cuda_check(cudaOccupancyMaxActiveClusters(&count, kernel_, &config), op_);
-    return count;
+    if (cudaOccupancyMaxActiveClusters(&count, kernel_, &config) == cudaSuccess) return count;
+    cudaGetLastError();  // or the next launch would report it
+    return 0;
   }
 
   const char* op_;
