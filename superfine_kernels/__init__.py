@@ -4,6 +4,8 @@
     lamb_(params, grads, ...)       one multi-tensor LAMB step             superfine_kernels/lamb.py
     cross_entropy(input, target)    loss and gradient of the logits        superfine_kernels/cross_entropy.py
     linear_cross_entropy(...)       the same behind a linear layer         superfine_kernels/linear_cross_entropy.py
+    topk_kl_div(...)                distillation, and linear_topk_kl_div   superfine_kernels/distillation.py
+    vocab_parallel_*(...)           both, classes on several processes     superfine_kernels/vocab_parallel.py
 
 `backends()` shows which implementation serves which device here.
 """
@@ -13,15 +15,22 @@
 import torch  # noqa: F401  isort: skip
 
 from superfine_kernels._backends import backends, isa
+from superfine_kernels._head import LoRA, TrainableRows
 from superfine_kernels._library import Cost, __version__
+from superfine_kernels._losses import CrossEntropyStats
 from superfine_kernels.adamw import adamw_, adamw_groups_
 from superfine_kernels.cross_entropy import cross_entropy
+from superfine_kernels.distillation import linear_topk_kl_div, topk_kl_div
 from superfine_kernels.lamb import lamb_, lamb_groups_
 from superfine_kernels.linear_cross_entropy import linear_cross_entropy
 from superfine_kernels.norm import total_norm
+from superfine_kernels.vocab_parallel import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 
 __all__ = [
     "Cost",
+    "CrossEntropyStats",
+    "LoRA",
+    "TrainableRows",
     "__version__",
     "adamw_",
     "adamw_groups_",
@@ -31,5 +40,9 @@ __all__ = [
     "lamb_",
     "lamb_groups_",
     "linear_cross_entropy",
+    "linear_topk_kl_div",
+    "topk_kl_div",
     "total_norm",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]

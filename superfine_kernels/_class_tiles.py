@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -206,7 +206,8 @@ class Sum:
         else:
             self.total += torch.mm(a, b)
 
-    def result(self) -> Tensor:
+    def result(self, reduce: Callable[[Tensor], None]) -> Tensor:
+        reduce(self.total)
         return self.total.to(self.dtype)
 
 
@@ -222,10 +223,12 @@ def gradients(
     kept: Tensor | None,
     wants: dict[str, bool],
     accumulate_into: Tensor | None,
+    reduce: Callable[[Tensor], None] = lambda total: None,
 ) -> dict[str, Tensor]:
     """Of the tensors that are wanted, from lse and mass of every row, (2, rows), and one scale a row or one for all.
 
-    `needed` by `Problem.needed`, None for everywhere; `kept`: the logits, where they are one tile and were kept.
+    `needed` by `Problem.needed`, None for everywhere; `kept`: the logits, where they are one tile and were kept;
+    `reduce` is called with sums over the classes, in float32 (float64), before they are rounded.
     """
     dtype = sums.dtype
     wants = {k: v and getattr(p, k) is not None for k, v in wants.items()}
@@ -275,7 +278,7 @@ def gradients(
             torch.mm(logits.t(), part.low_rank_input, out=by_class["low_rank_weight"][tile])
     if into is not None:
         torch.autograd.graph.increment_version(into)
-    found = {**{k: v.result() for k, v in by_row.items()}, **by_class}
+    found = {**{k: v.result(reduce) for k, v in by_row.items()}, **by_class}
     if d_columns is not None and wants["columns"]:
         found["columns"] = d_columns
     return found

@@ -8,7 +8,7 @@ import inspect
 import pytest
 import superfine.losses
 import torch
-from superfine.losses import CrossEntropyLoss, LinearCrossEntropyLoss
+from superfine.losses import CrossEntropyLoss, LinearCrossEntropyLoss, TopKKLDivLoss
 from support import same_bits
 from torch import nn
 
@@ -57,9 +57,14 @@ def test_is_a_module_of_torchs_kind():
     loss = CrossEntropyLoss(ignore_index=7, label_smoothing=0.3, reduction="sum", inplace=True)
     assert isinstance(loss, nn.CrossEntropyLoss)
     assert repr(loss) == "CrossEntropyLoss()"
-    assert (loss.ignore_index, loss.label_smoothing, loss.reduction, loss.inplace) == (7, 0.3, "sum", True)
+    assert (loss.ignore_index, loss.label_smoothing, loss.reduction, loss.options["inplace"]) == (
+        7,
+        0.3,
+        "sum",
+        True,
+    )
     clone = copy.deepcopy(loss)
-    assert (clone.inplace, clone.reduction) == (True, "sum")
+    assert (clone.options["inplace"], clone.reduction) == (True, "sum")
     assert CrossEntropyLoss(torch.ones(5)).double().weight.dtype == torch.float64
 
 
@@ -124,7 +129,35 @@ def test_the_linear_module_equals_the_one_of_torch_and_has_its_state(options, bi
 def test_the_linear_module_takes_the_arguments_of_torch():
     if not hasattr(nn, "LinearCrossEntropyLoss"):
         pytest.skip("this torch has none")
-    ours = inspect.signature(LinearCrossEntropyLoss).parameters.keys()
+    parameters = inspect.signature(LinearCrossEntropyLoss).parameters
+    ours = {name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
     theirs = inspect.signature(nn.LinearCrossEntropyLoss).parameters.keys()
     # K-dimensional layers, and options of torch's chunks, are not taken.
     assert theirs - ours == {"out_features", "options"}
+
+
+def test_modules_pass_their_options_on():
+    x, w, t = torch.randn(4, 5), torch.randn(9, 5), torch.tensor([1, -100, 8, 0])
+    options = {"z_loss": 0.1, "softcap": 2.0, "scale": 0.5, "shift": True, "return_stats": True}
+    logits = x @ w.t()
+    found, expected = (
+        CrossEntropyLoss(**options)(logits, t),
+        superfine_kernels.cross_entropy(logits, t, **options),
+    )
+    assert same_bits(found[0], expected[0])
+    module = LinearCrossEntropyLoss(5, 9, tile_bytes=1 << 16, skip_mass=0.1, **options)
+    module.linear.weight.data.copy_(w)
+    torch.testing.assert_close(module(x, t)[0], expected[0])
+    target, probabilities = torch.randint(0, 9, (4, 2)), torch.rand(4, 2)
+    divergence = superfine_kernels.topk_kl_div(
+        logits, target, probabilities, temperature=2.0, reduction="sum"
+    )
+    assert same_bits(TopKKLDivLoss(2.0, reduction="sum")(logits, target, probabilities), divergence)
+    items = {"probabilities": probabilities, "num_items": 3}
+    expected = superfine_kernels.cross_entropy(logits, target, **items)
+    assert same_bits(CrossEntropyLoss()(logits, target, **items), expected)
+    for kind, arguments in ((CrossEntropyLoss, ()), (LinearCrossEntropyLoss, (5, 9))):
+        with pytest.raises(
+            TypeError, match=f"{kind.__name__}: argument is 'zloss'; expected one of z_loss, "
+        ):
+            kind(*arguments, zloss=1.0)
