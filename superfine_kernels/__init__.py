@@ -10,6 +10,9 @@
 `backends()` shows which implementation serves which device here.
 """
 
+import importlib
+from typing import Any
+
 # torch comes first: it starts the OpenMP runtime that the CPU kernels then share. With the kernels
 # first, a second runtime would start and every call would pay for the fight over the cores.
 import torch  # noqa: F401  isort: skip
@@ -20,11 +23,9 @@ from superfine_kernels._library import Cost, __version__
 from superfine_kernels._losses import CrossEntropyStats
 from superfine_kernels.adamw import adamw_, adamw_groups_
 from superfine_kernels.cross_entropy import cross_entropy
-from superfine_kernels.distillation import linear_topk_kl_div, topk_kl_div
 from superfine_kernels.lamb import lamb_, lamb_groups_
 from superfine_kernels.linear_cross_entropy import linear_cross_entropy
 from superfine_kernels.norm import total_norm
-from superfine_kernels.vocab_parallel import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 
 __all__ = [
     "Cost",
@@ -46,3 +47,17 @@ __all__ = [
     "vocab_parallel_cross_entropy",
     "vocab_parallel_linear_cross_entropy",
 ]
+
+_WHEN_ASKED_FOR = {
+    "linear_topk_kl_div": "distillation",
+    "topk_kl_div": "distillation",
+    "vocab_parallel_cross_entropy": "vocab_parallel",
+    "vocab_parallel_linear_cross_entropy": "vocab_parallel",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What few programs use is imported when they do."""
+    if name not in _WHEN_ASKED_FOR:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHEN_ASKED_FOR[name]}"), name)

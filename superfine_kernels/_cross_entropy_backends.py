@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,8 +31,9 @@ def _cpu_forward(
     arguments = _cpu.CrossEntropy(**rows.native())
     bad, divisor = _cpu.check_labels(arguments)
     if bad >= 0:
-        assert rows.target is not None
-        reject_label("cross_entropy", rows.target, bad, rows.input.shape[1], rows.options.ignore_index)
+        reject_label(
+            "cross_entropy", cast(Tensor, rows.target), bad, rows.input.shape[1], rows.options.ignore_index
+        )
     divisor = (num_items or divisor) if reduction == MEAN else 1.0
     out = rows.new_results(ROW_STATISTICS if statistics else ROW_RESULTS)
     total = _cpu.cross_entropy_forward(

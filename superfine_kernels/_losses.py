@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -109,8 +109,8 @@ def denominator(
     NaN for 0. Without waiting for the device or trusting a label.
     """
     if target is None:
-        assert probabilities is not None
-        return torch.full((), probabilities.shape[0], dtype=dtype, device=probabilities.device)
+        dense = cast(Tensor, probabilities)
+        return torch.full((), dense.shape[0], dtype=dtype, device=dense.device)
     counts = counted(target, ignore_index)
     if weight is None or probabilities is not None:
         total = counts.sum(dtype=dtype)

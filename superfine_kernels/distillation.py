@@ -56,7 +56,7 @@ def topk_kl_div(
         ValueError, TypeError: as `cross_entropy`.
     """
     wanted, constant = _teacher("topk_kl_div", target, probabilities, temperature, renormalize, ignore_index)
-    settings = {"ignore_index": ignore_index, "reduction": reduction, "num_items": num_items}
+    settings: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "num_items": num_items}
     loss = cross_entropy(input, target, probabilities=wanted, scale=1 / temperature, **settings, **options)
     return loss + _reduce(constant, target, **settings).to(loss.dtype)
 
@@ -85,7 +85,7 @@ def linear_topk_kl_div(
     """
     name = "linear_topk_kl_div"
     wanted, constant = _teacher(name, target, probabilities, temperature, renormalize, ignore_index)
-    settings = {"ignore_index": ignore_index, "reduction": reduction, "num_items": num_items}
+    settings: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "num_items": num_items}
     more = {"probabilities": wanted, "scale": 1 / temperature, **settings, **options}
     loss = linear_cross_entropy(input, linear_weight, target, **more)
     return loss + _reduce(constant, target, **settings).to(loss.dtype)
