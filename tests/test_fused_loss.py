@@ -327,10 +327,18 @@ def test_a_loss_that_is_changed_unsaid_is_refused():
         use_fused_loss(Regularised(small_models.llama().config))
 
 
+def vision() -> nn.Module:
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32
+    )
+    return transformers.ViTForImageClassification(config)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (small_models.mlp, TypeError, "model is 'Sequential'"),
+        (vision, ValueError, "the model's input is 'pixel_values'"),
         (lambda: small_models.bert("BertModel"), ValueError, "the model's head is 'NoneType'"),
         (lambda: small_models.bert("BertForNextSentencePrediction"), ValueError, "the model's head is"),
         (
@@ -361,9 +369,13 @@ def test_another_loss_is_refused_and_kept():
     assert model.loss_function is mine
 
 
-def test_hooks_on_the_head_are_refused():
+@pytest.mark.parametrize("hooked", ["hook", "forward"])
+def test_hooks_on_the_head_are_refused(hooked):
     model = small_models.llama()
-    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2)
+    if hooked == "hook":
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2)
+    else:
+        model.lm_head.forward = lambda hidden: nn.functional.linear(hidden, model.lm_head.weight) * 2
     with pytest.raises(ValueError, match=r"the model's head is 'Linear' .*; expected .* without hooks"):
         use_fused_loss(model)
 

@@ -49,8 +49,8 @@ def use_fused_loss(model: nn.Module, *, logits: bool | None = None) -> FusedLoss
 
     Raises:
         TypeError: not a Hugging Face model.
-        ValueError: neither a classifier nor a model with a linear head (without hooks); the loss is another one; the
-            model changes its logits in a way that the configuration does not state, so that both losses differ.
+        ValueError: neither a classifier nor a model with a linear head (without hooks), or not one of tokens; the
+            loss is another one; the model changes its logits in a way that the configuration does not state.
     """
     from transformers import PreTrainedModel
 
@@ -58,11 +58,16 @@ def use_fused_loss(model: nn.Module, *, logits: bool | None = None) -> FusedLoss
         reject("use_fused_loss", "model", type(model).__name__, "a Hugging Face model", TypeError)
     if "_fused_loss" in vars(model) or "forward" in vars(model):
         raise ValueError("use_fused_loss: model.forward is replaced already; expected the class's own")
+    if model.main_input_name != "input_ids":
+        reject("use_fused_loss", "the model's input", model.main_input_name, "input_ids")
     if getattr(model, "loss_type", None) in _CLASSIFIERS:
         state: _Loss = _Classifier(logits, tokens=model.loss_type == "ForTokenClassification")
     else:
         head = model.get_output_embeddings()
-        if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        hooks = type(head) is nn.Linear and (
+            head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+        )
+        if type(head) is not nn.Linear or hooks:
             reject("use_fused_loss", "the model's head", type(head).__name__, "torch.nn.Linear without hooks")
         inside = _look_between_head_and_loss(model, head)
         state = _LanguageModel(logits, head, inside, _transform(model))
@@ -357,7 +362,7 @@ def _look_between_head_and_loss(model: Any, head: nn.Linear) -> str | None:
     expected = probe.double() * stated.get("scale", 1.0)
     if "softcap" in stated:
         expected = stated["softcap"] * torch.tanh(expected / stated["softcap"])
-    found, tolerance = output.logits.double(), _TOLERANCE[head.weight.dtype]
+    found, tolerance = output.logits.double(), _TOLERANCE.get(head.weight.dtype, 5e-2)
     if not torch.allclose(found, expected.expand_as(found), rtol=tolerance, atol=tolerance):
         raise ValueError(
             "use_fused_loss: logits are changed between head and loss otherwise than the configuration states "
@@ -389,7 +394,7 @@ def _check(model: Any, state: _Loss) -> None:
         model.train(training)
         if isinstance(state, _Classifier):
             model.config.problem_type = problem  # forward concludes it from labels, and remembers
-    tolerance = _TOLERANCE[parameter.dtype]
+    tolerance = _TOLERANCE.get(parameter.dtype, 5e-2)
     if not torch.allclose(found.double(), expected.double(), rtol=tolerance, atol=tolerance):
         raise ValueError(
             f"use_fused_loss: the loss of a few tokens is {found.item():.6g} by Superfine and {expected.item():.6g} "

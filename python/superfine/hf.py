@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from superfine.data import Rows
-from superfine.fused_loss import use_fused_loss
+from superfine.fused_loss import FusedLoss, use_fused_loss
 from superfine.task import Task, is_causal_lm
 from superfine.text import blocks
 
 __all__ = [
     "Encoded",
+    "FusedLoss",
     "check_model_name",
     "encode",
     "epoch_order",

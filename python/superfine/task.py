@@ -103,7 +103,8 @@ class Task:
     def outputs(self, model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
         """Logits (n, num_outputs); of a language model, which need not have any, its mean loss over tokens, ()."""
         if self.is_language_model:
-            loss: Tensor = model(**inputs, labels=targets).loss
+            # Keys and values of all layers would be kept for tokens to come, also of frozen ones.
+            loss: Tensor = model(**inputs, labels=targets, use_cache=False).loss
             return loss
         logits: Tensor = model(**inputs).logits
         return logits
