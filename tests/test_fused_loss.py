@@ -42,6 +42,26 @@ def llama_classifier() -> nn.Module:
     return transformers.LlamaForSequenceClassification(config)
 
 
+def mixtral() -> nn.Module:
+    """Its forward adds the loss of its router to that of the tokens."""
+    config = transformers.MixtralConfig(
+        vocab_size=VOCAB, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=16, num_local_experts=2, output_router_logits=True,
+        router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
+def modernbert() -> nn.Module:
+    """With labels, it sends only the tokens that have one through its head."""
+    config = transformers.ModernBertConfig(
+        vocab_size=VOCAB, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=1, cls_token_id=1, sep_token_id=1,
+        sparse_prediction=True,
+    )  # fmt: skip
+    return transformers.ModernBertForMaskedLM(config)
+
+
 LANGUAGE_MODELS = {
     "gpt2": small_models.gpt2,
     "llama": small_models.llama,
@@ -78,10 +98,13 @@ def outcome(model: nn.Module, **kwargs) -> list[torch.Tensor]:
 # --- the same loss --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+SPECIAL = {"mixtral": mixtral, "modernbert": modernbert}
+
+
+@pytest.mark.parametrize("name", MODELS | SPECIAL)
 @pytest.mark.parametrize("logits", [False, True])
 def test_loss_and_gradients_are_the_model_s_own(name, logits):
-    model = MODELS[name]().eval()
+    model = (MODELS | SPECIAL)[name]().eval()
     other = copy.deepcopy(model)
     fused = use_fused_loss(model)
     torch.testing.assert_close(outcome(model, output_logits=logits), outcome(other))
