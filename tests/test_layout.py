@@ -56,7 +56,9 @@ def test_the_list_of_ops_is_complete():
     # A norm is torch's own on a GPU; the other losses are made of products, exchanges and cross_entropy's kernels.
     more = {"norm", "linear_cross_entropy", "vocab_parallel", "distillation"}
     for folder, others in ((KERNELS, more), (KERNELS / "triton", set())):
-        assert {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} == set(OPS) | others
+        assert {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} == set(
+            OPS
+        ) | others
     assert re.search(r"set\(SF_OPS ([\w ]+)\)", (ROOT / "CMakeLists.txt").read_text())[1].split() == OPS
 
 
