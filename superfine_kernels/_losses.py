@@ -43,6 +43,14 @@ class CrossEntropyStats(NamedTuple):
     correct: Tensor  # bool: the first of the largest logits is the label's
 
 
+def with_statistics(loss: Tensor, statistics: Any, shape: torch.Size, wanted: bool) -> Any:
+    """What a loss returns: itself, and if wanted its statistics, (3, rows), in the shape of the labels."""
+    if not wanted:
+        return loss
+    logprob, entropy, correct = (x.reshape(shape) for x in statistics)
+    return loss, CrossEntropyStats(logprob, entropy, correct != 0)
+
+
 # Numbers a row that kernels write, by csrc/math/cross_entropy.h: without and with statistics.
 ROW_RESULTS, ROW_STATISTICS = 3, 6  # loss, lse, mass; logprob, entropy, correct
 PART_RESULTS, PART_STATISTICS = 4, 7  # maximum, sum, mass, dot; weighted, at_target, best

@@ -46,7 +46,6 @@ from superfine_kernels._losses import (
     REDUCTIONS,
     ROW_RESULTS,
     ROW_STATISTICS,
-    CrossEntropyStats,
     Options,
     Rows,
     as_softcap,
@@ -57,6 +56,7 @@ from superfine_kernels._losses import (
     flat_targets,
     reference_rows,
     reference_statistics,
+    with_statistics,
 )
 
 
@@ -315,7 +315,10 @@ def cross_entropy(
     _check(input, target, probabilities, weight, reduction, options, num_items, shift, return_stats)
     if inplace:
         _check_inplace(input, reduction)
-    dtype, shape = opmath_dtype(input.dtype), input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
+    dtype, shape = (
+        opmath_dtype(input.dtype),
+        input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size(),
+    )
     if weight is not None:
         weight = weight.to(dtype).contiguous()
     wanted = target if not target.is_floating_point() or target.dim() < 2 else target.movedim(1, -1)
@@ -349,10 +352,7 @@ def cross_entropy(
         loss = loss / divide_by
     elif reduction == "none":
         loss = loss.reshape(shape)
-    if not return_stats:
-        return loss
-    logprob, entropy, correct = (x.reshape(shape) for x in stats)
-    return loss, CrossEntropyStats(logprob, entropy, correct != 0)
+    return with_statistics(loss, stats, shape, return_stats)
 
 
 def _without_kernel(device: torch.device, probabilities: Tensor | None) -> str | None:

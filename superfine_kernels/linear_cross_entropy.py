@@ -43,7 +43,6 @@ from superfine_kernels._losses import (
     REDUCTIONS,
     ROW_RESULTS,
     ROW_STATISTICS,
-    CrossEntropyStats,
     Options,
     as_softcap,
     check_labels,
@@ -53,6 +52,7 @@ from superfine_kernels._losses import (
     flat_targets,
     reference_rows,
     reference_statistics,
+    with_statistics,
 )
 
 
@@ -383,10 +383,7 @@ def linear_cross_entropy(
         loss = loss / divisor
     elif reduction == "none":
         loss = loss.reshape(shape)
-    if not return_stats:
-        return loss
-    logprob, entropy, correct = (x.reshape(shape) for x in stats)
-    return loss, CrossEntropyStats(logprob, entropy, correct != 0)
+    return with_statistics(loss, stats, shape, return_stats)
 
 
 def _without_kernel(

@@ -24,7 +24,6 @@ from superfine_kernels._head import Head
 from superfine_kernels._library import DTYPE_CODES, opmath_dtype, reject
 from superfine_kernels._losses import (
     ROW_RESULTS,
-    CrossEntropyStats,
     Options,
     Rows,
     as_softcap,
@@ -33,6 +32,7 @@ from superfine_kernels._losses import (
     check_targets,
     denominator,
     flat_targets,
+    with_statistics,
 )
 
 
@@ -191,10 +191,7 @@ class _Call:
         else:
             counts = (self.labels, self.probabilities, self.weight, self.options.ignore_index, losses.dtype)
             loss = losses.sum() / denominator(*counts)
-        if not self.statistics:
-            return loss
-        logprob, entropy, correct = (x.reshape(shape) for x in statistics)
-        return loss, CrossEntropyStats(logprob, entropy, correct != 0)
+        return with_statistics(loss, statistics, shape, self.statistics)
 
 
 def _of_all(part: Tensor, target: Tensor | None, options: Options, group: dist.ProcessGroup | None) -> Tensor:
