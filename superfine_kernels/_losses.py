@@ -168,7 +168,7 @@ def reference_rows(
     lse = torch.logsumexp(y, 1) if options.z_loss else None
     settings: dict[str, Any] = {"reduction": "none", "label_smoothing": options.label_smoothing}
     if target is None:
-        losses = cross_entropy(y, probabilities, weight, **settings)
+        losses = cross_entropy(y, cast(Tensor, probabilities), weight, **settings)
     elif probabilities is None:
         losses = cross_entropy(y, target.long(), weight, ignore_index=options.ignore_index, **settings)
     else:
