@@ -4,6 +4,8 @@
     lamb_(params, grads, ...)       one multi-tensor LAMB step             superfine_kernels/lamb.py
     cross_entropy(input, target)    loss and gradient of the logits        superfine_kernels/cross_entropy.py
     linear_cross_entropy(...)       the same behind a linear layer         superfine_kernels/linear_cross_entropy.py
+    bce_with_logits(input, target)  binary cross-entropy                   superfine_kernels/elementwise_loss.py
+    mse(input, target)              mean squared error                     superfine_kernels/elementwise_loss.py
 
 `backends()` shows which implementation serves which device here.
 """
@@ -16,6 +18,7 @@ from superfine_kernels._backends import backends, isa
 from superfine_kernels._library import Cost, __version__
 from superfine_kernels.adamw import adamw_, adamw_groups_
 from superfine_kernels.cross_entropy import cross_entropy
+from superfine_kernels.elementwise_loss import bce_with_logits, mse
 from superfine_kernels.lamb import lamb_, lamb_groups_
 from superfine_kernels.linear_cross_entropy import linear_cross_entropy
 from superfine_kernels.norm import total_norm
@@ -26,10 +29,12 @@ __all__ = [
     "adamw_",
     "adamw_groups_",
     "backends",
+    "bce_with_logits",
     "cross_entropy",
     "isa",
     "lamb_",
     "lamb_groups_",
     "linear_cross_entropy",
+    "mse",
     "total_norm",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import types
 import typing
-__all__: list[str] = ['MomentPlan', 'TensorReader', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'cross_entropy_part', 'isas', 'lamb', 'lamb_groups', 'sum_of_squares']
+__all__: list[str] = ['MomentPlan', 'TensorReader', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'cross_entropy_part', 'elementwise_loss', 'isas', 'lamb', 'lamb_groups', 'sum_of_squares']
 class TensorReader:
     """
     Reads torch tensors natively; made once from the torch module.
@@ -55,6 +55,10 @@ def cross_entropy_forward(input: typing.SupportsInt | typing.SupportsIndex, rows
 def cross_entropy_part(input: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, row_stride: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_is_int64: bool, target_stride: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, ignore_index: typing.SupportsInt | typing.SupportsIndex, label_smoothing: typing.SupportsFloat | typing.SupportsIndex, first_class: typing.SupportsInt | typing.SupportsIndex, classes: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> None:
     """
     By rows, what the classes from `first_class` on add to the losses: 4 x rows numbers, of the type that losses have: the maximum, the sum of exponentials relative to it, the logit of the target or 0, and with smoothing the weighted sum of logits.
+    """
+def elementwise_loss(loss: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex, input: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_dtype: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, weight_length: typing.SupportsInt | typing.SupportsIndex, weight_repeat: typing.SupportsInt | typing.SupportsIndex, pos_weight: typing.SupportsInt | typing.SupportsIndex, pos_weight_length: typing.SupportsInt | typing.SupportsIndex, pos_weight_repeat: typing.SupportsInt | typing.SupportsIndex, scale: typing.SupportsInt | typing.SupportsIndex, scale_stride: typing.SupportsInt | typing.SupportsIndex, denominator: typing.SupportsFloat | typing.SupportsIndex, losses: typing.SupportsInt | typing.SupportsIndex, gradient: typing.SupportsInt | typing.SupportsIndex, sum: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> float:
+    """
+    Unless the addresses are 0, the losses of all elements, and what the gradient is: scale[i * scale_stride] / denominator * dloss_i/dinput_i. Returns the sum of the losses if that is asked for.
     """
 def isas() -> list[str]:
     """

@@ -75,10 +75,15 @@ def check_options(
             reject(op, "weight", weight, f"a tensor on {device}")
         if weight.requires_grad:
             reject(op, "weight", "a tensor that requires grad", "constant weights")
-    if reduction not in REDUCTIONS:
-        reject(op, "reduction", reduction, "'none', 'mean' or 'sum'")
+    check_reduction(op, device, reduction, num_items)
     if not 0 <= label_smoothing <= 1:
         reject(op, "label_smoothing", label_smoothing, "a number in [0, 1]")
+
+
+def check_reduction(op: str, device: torch.device, reduction: str, num_items: float | Tensor | None) -> None:
+    """Of any loss: `reduction`, and what a mean divides by."""
+    if reduction not in REDUCTIONS:
+        reject(op, "reduction", reduction, "'none', 'mean' or 'sum'")
     if num_items is None:
         return
     if reduction != "mean":

@@ -287,7 +287,7 @@ def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
     return torch.ops.superfine.cross_entropy_backward(*arguments)
 
 
-def _times_upstream(dlogits: Tensor, grad: Tensor) -> Tensor:
+def _times_upstream(dlogits: Tensor, grad: Tensor, op: str = "cross_entropy") -> Tensor:
     # Reading the value is free on the CPU only, and only where nothing traces or batches.
     batched = in_functional_transform() or torch._C._functorch.is_legacy_batchedtensor(grad)
     readable = type(grad) is Tensor and not batched
@@ -297,7 +297,7 @@ def _times_upstream(dlogits: Tensor, grad: Tensor) -> Tensor:
         dlogits = dlogits.clone()  # a later backward needs it as it is, whatever the caller does
     if torch.is_grad_enabled() and readable:  # backward(create_graph=True)
         fail = torch._C._functions.DelayedError(
-            "cross_entropy: a second derivative is asked for, and the fused backward keeps no logits; "
+            f"{op}: a second derivative is asked for, and the fused backward keeps no logits; "
             "pass backend='reference'",
             1,
         )
