@@ -145,7 +145,7 @@ def _cross_entropy(kernels: Any) -> None:
 
 
 def _elementwise_loss(kernels: Any) -> None:
-    op = importlib.import_module("superfine_kernels.elementwise_loss")
+    op = importlib.import_module("superfine_kernels._elements")
     sizes = [(dtype, empty) for dtype in DTYPES for empty in (torch.empty, _unaligned)]
     for (dtype, empty), loss in itertools.product(sizes, op.CODES):
         real = torch.float64 if dtype == torch.float64 else torch.float32

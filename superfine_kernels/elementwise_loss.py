@@ -16,42 +16,33 @@ were 1; only dx is saved, and backward multiplies it unless that is so. *Two-pha
 backward computes dx from them: for `reduction="none"`, for float16, whose loss scale must come before the rounding,
 and on GPUs.
 
-Weights that are broadcast are read as they are: `Pattern`.
+Weights that are broadcast are read as they are: `_elements.Pattern`.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from superfine_kernels import _backends, _cpu
+from superfine_kernels._elements import Elements, Pattern, check
 from superfine_kernels._library import (
-    DTYPE_CODES,
     LIBRARY,
     Cost,
     in_functional_transform,
     is_plain,
     opmath_dtype,
-    reject,
     threads,
     warn_once,
 )
-from superfine_kernels._losses import MEAN, NONE, REDUCTIONS, check_reduction
-from superfine_kernels.cross_entropy import _new_gradient, _overlaps_itself, _times_upstream, _where
+from superfine_kernels._losses import MEAN, NONE, REDUCTIONS
+from superfine_kernels.cross_entropy import _new_gradient, _times_upstream, _where
 
-#: Codes of the losses, as in csrc/math/elementwise_loss.h, and their floating-point operations, forward and backward.
-CODES = {"bce_with_logits": 0, "mse": 1}
+#: Floating-point operations for an element, forward and backward.
 FLOPS = {"bce_with_logits": (35, 8), "mse": (3, 1)}
-
-#: Patterns are at least this long, so that what a kernel reads at a time holds at most one of their ends.
-WINDOW = 4096
-#: Values repeated fewer times than this are written out: runs so short would cost more than they save.
-SHORTEST_RUN = 16
 
 
 def cost(
@@ -96,67 +87,6 @@ def reference(
 
 
 # --- backends ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Element i of the flat input has values[i // repeat % len(values)]: what broadcasting means, without copies."""
-
-    values: Tensor | None
-    repeat: int
-
-    @classmethod
-    def of(cls, weight: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Pattern:
-        if weight is None:
-            return cls(None, 1)
-        weight = weight.to(dtype)
-        sizes = (1,) * (len(shape) - weight.dim()) + tuple(weight.shape)
-        varying = [d for d, size in enumerate(sizes) if size != 1]
-        first, last = (varying[0], varying[-1] + 1) if varying else (0, 0)
-        # Of the dimensions from the first to the last that vary, those between may have to be written out.
-        whole = (1,) * first + tuple(shape[first:last]) + (1,) * (len(shape) - last)
-        values = weight.reshape(sizes).expand(whole).reshape(-1)
-        repeat = math.prod(shape[last:])
-        if repeat < SHORTEST_RUN:
-            values, repeat = values.repeat_interleave(repeat), 1
-        cycle, elements = values.numel() * repeat, shape.numel()
-        if cycle < min(WINDOW, elements):
-            values = values.repeat(-(-WINDOW // cycle))
-        return cls(values.contiguous(), repeat)
-
-    def whole(self, shape: torch.Size) -> Tensor | None:
-        """Every element's value."""
-        if self.values is None:
-            return None
-        index = torch.arange(shape.numel(), device=self.values.device) // self.repeat
-        return self.values[index % self.values.numel()].reshape(shape)
-
-
-@dataclass(frozen=True)
-class Elements:
-    """Checked arguments: input and target dense and of one shape."""
-
-    loss: str
-    input: Tensor
-    target: Tensor
-    weight: Pattern
-    pos_weight: Pattern
-
-    def native(self) -> dict[str, Any]:
-        arguments = {
-            "loss": CODES[self.loss],
-            "count": self.input.numel(),
-            "input": self.input.data_ptr(),
-            "dtype": DTYPE_CODES[self.input.dtype],
-            "target": self.target.data_ptr(),
-            "target_dtype": DTYPE_CODES[self.target.dtype],
-        }
-        for name, pattern in (("weight", self.weight), ("pos_weight", self.pos_weight)):
-            values = pattern.values
-            arguments[name] = 0 if values is None else values.data_ptr()
-            arguments[f"{name}_length"] = 1 if values is None else values.numel()
-            arguments[f"{name}_repeat"] = pattern.repeat
-        return arguments
 
 
 def _run(
@@ -234,7 +164,7 @@ LIBRARY.define(
 )
 
 
-def _elements(loss, input, target, weight, weight_repeat, pos_weight, pos_weight_repeat) -> Elements:
+def _elements(loss, input, target, weight, weight_repeat, pos_weight, pos_weight_repeat):
     return Elements(
         loss, input, target, Pattern(weight, weight_repeat), Pattern(pos_weight, pos_weight_repeat)
     )
@@ -314,11 +244,10 @@ def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
     input, target, weight, pos_weight = ctx.saved_tensors
     if torch.is_grad_enabled() and input.requires_grad:  # backward(create_graph=True)
         warn_once(f"{ctx.loss}: a second derivative is asked for; eager torch computes the gradient")
-        weights = (
-            Pattern(values, repeat).whole(input.shape)
-            for values, repeat in ((weight, ctx.repeat), (pos_weight, ctx.pos_repeat))
-        )
-        loss = reference(ctx.loss, input, target, *weights, "none" if ctx.reduction == NONE else "sum")
+        weight = Pattern(weight, ctx.repeat).whole(input.shape)
+        pos_weight = Pattern(pos_weight, ctx.pos_repeat).whole(input.shape)
+        reduction = "none" if ctx.reduction == NONE else "sum"
+        loss = reference(ctx.loss, input, target, weight, pos_weight, reduction)
         return torch.autograd.grad(loss / ctx.denominator, input, grad, create_graph=True)[0]
     arguments = (ctx.loss, input, target, weight, ctx.repeat, pos_weight, ctx.pos_repeat)
     scale = grad.to(opmath_dtype(input.dtype))
@@ -337,15 +266,16 @@ class _Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, loss, input, inplace, denominator, backend, target, *weights):
+    def forward(
+        ctx, loss, input, inplace, denominator, backend, target, weight, repeat, pos_weight, pos_repeat
+    ):
         ctx.loss = loss
+        arguments = (target, weight, repeat, pos_weight, pos_repeat)
         if inplace:
             dinput = input.detach()
-            value = torch.ops.superfine.elementwise_loss_(
-                loss, dinput, target, *weights, denominator, backend
-            )
+            value = torch.ops.superfine.elementwise_loss_(loss, dinput, *arguments, denominator, backend)
         else:
-            value, dinput = _op(loss, input, target, *weights, MEAN, denominator, True, backend)
+            value, dinput = _op(loss, input, *arguments, MEAN, denominator, True, backend)
         ctx.save_for_backward(dinput)
         return value
 
@@ -435,7 +365,7 @@ def _loss(
     inplace: bool,
     backend: str | None,
 ) -> Tensor:
-    _check(loss, input, target, weight, pos_weight, reduction, num_items, inplace)
+    check(loss, input, target, weight, pos_weight, reduction, num_items, inplace)
     if target.shape != input.shape:
         warnings.warn(
             f"mse: target has shape {tuple(target.shape)} and input {tuple(input.shape)}: both are broadcast, "
@@ -500,63 +430,3 @@ def _why_no_kernel(
     if input.device.type not in _backends.TABLE:
         return f"there is no kernel for tensors on {input.device.type}"
     return None
-
-
-def _check(
-    loss: str,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    reduction: str,
-    num_items: float | Tensor | None,
-    inplace: bool,
-) -> None:
-    def expect(
-        condition: bool, argument: str, value: object, expected: str, error: type[Exception] = ValueError
-    ) -> None:
-        if not condition:
-            reject(loss, argument, value, expected, error)
-
-    for name, tensor in (("input", input), ("target", target)):
-        expect(isinstance(tensor, Tensor), name, tensor, "a torch.Tensor", TypeError)
-    expect(input.dtype in DTYPE_CODES, "input", input, "float32, bfloat16, float16 or float64", TypeError)
-    expect(not target.is_complex(), "target", target, "real numbers", TypeError)
-    expect(target.device == input.device, "target", target, f"a tensor on {input.device}")
-    shape = tuple(input.shape)
-    if loss == "mse" and target.shape != input.shape:
-        try:
-            shape = tuple(torch.broadcast_shapes(input.shape, target.shape))
-        except RuntimeError:
-            expect(False, "target", target, f"shape {shape}")
-    expect(loss == "mse" or target.shape == input.shape, "target", target, f"shape {shape}")
-    for name, weights in (("weight", weight), ("pos_weight", pos_weight)):
-        if weights is None:
-            continue
-        expect(isinstance(weights, Tensor), name, weights, "a torch.Tensor", TypeError)
-        expect(weights.is_floating_point(), name, weights, "a floating-point tensor", TypeError)
-        sizes = (1,) * (len(shape) - weights.dim()) + tuple(weights.shape)
-        fits = len(sizes) == len(shape) and all(w in (1, n) for w, n in zip(sizes, shape, strict=True))
-        expect(fits, name, weights, f"a shape that broadcasts to {shape}")
-        expect(weights.device == input.device, name, weights, f"a tensor on {input.device}")
-    check_reduction(loss, input.device, reduction, num_items)
-    if inplace:
-        expect(reduction != "none", "reduction", reduction, "'mean' or 'sum' with inplace=True")
-        expect(
-            not (input.requires_grad and input.is_leaf), "input", "a leaf that requires grad",
-            "the output of an op: inplace=True overwrites it",
-        )  # fmt: skip
-        own = not _overlaps_itself(input) and tuple(input.shape) == shape
-        expect(
-            own, "input", f"a tensor with strides {input.stride()}",
-            "memory of its own for every element with inplace=True",
-        )  # fmt: skip
-        for name, other in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):
-            expect(
-                other is None or not _shares_memory(input, other), name, "a tensor in the memory of input",
-                "memory of its own with inplace=True",
-            )  # fmt: skip
-
-
-def _shares_memory(a: Tensor, b: Tensor) -> bool:
-    return is_plain((a, b)) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from superfine_kernels._elements import Elements, Pattern
 from superfine_kernels._library import opmath_dtype
-from superfine_kernels.elementwise_loss import Elements, Pattern
 
 #: Elements of a program: 8 a thread, two 16-byte loads in float32 and one in bfloat16.
 BLOCK = 1024
