@@ -18,23 +18,35 @@ constexpr int kLanes = 64;                   // of a sum: four AVX-512 vectors, 
 constexpr std::int64_t kStrip = 8 * kLanes;  // seven of them fit the L1 cache
 static_assert(kElementsPerSum % kStrip == 0, "a sum is one of whole strips");
 
-template <class E, class T>
-const T* convert(const void* from, std::int64_t begin, std::int64_t count, T* buffer) {
+// Loops below run over whole strips, so that none has a tail: what lies behind `count` is computed and not used.
+
+// Elements from `begin` on; where there is no whole strip of them, their copies in `buffer`.
+template <class E>
+const E* strip_of(const void* from, std::int64_t begin, std::int64_t count, E* buffer) {
   const E* const x = static_cast<const E*>(from) + begin;
-  for (std::int64_t j = 0; j < count; ++j) buffer[j] = load(x[j]);
+  if (count == kStrip) return x;
+  std::memcpy(static_cast<void*>(buffer), x, static_cast<std::size_t>(count) * sizeof(E));
   return buffer;
 }
 
-// `count` elements from `begin` on as Reals: where they lie, or in `buffer`.
+template <class E>
+const float* convert(const void* from, std::int64_t begin, std::int64_t count, float* buffer) {
+  E tail[kStrip] = {};
+  const E* const x = strip_of(from, begin, count, tail);
+  for (std::int64_t j = 0; j < kStrip; ++j) buffer[j] = load(x[j]);
+  return buffer;
+}
+
+// The same as Reals.
 const float* read(const void* from, DType dtype, std::int64_t begin, std::int64_t count, float* buffer) {
   switch (dtype) {
     case DType::bf16: return convert<bf16>(from, begin, count, buffer);
     case DType::f16: return convert<f16>(from, begin, count, buffer);
-    default: return static_cast<const float*>(from) + begin;
+    default: return strip_of(from, begin, count, buffer);
   }
 }
-const double* read(const void* from, DType, std::int64_t begin, std::int64_t, double*) {
-  return static_cast<const double*>(from) + begin;
+const double* read(const void* from, DType, std::int64_t begin, std::int64_t count, double* buffer) {
+  return strip_of(from, begin, count, buffer);
 }
 
 // The same of a pattern; without one, `buffer` holds ones.
@@ -46,34 +58,29 @@ const T* read(const Pattern& pattern, std::int64_t begin, std::int64_t count, T*
     const std::int64_t at = (begin + j) / pattern.repeat % pattern.length;
     const std::int64_t left = pattern.repeat == 1 ? pattern.length - at : pattern.repeat - (begin + j) % pattern.repeat;
     const std::int64_t run = left < count - j ? left : count - j;
-    if (pattern.repeat == 1 && run == count) return values + at;
-    if (pattern.repeat == 1) {
-      std::memcpy(buffer + j, values + at, static_cast<std::size_t>(run) * sizeof(T));
-    } else {
-      for (std::int64_t k = 0; k < run; ++k) buffer[j + k] = values[at];
-    }
+    if (pattern.repeat == 1 && run == kStrip) return values + at;
+    for (std::int64_t k = 0; k < run; ++k) buffer[j + k] = values[pattern.repeat == 1 ? at + k : at];
     j += run;
   }
   return buffer;
 }
 
-template <class E, class T>
-void write(void* gradient, std::int64_t begin, std::int64_t count, const T* values, bool stream) {
-  E staged[kStrip];
-  E* const out = static_cast<E*>(gradient) + begin;
-  E* const to = stream ? staged : out;
-  for (std::int64_t j = 0; j < count; ++j) store(&to[j], values[j]);
-  if (stream) stream_out(out, staged, count);
+template <class E>
+void convert(const float* values, E* buffer) {
+  for (std::int64_t j = 0; j < kStrip; ++j) store(&buffer[j], values[j]);
 }
-void write(DType dtype, void* gradient, std::int64_t begin, std::int64_t count, const float* values, bool stream) {
-  switch (dtype) {
-    case DType::bf16: return write<bf16>(gradient, begin, count, values, stream);
-    case DType::f16: return write<f16>(gradient, begin, count, values, stream);
-    default: return write<float>(gradient, begin, count, values, stream);
+
+void write(void* to, DType dtype, std::int64_t begin, std::int64_t count, const void* values, bool stream) {
+  alignas(64) std::uint16_t narrow[kStrip];
+  std::int64_t size = dtype == DType::f64 ? 8 : 4;
+  if (dtype == DType::bf16 || dtype == DType::f16) {
+    size = 2;
+    dtype == DType::bf16 ? convert(static_cast<const float*>(values), reinterpret_cast<bf16*>(narrow))
+                         : convert(static_cast<const float*>(values), reinterpret_cast<f16*>(narrow));
+    values = narrow;
   }
-}
-void write(DType, void* gradient, std::int64_t begin, std::int64_t count, const double* values, bool stream) {
-  write<double>(gradient, begin, count, values, stream);
+  char* const out = static_cast<char*>(to) + begin * size;
+  stream ? stream_out(out, values, count * size) : static_cast<void>(std::memcpy(out, values, count * size));
 }
 
 template <class T>
@@ -82,8 +89,8 @@ struct Strip {
 };
 
 template <Loss kLoss, class T>
-void compute(const Strip<T>& in, T factor, std::int64_t count, T* __restrict__ losses, T* __restrict__ gradient) {
-  for (std::int64_t j = 0; j < count; ++j) {
+void compute(const Strip<T>& in, T factor, T* __restrict__ losses, T* __restrict__ gradient) {
+  for (std::int64_t j = 0; j < kStrip; ++j) {
     const LossAndSlope<T> of =
         kLoss == Loss::mse ? mse(in.x[j], in.t[j]) : bce_with_logits(in.x[j], in.t[j], in.pos_weight[j]);
     losses[j] = in.weight[j] * of.loss;
@@ -113,7 +120,7 @@ void run(const ElementwiseLoss& args, int threads) {
   const std::int64_t sums = (args.count + kElementsPerSum - 1) / kElementsPerSum;
   // A sum's elements need a core some 10 us, several times what it costs to wake a second thread.
   parallel_for(sums, 1, threads, [&](Ranges& ranges) {
-    alignas(64) T x[kStrip], t[kStrip], weight[kStrip], pos_weight[kStrip], scale[kStrip];
+    alignas(64) T x[kStrip] = {}, t[kStrip] = {}, weight[kStrip], pos_weight[kStrip], scale[kStrip];
     alignas(64) T losses[kStrip], gradient[kStrip];
     const T* const scales = static_cast<const T*>(args.scale);
     const T common = scales != nullptr && args.scale_stride == 0 ? scales[0] : T(1);
@@ -131,15 +138,15 @@ void run(const ElementwiseLoss& args, int threads) {
           const Strip<T> in{read(args.input, args.dtype, begin, count, x),
                             read(args.target, args.target_dtype, begin, count, t),
                             read(args.weight, begin, count, weight), read(args.pos_weight, begin, count, pos_weight),
-                            args.scale_stride == 0 ? scale : scales + begin};
+                            args.scale_stride == 0 ? scale : strip_of(scales, begin, count, scale)};
           if (args.loss == Loss::mse) {
-            compute<Loss::mse>(in, factor, count, losses, gradient);
+            compute<Loss::mse>(in, factor, losses, gradient);
           } else {
-            compute<Loss::bce_with_logits>(in, factor, count, losses, gradient);
+            compute<Loss::bce_with_logits>(in, factor, losses, gradient);
           }
-          if (args.gradient != nullptr) write(args.dtype, args.gradient, begin, count, gradient, stream);
+          if (args.gradient != nullptr) write(args.gradient, args.dtype, begin, count, gradient, stream);
           if (args.losses != nullptr) {
-            std::memcpy(static_cast<T*>(args.losses) + begin, losses, static_cast<std::size_t>(count) * sizeof(T));
+            write(args.losses, sizeof(T) == 8 ? DType::f64 : DType::f32, begin, count, losses, false);
           }
           if (args.sums != nullptr) {
             for (std::int64_t j = count; j < kStrip; ++j) losses[j] = T(0);

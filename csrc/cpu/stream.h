@@ -13,22 +13,21 @@ namespace {  // compiled once per instruction set: see cpu/isa.h
 // Results larger than this pass the caches by.
 constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
 
-// Copies `count` elements; what does not fill 16 aligned bytes goes the usual way.
-template <class E>
-inline void stream_out(E* out, const E* staged, std::int64_t count) {
+// Copies `bytes`; what does not fill 16 aligned ones goes the usual way.
+inline void stream_out(void* out, const void* staged, std::int64_t bytes) {
+  char* const to = static_cast<char*>(out);
+  const char* const from = static_cast<const char*>(staged);
+  std::int64_t i = 0;
 #if defined(__SSE2__)
-  constexpr std::int64_t kPack = 16 / sizeof(E);
-  const auto misaligned = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out) % 16 / sizeof(E));
-  std::int64_t i = misaligned == 0 ? 0 : kPack - misaligned < count ? kPack - misaligned : count;
-  std::memcpy(out, staged, static_cast<std::size_t>(i) * sizeof(E));
-  for (; i + kPack <= count; i += kPack) {
-    const __m128i pack = _mm_loadu_si128(reinterpret_cast<const __m128i*>(staged + i));
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), pack);
+  i = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(out) % 16);
+  i = i < bytes ? i : bytes;
+  std::memcpy(to, from, static_cast<std::size_t>(i));
+  for (; i + 16 <= bytes; i += 16) {
+    const __m128i pack = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), pack);
   }
-  std::memcpy(out + i, staged + i, static_cast<std::size_t>(count - i) * sizeof(E));
-#else
-  std::memcpy(out, staged, static_cast<std::size_t>(count) * sizeof(E));
 #endif
+  std::memcpy(to + i, from + i, static_cast<std::size_t>(bytes - i));
 }
 
 }  // namespace
