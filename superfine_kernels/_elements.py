@@ -48,6 +48,22 @@ class Pattern:
             values = values.repeat(-(-WINDOW // cycle))
         return cls(values.contiguous(), repeat)
 
+    @property
+    def cycle(self) -> int:
+        return 1 if self.values is None else self.values.numel() * self.repeat
+
+    def part(self, elements: slice) -> Pattern:
+        """The pattern of those elements alone."""
+        start, count = elements.start % self.cycle, elements.stop - elements.start
+        if self.values is None or (start == 0 and self.cycle <= count):
+            return self
+        if start % self.repeat + count <= self.repeat:
+            return Pattern(self.values[start // self.repeat, None], count)
+        if self.repeat == 1 and start + count <= self.cycle:
+            return Pattern(self.values[start : start + count], 1)
+        index = torch.arange(elements.start, elements.stop, device=self.values.device) // self.repeat
+        return Pattern(self.values[index % self.values.numel()], 1)
+
     def whole(self, shape: torch.Size) -> Tensor | None:
         """Every element's value."""
         if self.values is None:
@@ -65,6 +81,11 @@ class Elements:
     target: Tensor
     weight: Pattern
     pos_weight: Pattern
+
+    def part(self, elements: slice) -> Elements:
+        """Those elements alone, flat."""
+        input, target = (t.view(-1)[elements] for t in (self.input, self.target))
+        return Elements(self.loss, input, target, self.weight.part(elements), self.pos_weight.part(elements))
 
     def native(self) -> dict[str, Any]:
         arguments = {

@@ -21,6 +21,7 @@ Weights that are broadcast are read as they are: `_elements.Pattern`.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -35,6 +36,7 @@ from superfine_kernels._library import (
     in_functional_transform,
     is_plain,
     opmath_dtype,
+    reject,
     threads,
     warn_once,
 )
@@ -109,7 +111,56 @@ def _run(
         from superfine_kernels.triton import elementwise_loss as kernels
 
         return kernels.elementwise_loss(elements, losses, gradient, scale, denominator, total)
-    arguments: dict[str, Any] = {
+    if name == "cuda":
+        return _run_cuda(elements, losses, gradient, scale, denominator, total)
+    arguments = _arguments(elements, losses, gradient, scale, denominator)
+    value = _cpu.elementwise_loss(**arguments, sum=total, threads=threads(), isa=isa)
+    # Not on torch's default device.
+    return torch.tensor(value / denominator, dtype=opmath_dtype(input.dtype), device="cpu") if total else None
+
+
+def _run_cuda(
+    elements: Elements,
+    losses: Tensor | None,
+    gradient: Tensor | None,
+    scale: Tensor | None,
+    denominator: float,
+    total: bool,
+) -> Tensor | None:
+    from superfine_kernels import _cuda
+
+    input, count = elements.input, elements.input.numel()
+    cycles = [pattern.cycle for pattern in (elements.weight, elements.pos_weight)]
+    most = _cuda.MOST_ELEMENTS
+    if count > most:  # parts that patterns begin anew with, where they are short
+        step = math.lcm(*(cycle for cycle in cycles if cycle <= most))
+        most = most // step * step or most
+    sums: list[Tensor] = []
+    for begin in range(0, count, most):
+        part = slice(begin, min(begin + most, count))
+        arguments = _arguments(
+            elements if count <= most else elements.part(part),
+            None if losses is None else losses.view(-1)[part],
+            None if gradient is None else gradient.view(-1)[part],
+            None if scale is None else scale.view(-1)[part] if scale.dim() else scale,
+            denominator,
+        )
+        blocks = -(-(part.stop - begin) // _cuda.ELEMENTS_PER_SUM)
+        partial = input.new_empty(blocks + 1 if total else 0, dtype=torch.float32)
+        addresses = {name: partial[i:].data_ptr() if total else 0 for i, name in enumerate(("out", "sums"))}
+        _cuda.elementwise_loss(**arguments, **addresses, **_where(input))
+        sums.append(partial[:1].view(()) if total else partial)
+    return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) if total else None
+
+
+def _arguments(
+    elements: Elements,
+    losses: Tensor | None,
+    gradient: Tensor | None,
+    scale: Tensor | None,
+    denominator: float,
+) -> dict[str, Any]:
+    return {
         **elements.native(),
         "scale": 0 if scale is None else scale.data_ptr(),
         "scale_stride": 0 if scale is None or scale.dim() == 0 else 1,
@@ -117,21 +168,6 @@ def _run(
         "losses": 0 if losses is None else losses.data_ptr(),
         "gradient": 0 if gradient is None else gradient.data_ptr(),
     }
-    dtype = opmath_dtype(input.dtype)
-    if name == "cpu":
-        value = _cpu.elementwise_loss(**arguments, sum=total, threads=threads(), isa=isa)
-        # Not on torch's default device.
-        return torch.tensor(value / denominator, dtype=dtype, device=input.device) if total else None
-    from superfine_kernels import _cuda
-
-    out = input.new_empty((), dtype=dtype) if total else None
-    blocks = -(-input.numel() // _cuda.ELEMENTS_PER_SUM)
-    sums = input.new_empty(blocks, dtype=torch.float64) if total else None
-    addresses = {
-        "sums": 0 if sums is None else sums.data_ptr(), "out": 0 if out is None else out.data_ptr()
-    }  # fmt: skip
-    _cuda.elementwise_loss(**arguments, **addresses, **_where(input))
-    return out
 
 
 def _forward(
@@ -373,7 +409,7 @@ def _loss(
             stacklevel=3,
         )
         input, target = torch.broadcast_tensors(input, target)
-    if why := _why_no_kernel(input, target, weight, pos_weight):
+    if why := _why_no_kernel(loss, input, target, weight, backend):
         warn_once(f"{loss}: {why}; eager torch computes it")
         backend = "reference"
     if backend == "reference" or input.numel() == 0:
@@ -386,6 +422,8 @@ def _loss(
             rest = (weight, pos_weight, "sum", None, inplace, backend)
             return _loss(loss, input, target, *rest) / num_items.reshape(())
         num_items = num_items.item()
+    if input.dtype == torch.float64 and input.device.type == "cuda":
+        backend = "triton"
     return _by_kernel(loss, input, target, weight, pos_weight, reduction, num_items, inplace, backend or "")
 
 
@@ -419,14 +457,22 @@ def _by_kernel(
 
 
 def _why_no_kernel(
-    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
+    loss: str, input: Tensor, target: Tensor, weight: Tensor | None, backend: str | None
 ) -> str | None:
     if in_functional_transform():
         return "torch.func and forward-mode AD have no kernel"
     if torch.is_grad_enabled():
-        for name, tensor in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):
+        for name, tensor in (("target", target), ("weight", weight)):
             if tensor is not None and tensor.requires_grad:
                 return f"there is no kernel for the gradient of {name}"
     if input.device.type not in _backends.TABLE:
         return f"there is no kernel for tensors on {input.device.type}"
+    if input.device.type == "cuda" and backend != "reference":
+        if input.dtype == torch.float64 and backend == "cuda":
+            reject(loss, "input", input, "float32, bfloat16 or float16 with backend='cuda'")
+        wanted = "triton" if input.dtype == torch.float64 else backend
+        if (wanted == "triton" and backend is None and _backends.why_unavailable("triton")) or (
+            wanted is None and _backends.choose(loss, input.device) == "reference"
+        ):
+            return "no kernel is usable here"
     return None

@@ -257,6 +257,7 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("rows"), py::arg("dtype"), py::arg("denominator"), py::arg("out"), py::arg("stream"), py::arg("device"));
 
   m.attr("ELEMENTS_PER_SUM") = cuda::kElementsPerSum;
+  m.attr("MOST_ELEMENTS") = cuda::kMostElements;
   m.def(
       "elementwise_loss",
       [](int loss, std::int64_t count, std::uintptr_t input, int dtype, std::uintptr_t target, int target_dtype,
@@ -267,14 +268,15 @@ PYBIND11_MODULE(_cuda, m) {
         auto args = elementwise_loss_args(loss, count, input, dtype, target, target_dtype, weight, weight_length,
                                           weight_repeat, pos_weight, pos_weight_length, pos_weight_repeat, scale,
                                           scale_stride, denominator, losses, gradient);
-        args.sums = pointer<double>(sums);
+        args.sums = pointer(sums);
         const DeviceGuard guard(device, "elementwise_loss");
         const py::gil_scoped_release release;
         cuda::elementwise_loss(args, pointer(out), as_stream(stream));
       },
-      "Unless the addresses are 0: the losses of all elements; scale[i * scale_stride] / denominator * dloss_i/dinput_i "
-      "as gradient; in out[0] the sum of the losses over the denominator, for which `sums` holds a float64 for every "
-      "ELEMENTS_PER_SUM elements.",
+      "Unless the addresses are 0: the losses of all elements; scale[i * scale_stride] / denominator * "
+      "dloss_i/dinput_i "
+      "as gradient; in out[0] the sum of the losses over the denominator, for which `sums` holds a float32 for every "
+      "ELEMENTS_PER_SUM elements. Takes 1 to MOST_ELEMENTS elements, not of float64.",
       py::arg("loss"), py::arg("count"), py::arg("input"), py::arg("dtype"), py::arg("target"), py::arg("target_dtype"),
       py::arg("weight"), py::arg("weight_length"), py::arg("weight_repeat"), py::arg("pos_weight"),
       py::arg("pos_weight_length"), py::arg("pos_weight_repeat"), py::arg("scale"), py::arg("scale_stride"),

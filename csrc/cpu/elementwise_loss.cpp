@@ -153,7 +153,7 @@ void run(const ElementwiseLoss& args, int threads) {
             total += sum(losses);
           }
         }
-        if (args.sums != nullptr) args.sums[s] = total;
+        if (args.sums != nullptr) static_cast<double*>(args.sums)[s] = total;
       }
   });
 }

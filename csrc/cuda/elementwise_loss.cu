@@ -1,18 +1,18 @@
-// Losses element by element; the formulas are in math/elementwise_loss.h, for losses and gradients of the CPU's bits.
+// Losses element by element; the formulas are in math/elementwise_loss.h.
 //
 // Each element of input and target is read once and, where it is wanted, its gradient written once: 12 bytes in fp32,
-// 6 in bf16; the floor is those over the memory bandwidth. A thread takes packs of eight: one or two 16-byte accesses
-// for each tensor, and enough of them on the way without unrolling. There is one kernel for each type of computation:
-// which loss, which dtypes and what is wanted are the same for a whole launch, so that asking costs next to nothing.
-// Sums run over threads in order, then a tree, then blocks: the same bits on every run.
+// 6 in bf16; the floor is those over the memory bandwidth. There is one kernel: which loss, which dtypes and what is
+// wanted are the same for a whole launch, so asking costs little, and a copy for each would cost a wheel's space. That
+// is also why float64 is left to Triton. Sums run over a thread's elements, then a tree, then blocks, in double from
+// the threads on: the same bits on every run.
 #include "cuda/elementwise_loss.h"
 
-#include <algorithm>
-#include <limits>
-#include <type_traits>
+#include <cmath>
+#include <stdexcept>
 
 #include "core/cuda_check.h"
 #include "cuda/block_reduce.h"
+#include "cuda/cross_entropy.h"
 #include "cuda/pack.h"
 
 namespace superfine::cuda {
@@ -20,26 +20,13 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__device__ __forceinline__ std::int64_t bytes_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-__device__ __forceinline__ const void* from_element(const void* array, DType dtype, std::int64_t i) {
-  return static_cast<const char*>(array) + i * bytes_of(dtype);
-}
-
-__device__ __forceinline__ void read(const void* from, DType dtype, int i, float* value) {
-  if (dtype == DType::f32) {
-    *value = static_cast<const float*>(from)[i];
-  } else {
-    const std::uint16_t bits = static_cast<const std::uint16_t*>(from)[i];
-    *value = dtype == DType::bf16 ? widen(bf16{bits}) : widen(f16{bits});
-  }
-}
-__device__ __forceinline__ void read(const void* from, DType, int i, double* value) {
-  *value = static_cast<const double*>(from)[i];
+__device__ __forceinline__ float read(const void* from, DType dtype, std::uint32_t i) {
+  if (dtype == DType::f32) return static_cast<const float*>(from)[i];
+  const std::uint16_t bits = static_cast<const std::uint16_t*>(from)[i];
+  return dtype == DType::bf16 ? widen(bf16{bits}) : widen(f16{bits});
 }
 
-__device__ __forceinline__ void write(void* to, DType dtype, std::int64_t i, float value) {
+__device__ __forceinline__ void write(void* to, DType dtype, std::uint32_t i, float value) {
   if (dtype == DType::f32) {
     static_cast<float*>(to)[i] = value;
   } else {
@@ -47,135 +34,90 @@ __device__ __forceinline__ void write(void* to, DType dtype, std::int64_t i, flo
     static_cast<std::uint16_t*>(to)[i] = bits;
   }
 }
-__device__ __forceinline__ void write(void* to, DType, std::int64_t i, double value) {
-  static_cast<double*>(to)[i] = value;
-}
 
-// A pattern, how far kThreads elements move on in it, and reciprocals: 64-bit division is a long subroutine.
-struct Walk {
-  Pattern pattern;
-  std::int64_t at_step, rest_step;
-  double per_repeat, per_length;
+// Quotients of numbers below 2^31 in two instructions (Granlund & Montgomery 1994).
+class Divisor {
+ public:
+  explicit Divisor(std::uint32_t value) : value_(value) {
+    int bits = 0;  // 2^bits is the smallest power from `value` on
+    while ((std::uint64_t{1} << bits) < value) ++bits;
+    if (value > 1) multiplier_ = static_cast<std::uint32_t>(((std::uint64_t{1} << (31 + bits)) + value - 1) / value);
+    shift_ = bits - 1;
+  }
+  __device__ __forceinline__ std::uint32_t quotient(std::uint32_t x) const {
+    return value_ == 1 ? x : __umulhi(x, multiplier_) >> shift_;
+  }
+  __device__ __forceinline__ std::uint32_t rest(std::uint32_t x) const { return x - quotient(x) * value_; }
 
-  explicit Walk(const Pattern& of)
-      : pattern(of),
-        at_step(kThreads / of.repeat % of.length),
-        rest_step(kThreads % of.repeat),
-        per_repeat(1.0 / static_cast<double>(of.repeat)),
-        per_length(1.0 / static_cast<double>(of.length)) {}
+ private:
+  std::uint32_t value_, multiplier_ = 0;
+  int shift_ = 0;
 };
 
-// a = quotient * b + what it returns, for a below 2^53.
-__device__ __forceinline__ std::int64_t divide(std::int64_t a, std::int64_t b, double per_b, std::int64_t* quotient) {
-  *quotient = static_cast<std::int64_t>(static_cast<double>(a) * per_b);
-  std::int64_t rest = a - *quotient * b;
-  if (rest < 0) --*quotient, rest += b;
-  if (rest >= b) ++*quotient, rest -= b;
-  return rest;
-}
+struct Weights {
+  const float* values;
+  Divisor repeat, length;
 
-// Where a thread is in a pattern.
-template <class T>
-struct Place {
-  std::int64_t at, rest;
+  explicit Weights(const Pattern& pattern)
+      : values(static_cast<const float*>(pattern.values)),
+        repeat(static_cast<std::uint32_t>(pattern.repeat)),
+        length(static_cast<std::uint32_t>(pattern.length)) {}
 
-  __device__ __forceinline__ Place(const Walk& walk, std::int64_t i) {
-    std::int64_t quotient;
-    rest = divide(i, walk.pattern.repeat, walk.per_repeat, &quotient);
-    at = divide(quotient, walk.pattern.length, walk.per_length, &quotient);
-  }
-
-  // The value there; moves on.
-  __device__ __forceinline__ T next(const Walk& walk) {
-    const T* values = static_cast<const T*>(walk.pattern.values);
-    asm volatile("" : "+l"(values));  // or the compiler would write the whole loop twice, with and without a pattern
-    const T value = values == nullptr ? T(1) : values[at];
-    at += walk.at_step;
-    rest += walk.rest_step;
-    if (rest >= walk.pattern.repeat) {
-      rest -= walk.pattern.repeat;
-      ++at;
-    }
-    if (at >= walk.pattern.length) at -= walk.pattern.length;
-    return value;
+  __device__ __forceinline__ float at(std::uint32_t i) const {
+    const float* from = values;
+    asm volatile("" : "+l"(from));  // or the compiler would write the loop once for null and once for others
+    return from == nullptr ? 1.0f : from[length.rest(repeat.quotient(i))];
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    elementwise_loss_kernel(const ElementwiseLoss args, const Walk weights, const Walk pos_weights, T factor) {
-  const std::int64_t first = blockIdx.x * kElementsPerSum;
-  const int end = static_cast<int>(min(args.count - first, kElementsPerSum));
-  const void* const input = from_element(args.input, args.dtype, first);
-  const void* const target = from_element(args.target, args.target_dtype, first);
-  Place<T> weight(weights, first + threadIdx.x), positive(pos_weights, first + threadIdx.x);
-  T sum = 0, next_x = 0, next_t = 0;
-  int i = threadIdx.x;
-  if (i < end) {
-    read(input, args.dtype, i, &next_x);
-    read(target, args.target_dtype, i, &next_t);
-  }
+__global__ void __launch_bounds__(kThreads) elementwise_loss_kernel(const ElementwiseLoss args, const Weights weights,
+                                                                    const Weights pos_weights, float factor) {
+  constexpr auto kBlock = static_cast<std::uint32_t>(kElementsPerSum);
+  const std::uint32_t end = min((blockIdx.x + 1) * kBlock, static_cast<std::uint32_t>(args.count));
+  float sum = 0, next_x = 0, next_t = 0;
+  bool loaded = false;
 #pragma unroll 1
-  while (i < end) {
-    const T x = next_x, t = next_t;
-    const int next = i + kThreads;
-    if (next < end) {  // on its way while this element is computed
-      read(input, args.dtype, next, &next_x);
-      read(target, args.target_dtype, next, &next_t);
+  for (std::uint32_t next = blockIdx.x * kBlock + threadIdx.x;; next += kThreads) {
+    const float x = next_x, t = next_t;
+    if (next < end) {  // on its way while the element before is computed
+      next_x = read(args.input, args.dtype, next);
+      next_t = read(args.target, args.target_dtype, next);
     }
-    const T w = weight.next(weights), p = positive.next(pos_weights);
-    const LossAndSlope<T> of = args.loss == Loss::mse ? mse(x, t) : bce_with_logits(x, t, p);
-    const T loss = w * of.loss;
-    sum += loss;
-    if (args.losses != nullptr) static_cast<T*>(args.losses)[first + i] = loss;
-    if (args.gradient != nullptr) {
-      const T* const scale = static_cast<const T*>(args.scale);
-      const T upstream = scale == nullptr ? T(1) : scale[(first + i) * args.scale_stride];
-      write(args.gradient, args.dtype, first + i, factor * upstream * (w * of.slope));
+    if (loaded) {
+      const std::uint32_t i = next - kThreads;
+      const float w = weights.at(i);
+      const LossAndSlope<float> of = args.loss == Loss::mse ? mse(x, t) : bce_with_logits(x, t, pos_weights.at(i));
+      const float loss = w * of.loss;
+      sum += loss;
+      if (args.losses != nullptr) static_cast<float*>(args.losses)[i] = loss;
+      if (args.gradient != nullptr) {
+        const float* const scale = static_cast<const float*>(args.scale);
+        const float upstream = scale == nullptr ? 1.0f : scale[args.scale_stride == 0 ? 0 : i];
+        write(args.gradient, args.dtype, i, factor * upstream * (w * of.slope));
+      }
     }
-    i = next;
+    if (next >= end) break;
+    loaded = true;
   }
   if (args.sums == nullptr) return;
   Sum<double> part;
   part.value = sum;
   part = block_reduce(part);
-  if (threadIdx.x == 0) args.sums[blockIdx.x] = part.value;
-}
-
-__global__ void __launch_bounds__(kMaxThreads)
-    elementwise_loss_sum_kernel(const double* sums, int count, double factor, void* out, bool as_double) {
-  Sum<double> part;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < count; i += kMaxThreads) part.value += sums[i];
-  part = block_reduce(part);
-  if (threadIdx.x != 0) return;
-  const double value = part.value * factor;
-  if (as_double) {
-    *static_cast<double*>(out) = value;
-  } else {
-    *static_cast<float*>(out) = static_cast<float>(value);
-  }
-}
-
-template <class T>
-void launch(const ElementwiseLoss& args, unsigned blocks, cudaStream_t stream) {
-  elementwise_loss_kernel<T><<<blocks, kThreads, 0, stream>>>(args, Walk(args.weight), Walk(args.pos_weight),
-                                                             static_cast<T>(1 / args.denominator));
+  if (threadIdx.x == 0) static_cast<float*>(args.sums)[blockIdx.x] = static_cast<float>(part.value * factor);
 }
 
 }  // namespace
 
 void elementwise_loss(const ElementwiseLoss& args, void* out, cudaStream_t stream) {
-  const std::int64_t blocks = (args.count + kElementsPerSum - 1) / kElementsPerSum;
-  const bool as_double = args.dtype == DType::f64;
-  if (blocks > 0) {
-    as_double ? launch<double>(args, static_cast<unsigned>(blocks), stream)
-              : launch<float>(args, static_cast<unsigned>(blocks), stream);
-    cuda_check(cudaGetLastError(), "elementwise_loss");
+  if (args.count < 1 || args.count > kMostElements || args.dtype == DType::f64) {
+    throw std::invalid_argument("elementwise_loss: expected 1 to 2^30 elements, not of float64");
   }
-  if (args.sums == nullptr) return;
-  elementwise_loss_sum_kernel<<<1, kMaxThreads, 0, stream>>>(args.sums, static_cast<int>(blocks), 1 / args.denominator, out, as_double);
+  const auto blocks = static_cast<unsigned>((args.count + kElementsPerSum - 1) / kElementsPerSum);
+  elementwise_loss_kernel<<<blocks, kThreads, 0, stream>>>(args, Weights(args.weight), Weights(args.pos_weight),
+                                                           static_cast<float>(1 / args.denominator));
   cuda_check(cudaGetLastError(), "elementwise_loss");
+  if (args.sums == nullptr) return;
+  cross_entropy_reduce(args.sums, blocks, DType::f32, nullptr, out, stream);
 }
 
 }  // namespace superfine::cuda

@@ -40,9 +40,9 @@ struct ElementwiseLoss {
   Pattern weight, pos_weight;  // of the loss; of the positive part of a binary cross-entropy
   const void* scale;           // null for ones, or Reals that the gradient is multiplied by: element i's is at
   std::int64_t scale_stride;   // i * scale_stride
-  double denominator;          // what the gradient is divided by, and on a GPU the sum
+  double denominator;          // what the gradient is divided by, and on a GPU the sums
   void* losses;                // null, or a Real for each element: weight * loss
-  double* sums;                // null, or partial sums of these; see the kernels for how many
+  void* sums;                  // null, or partial sums of these: doubles on the CPU, floats on a GPU
   void* gradient;              // null, or where weight * slope * scale / denominator goes; may be the input
 };
 
