@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["Task"]
@@ -89,14 +88,14 @@ class Task:
 
     def loss_of(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean loss of a batch as a 0-dim fp32 tensor: logits (n, num_outputs), targets (n,)."""
+        from superfine.losses import bce_with_logits, cross_entropy, mse
+
         logits = logits.float()
         if self.loss == "cross_entropy":
-            from superfine.losses import cross_entropy
-
             return cross_entropy(logits, targets, label_smoothing=label_smoothing)
         if self.loss == "binary_cross_entropy":
-            return F.binary_cross_entropy_with_logits(logits.squeeze(-1), targets)
-        return F.mse_loss(logits.squeeze(-1), targets)
+            return bce_with_logits(logits.squeeze(-1), targets)
+        return mse(logits.squeeze(-1), targets)
 
     def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Any]:
         """Scores over a whole split: logits (n, num_outputs) and targets (n,), on the CPU."""
