@@ -146,16 +146,15 @@ def _cross_entropy(kernels: Any) -> None:
 
 def _elementwise_loss(kernels: Any) -> None:
     op = importlib.import_module("superfine_kernels._elements")
-    sizes = [(dtype, empty) for dtype in DTYPES for empty in (torch.empty, _unaligned)]
-    for (dtype, empty), loss in itertools.product(sizes, op.CODES):
+    layouts = [*((dtype, torch.empty) for dtype in DTYPES), (torch.float32, _unaligned)]
+    for (dtype, empty), loss in itertools.product(layouts, op.CODES):
         real = torch.float64 if dtype == torch.float64 else torch.float32
         x, t, gradient = (empty(8192, dtype=dtype) for _ in range(3))
-        for target in (t, t.to(real)):
-            plain = op.Elements(loss, x, target, op.Pattern(None, 1), op.Pattern(None, 1))
-            kernels.elementwise_loss(plain, total=True)
-            kernels.elementwise_loss(plain, gradient=gradient, scale=torch.ones((), dtype=real))
-        values = torch.ones(8192, dtype=real)  # for each class, and for each row of some thousand
-        weighted = op.Elements(loss, x, t, op.Pattern(values, 4096), op.Pattern(values, 1))
+        plain = op.Elements(loss, x, t, op.Pattern(None, 1), op.Pattern(None, 1))
+        kernels.elementwise_loss(plain, total=True)
+        kernels.elementwise_loss(plain, gradient=gradient, scale=torch.ones((), dtype=real))
+        values = torch.ones(8192, dtype=real)  # one for each class, and for each row of thousands or of a few
+        weighted = op.Elements(loss, x, t.to(real), op.Pattern(values, 4096), op.Pattern(values, 1))
         kernels.elementwise_loss(weighted, losses=values)
         kernels.elementwise_loss(weighted, gradient=gradient, scale=values)
         short = op.Elements(loss, x, t, op.Pattern(values, 20), op.Pattern(values, 20))
