@@ -146,7 +146,8 @@ def _cross_entropy(kernels: Any) -> None:
 
 def _elementwise_loss(kernels: Any) -> None:
     op = importlib.import_module("superfine_kernels._elements")
-    layouts = [*((dtype, torch.empty) for dtype in DTYPES), (torch.float32, _unaligned)]
+    layouts: list[tuple[torch.dtype, Any]] = [(dtype, torch.empty) for dtype in DTYPES]
+    layouts.append((torch.float32, _unaligned))
     for (dtype, empty), loss in itertools.product(layouts, op.CODES):
         real = torch.float64 if dtype == torch.float64 else torch.float32
         x, t, gradient = (empty(8192, dtype=dtype) for _ in range(3))

@@ -82,7 +82,7 @@ def reference(
         )
     if weight is None:
         return torch.nn.functional.mse_loss(input, target, reduction=reduction)
-    losses = weight * (input - target) ** 2  # torch < 2.9 has no weight, later ones broadcast none
+    losses = weight * (input - target) ** 2  # torch's weight does not broadcast
     if reduction == "mean":
         return losses.sum() / weight.expand(input.shape).sum()
     return losses if reduction == "none" else losses.sum()
@@ -113,6 +113,8 @@ def _run(
         return kernels.elementwise_loss(elements, losses, gradient, scale, denominator, total)
     if name == "cuda":
         return _run_cuda(elements, losses, gradient, scale, denominator, total)
+    if name != "cpu":
+        reject(elements.loss, "backend", name, "cpu, cuda or triton for this device")
     arguments = _arguments(elements, losses, gradient, scale, denominator)
     value = _cpu.elementwise_loss(**arguments, sum=total, threads=threads(), isa=isa)
     # Not on torch's default device.
@@ -423,7 +425,7 @@ def _loss(
             return _loss(loss, input, target, *rest) / num_items.reshape(())
         num_items = num_items.item()
     if input.dtype == torch.float64 and input.device.type == "cuda":
-        backend = "triton"
+        backend = "triton"  # CUDA C++ has no kernel for it
     return _by_kernel(loss, input, target, weight, pos_weight, reduction, num_items, inplace, backend or "")
 
 
@@ -467,12 +469,10 @@ def _why_no_kernel(
                 return f"there is no kernel for the gradient of {name}"
     if input.device.type not in _backends.TABLE:
         return f"there is no kernel for tensors on {input.device.type}"
-    if input.device.type == "cuda" and backend != "reference":
-        if input.dtype == torch.float64 and backend == "cuda":
-            reject(loss, "input", input, "float32, bfloat16 or float16 with backend='cuda'")
-        wanted = "triton" if input.dtype == torch.float64 else backend
-        if (wanted == "triton" and backend is None and _backends.why_unavailable("triton")) or (
-            wanted is None and _backends.choose(loss, input.device) == "reference"
-        ):
-            return "no kernel is usable here"
+    if input.device.type == "cuda" and input.dtype == torch.float64 and backend == "cuda":
+        reject(loss, "input", input, "float32, bfloat16 or float16 with backend='cuda'")
+    if input.device.type == "cuda" and backend is None and not torch.compiler.is_compiling():
+        best = "triton" if input.dtype == torch.float64 else _backends.choose(loss, input.device)
+        if best == "reference" or _backends.why_unavailable(best):
+            return f"there is no kernel for {input.dtype} that is usable here"
     return None

@@ -59,7 +59,8 @@ def test_blocks_fit_into_a_multiprocessor(usages):
         for name, usage in of_kernel(usages, kernel).items():
             assert usage.registers * 128 * 4 <= registers, name  # what each holds is in csrc/cuda/lamb.cu
     for name, usage in of_kernel(usages, "elementwise_loss_kernel").items():
-        assert usage.registers * 256 * 8 <= registers, name  # as many threads as there is room for
+        blocks = 6 if name.startswith("sm_120") else 8  # as many threads as a multiprocessor takes
+        assert usage.registers * 256 * blocks <= registers, name
     for kernel in ("forward_kernel", "backward_kernel"):
         for name, usage in of_kernel(usages, kernel).items():
             threads = 512 if f"{kernel}Id" in name else 1024  # mangled: the first template argument is double

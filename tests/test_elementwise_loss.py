@@ -132,6 +132,22 @@ def test_patterns_are_what_expand_gives(shape, keep):
     assert pattern.repeat == 1 or pattern.repeat >= SHORTEST_RUN
 
 
+@given(
+    length=st.integers(1, 30),
+    repeat=st.integers(1, 30),
+    start=st.integers(0, 500),
+    count=st.integers(1, 500),
+)
+def test_a_part_of_a_pattern_is_that_part(length, repeat, start, count):
+    pattern = Pattern(torch.rand(length), repeat)
+    part = pattern.part(slice(start, start + count))
+    whole = pattern.whole(torch.Size([start + count]))
+    if part is not pattern or start % pattern.cycle == 0:
+        assert torch.equal(part.whole(torch.Size([count])), whole[start:])
+    else:
+        pytest.fail("the whole pattern for a part that begins within it")
+
+
 @pytest.mark.parametrize(
     "target_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.bool, torch.int64, torch.uint8]
 )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import math
+import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_cases import LOGIT_DTYPES, elementwise_inputs, elementwise_loss
+from kernel_cases import LOGIT_DTYPES, elementwise_in_float64, elementwise_inputs, elementwise_loss
 from support import one_warning, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from superfine_kernels import bce_with_logits, mse
+import superfine_kernels
+from superfine_kernels import _cpu, bce_with_logits, mse
 from superfine_kernels.elementwise_loss import cost, reference
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
@@ -204,3 +209,38 @@ def test_cost_is_one_read_of_input_and_target_and_one_write(dtype, itemsize):
     assert cost(1000, dtype, backward=False).bytes == 2 * 1000 * itemsize
     assert cost(1000, dtype, torch.float32).bytes == 1000 * (2 * itemsize + 4)
     assert cost(1000, dtype, loss="mse").flops == 4000
+
+
+@pytest.mark.parametrize(("weight", "pos_weight"), [((), (7,)), ((300, 1), (300, 7)), ((7,), (1,))], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_gpu_takes_large_tensors_in_parts(monkeypatch, reduction, weight, pos_weight):
+    # With the CPU's kernel in place of CUDA's, and 500 elements in place of 2^30.
+    calls = []
+
+    def elementwise_loss_of_a_gpu(out, sums, stream, device, **arguments):
+        calls.append(arguments["count"])
+        total = _cpu.elementwise_loss(**arguments, sum=True, threads=1, isa="")
+        if out:
+            ctypes.c_float.from_address(out).value = total / arguments["denominator"]
+
+    module = SimpleNamespace(
+        MOST_ELEMENTS=500, ELEMENTS_PER_SUM=64, elementwise_loss=elementwise_loss_of_a_gpu
+    )
+    monkeypatch.setitem(sys.modules, "superfine_kernels._cuda", module)
+    monkeypatch.setattr(superfine_kernels, "_cuda", module, raising=False)
+    op = importlib.import_module("superfine_kernels.elementwise_loss")
+    monkeypatch.setattr(op._backends, "choose", lambda *_: "cuda")
+    monkeypatch.setattr(op, "_where", lambda _: {"stream": 0, "device": 0})
+    x, t = elementwise_inputs((300, 7), torch.float16)
+    options = {"weight": torch.rand(weight), "pos_weight": torch.rand(pos_weight), "reduction": reduction}
+    leaf = x.clone().requires_grad_()
+    value = bce_with_logits(leaf, t, **options)
+    upstream = torch.rand(value.shape)
+    (gradient,) = torch.autograd.grad(value, leaf, upstream)
+    expected, expected_gradient = elementwise_in_float64(
+        "bce_with_logits", x, t, upstream=upstream, **options
+    )
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2e-3, atol=1e-5)
+    assert len(calls) == 2 * 5
+    assert sum(calls) == 2 * x.numel()
