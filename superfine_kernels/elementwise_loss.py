@@ -203,8 +203,14 @@ LIBRARY.define(
 
 
 def _elements(loss, input, target, weight, weight_repeat, pos_weight, pos_weight_repeat):
+    """Dense as the kernels want them; a compiler may have laid them out otherwise."""
+    weight, pos_weight = (w if w is None else w.contiguous() for w in (weight, pos_weight))
     return Elements(
-        loss, input, target, Pattern(weight, weight_repeat), Pattern(pos_weight, pos_weight_repeat)
+        loss,
+        input.contiguous(),
+        target.contiguous(),
+        Pattern(weight, weight_repeat),
+        Pattern(pos_weight, pos_weight_repeat),
     )
 
 
@@ -229,6 +235,8 @@ def _op_fake(
 
 @torch.library.impl(LIBRARY, "elementwise_loss_", "CompositeExplicitAutograd")
 def _op_inplace(loss, input, target, weight, repeat, pos_weight, pos_repeat, denominator, backend):
+    if not input.is_contiguous():
+        reject(loss, "input", f"a tensor with strides {input.stride()}", "a dense one to be overwritten")
     elements = _elements(loss, input, target, weight, repeat, pos_weight, pos_repeat)
     value = _forward(elements, MEAN, denominator, input, backend)
     torch.autograd.graph.increment_version(input)  # autograd must notice, as after any in-place op

@@ -275,6 +275,22 @@ def test_backward_passes_opcheck(loss, scale):
     torch.library.opcheck(torch.ops.superfine.elementwise_loss_backward.default, arguments)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_ops_take_what_a_compiler_has_laid_out_otherwise(loss):
+    x, t = elementwise_inputs((5, 70), torch.float32)
+    (xs, ts), w = (v.t().contiguous().t() for v in (x, t)), torch.rand(140)[::2]
+    forward, backward = torch.ops.superfine.elementwise_loss, torch.ops.superfine.elementwise_loss_backward
+    rest = (None, 1, 0, 1.0, False, "")
+    expected = forward(loss, x, t, w.contiguous(), 1, *rest)[0]
+    assert same_bits(forward(loss, xs, ts, w, 1, *rest)[0], expected)
+    scale = torch.rand(70, 5).t()
+    arguments = (None, 1, scale, 1.0, "")
+    expected = backward(loss, x, t, w.contiguous(), 1, *arguments)
+    assert same_bits(backward(loss, xs, ts, w, 1, *arguments), expected)
+    with pytest.raises(ValueError, match=f"{loss}: input is .*strides .* expected a dense one"):
+        torch.ops.superfine.elementwise_loss_(loss, xs, ts, w, 1, None, 1, 1.0, "")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the compiler gives warnings of its own
 @pytest.mark.parametrize("reduction", ["mean", "none"])
