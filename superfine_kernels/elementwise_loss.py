@@ -140,8 +140,9 @@ def _run_cuda(
     sums: list[Tensor] = []
     for begin in range(0, count, most):
         part = slice(begin, min(begin + most, count))
+        these = elements if count <= most else elements.part(part)  # a name: it owns what is read
         arguments = _arguments(
-            elements if count <= most else elements.part(part),
+            these,
             None if losses is None else losses.view(-1)[part],
             None if gradient is None else gradient.view(-1)[part],
             None if scale is None else scale.view(-1)[part] if scale.dim() else scale,
