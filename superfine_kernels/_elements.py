@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from superfine_kernels._library import DTYPE_CODES, is_plain, reject
-from superfine_kernels._losses import check_reduction
+from superfine_kernels._losses import REDUCTIONS, check_num_items
 from superfine_kernels.cross_entropy import _overlaps_itself
 
 #: Codes of the losses, as in csrc/math/elementwise_loss.h.
@@ -143,7 +143,9 @@ def check(
         expect(weights.device == input.device, name, weights, f"a tensor on {input.device}")
         constant = loss == "mse" or not weights.requires_grad  # as in torch
         expect(constant, name, "a tensor that requires grad", "constant weights")
-    check_reduction(loss, input.device, reduction, num_items)
+    expect(reduction in REDUCTIONS, "reduction", reduction, "'none', 'mean' or 'sum'")
+    if num_items is not None:
+        check_num_items(loss, input.device, reduction, num_items)
     if inplace:
         expect(reduction != "none", "reduction", reduction, "'mean' or 'sum' with inplace=True")
         expect(

@@ -75,17 +75,17 @@ def check_options(
             reject(op, "weight", weight, f"a tensor on {device}")
         if weight.requires_grad:
             reject(op, "weight", "a tensor that requires grad", "constant weights")
-    check_reduction(op, device, reduction, num_items)
-    if not 0 <= label_smoothing <= 1:
-        reject(op, "label_smoothing", label_smoothing, "a number in [0, 1]")
-
-
-def check_reduction(op: str, device: torch.device, reduction: str, num_items: float | Tensor | None) -> None:
-    """Of any loss: `reduction`, and what a mean divides by."""
     if reduction not in REDUCTIONS:
         reject(op, "reduction", reduction, "'none', 'mean' or 'sum'")
+    if not 0 <= label_smoothing <= 1:
+        reject(op, "label_smoothing", label_smoothing, "a number in [0, 1]")
     if num_items is None:
         return
+    check_num_items(op, device, reduction, num_items)
+
+
+def check_num_items(op: str, device: torch.device, reduction: str, num_items: float | Tensor) -> None:
+    """Of any loss: what a mean divides by."""
     if reduction != "mean":
         reject(op, "num_items", num_items, "None beside a reduction that is not 'mean'")
     if isinstance(num_items, Tensor):
