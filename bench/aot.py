@@ -144,8 +144,31 @@ def _cross_entropy(kernels: Any) -> None:
             kernels.cross_entropy_backward(*plain, lse, scale, dlogits)
 
 
+def _elementwise_loss(kernels: Any) -> None:
+    op = importlib.import_module("superfine_kernels._elements")
+    layouts: list[tuple[torch.dtype, Any]] = [(dtype, torch.empty) for dtype in DTYPES]
+    layouts.append((torch.float32, _unaligned))
+    for (dtype, empty), loss in itertools.product(layouts, op.CODES):
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        x, t, gradient = (empty(8192, dtype=dtype) for _ in range(3))
+        plain = op.Elements(loss, x, t, op.Pattern(None, 1), op.Pattern(None, 1))
+        kernels.elementwise_loss(plain, total=True)
+        kernels.elementwise_loss(plain, gradient=gradient, scale=torch.ones((), dtype=real))
+        values = torch.ones(8192, dtype=real)  # one for each class, and for each row of thousands or of a few
+        weighted = op.Elements(loss, x, t.to(real), op.Pattern(values, 4096), op.Pattern(values, 1))
+        kernels.elementwise_loss(weighted, losses=values)
+        kernels.elementwise_loss(weighted, gradient=gradient, scale=values)
+        short = op.Elements(loss, x, t, op.Pattern(values, 20), op.Pattern(values, 20))
+        kernels.elementwise_loss(short, gradient=gradient, denominator=2.0, total=True)
+
+
 #: For each file of superfine_kernels/triton: calls that launch every kernel in every specialisation that matters.
-CALLS: dict[str, Callable[[Any], None]] = {"adamw": _adamw, "cross_entropy": _cross_entropy, "lamb": _lamb}
+CALLS: dict[str, Callable[[Any], None]] = {
+    "adamw": _adamw,
+    "cross_entropy": _cross_entropy,
+    "elementwise_loss": _elementwise_loss,
+    "lamb": _lamb,
+}
 
 
 # --- compiling ---------------------------------------------------------------------------------------------

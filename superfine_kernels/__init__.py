@@ -6,6 +6,8 @@
     linear_cross_entropy(...)       the same behind a linear layer         superfine_kernels/linear_cross_entropy.py
     topk_kl_div(...)                distillation, and linear_topk_kl_div   superfine_kernels/distillation.py
     vocab_parallel_*(...)           both, classes on several processes     superfine_kernels/vocab_parallel.py
+    bce_with_logits(input, target)  binary cross-entropy                   superfine_kernels/elementwise_loss.py
+    mse(input, target)              mean squared error                     superfine_kernels/elementwise_loss.py
 
 `backends()` shows which implementation serves which device here.
 """
@@ -36,12 +38,14 @@ __all__ = [
     "adamw_",
     "adamw_groups_",
     "backends",
+    "bce_with_logits",
     "cross_entropy",
     "isa",
     "lamb_",
     "lamb_groups_",
     "linear_cross_entropy",
     "linear_topk_kl_div",
+    "mse",
     "topk_kl_div",
     "total_norm",
     "vocab_parallel_cross_entropy",
@@ -49,7 +53,9 @@ __all__ = [
 ]
 
 _WHEN_ASKED_FOR = {
+    "bce_with_logits": "elementwise_loss",
     "linear_topk_kl_div": "distillation",
+    "mse": "elementwise_loss",
     "topk_kl_div": "distillation",
     "vocab_parallel_cross_entropy": "vocab_parallel",
     "vocab_parallel_linear_cross_entropy": "vocab_parallel",

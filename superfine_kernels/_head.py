@@ -43,10 +43,8 @@ class Head(NamedTuple):
             return self
         dtype = torch.get_autocast_dtype(device)
         return Head._make(
-            (
-                t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-                for t in self
-            )
+            t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+            for t in self
         )
 
     def check_tensors(self, op: str) -> None:

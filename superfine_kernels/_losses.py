@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from superfine_kernels._library import DTYPE_CODES, is_plain, opmath_dtype, reject
+from superfine_kernels._library import DTYPE_CODES, in_functional_transform, is_plain, opmath_dtype, reject
 
 _CPU = torch.device("cpu")
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -48,7 +48,9 @@ def with_statistics(loss: Tensor, statistics: Any, shape: torch.Size, wanted: bo
     if not wanted:
         return loss
     logprob, entropy, correct = (x.reshape(shape) for x in statistics)
-    return loss, CrossEntropyStats(logprob, entropy, correct != 0)
+    return loss, CrossEntropyStats(
+        logprob, entropy, correct > 0
+    )  # NaN where a label is out of range on a GPU
 
 
 # Numbers a row that kernels write, by csrc/math/cross_entropy.h: without and with statistics.
@@ -199,6 +201,33 @@ def reference_statistics(y: Tensor, target: Tensor, ignore_index: int) -> Tensor
     return torch.where(counts, torch.stack([logprob, entropy, correct.to(y.dtype)]), 0.0)
 
 
+# --- backward -------------------------------------------------------------------------------------------
+
+
+def times_upstream(dlogits: Tensor, grad: Tensor, op: str) -> Tensor:
+    """The gradient that a forward pass has computed, times the upstream gradient unless that is 1."""
+    # Reading the value is free on the CPU only, and only where nothing traces or batches.
+    batched = in_functional_transform() or torch._C._functorch.is_legacy_batchedtensor(grad)
+    readable = type(grad) is Tensor and not batched
+    if not readable or grad.device.type != "cpu" or grad.item() != 1:
+        dlogits = dlogits * grad
+    elif _graph_is_kept():
+        dlogits = dlogits.clone()  # a later backward needs it as it is, whatever the caller does
+    if torch.is_grad_enabled() and readable:  # backward(create_graph=True)
+        fail = torch._C._functions.DelayedError(
+            f"{op}: a second derivative is asked for, and the fused backward keeps no logits; "
+            "pass backend='reference'",
+            1,
+        )
+        return fail(dlogits.detach().requires_grad_())
+    return dlogits
+
+
+def _graph_is_kept() -> bool:
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
+
+
 # --- checks -----------------------------------------------------------------------------------------------
 
 
@@ -296,6 +325,11 @@ def check_options(
         reject(op, "scale", options.scale, "a finite number above 0")
     if num_items is None:
         return
+    check_num_items(op, device, reduction, num_items)
+
+
+def check_num_items(op: str, device: torch.device, reduction: str, num_items: float | Tensor) -> None:
+    """Of any loss: what a mean divides by."""
     if reduction != "mean":
         reject(op, "num_items", num_items, "None beside a reduction that is not 'mean'")
     if isinstance(num_items, Tensor):

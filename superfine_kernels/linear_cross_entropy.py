@@ -296,8 +296,8 @@ def linear_cross_entropy(
         weight, ignore_index, reduction, label_smoothing, probabilities, z_loss, softcap, scale, shift, num_items,
             return_stats, check: as in `superfine_kernels.cross_entropy`.
         lora: `LoRA(a, b, scale)`: the head's weight is linear_weight + scale * b @ a, which is never formed.
-        rows: `TrainableRows(indices, weight)`: the rows of linear_weight at `indices` count as those in `weight`, whose
-            gradient has their number of rows. Indices on the CPU are not waited for.
+        rows: `TrainableRows(indices, weight)`: the rows of linear_weight at `indices` count as those in `weight`,
+            whose gradient has their number of rows. Indices on the CPU are not waited for.
         accumulate_into: (classes, features), of the weight's dtype or float32: backward adds the gradient of
             `linear_weight` there instead of returning it (hooks of the weight see None); several losses, or steps of
             accumulation, then need no buffer of their own. Each product is rounded to the inputs' dtype before it

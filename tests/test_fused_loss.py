@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import io
 import pickle
 
@@ -15,8 +14,6 @@ from small_models import TOKENS, VOCAB
 from superfine.fused_loss import FusedLoss, use_fused_loss
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from superfine_kernels import linear_cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("default::FutureWarning", "default::DeprecationWarning")
 

@@ -11,7 +11,7 @@ import pytest
 from support import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ["adamw", "cross_entropy", "lamb"]
+OPS = ["adamw", "cross_entropy", "elementwise_loss", "lamb"]
 
 KERNELS, PACKAGE, NATIVE = ROOT / "superfine_kernels", ROOT / "python" / "superfine", ROOT / "csrc"
 

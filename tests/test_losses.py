@@ -8,7 +8,13 @@ import inspect
 import pytest
 import superfine.losses
 import torch
-from superfine.losses import CrossEntropyLoss, LinearCrossEntropyLoss, TopKKLDivLoss
+from superfine.losses import (
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    MSELoss,
+    TopKKLDivLoss,
+)
 from support import same_bits
 from torch import nn
 
@@ -161,3 +167,64 @@ def test_modules_pass_their_options_on():
             TypeError, match=f"{kind.__name__}: argument is 'zloss'; expected one of z_loss, "
         ):
             kind(*arguments, zloss=1.0)
+
+
+@pytest.mark.parametrize("shape", [(9,), (4, 9), (4, 3, 9)])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (BCEWithLogitsLoss(), nn.BCEWithLogitsLoss()),
+        (BCEWithLogitsLoss(reduction="none"), nn.BCEWithLogitsLoss(reduction="none")),
+        (
+            BCEWithLogitsLoss(torch.linspace(0.1, 2, 9), "sum", torch.full((9,), 3.0)),
+            nn.BCEWithLogitsLoss(
+                torch.linspace(0.1, 2, 9), reduction="sum", pos_weight=torch.full((9,), 3.0)
+            ),
+        ),
+        (MSELoss(), nn.MSELoss()),
+        (MSELoss("sum"), nn.MSELoss(reduction="sum")),
+        (MSELoss("none"), nn.MSELoss(reduction="none")),
+    ],
+    ids=str,
+)
+def test_an_elementwise_module_equals_the_one_of_torch_and_has_its_state(ours, theirs, shape):
+    assert isinstance(ours, type(theirs))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    x, target = torch.randn(shape), torch.rand(shape)
+    results = []
+    for module in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        loss = module(leaf, target)
+        loss.sum().backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("module", [BCEWithLogitsLoss, MSELoss])
+def test_an_elementwise_module_works_in_place_on_request(module):
+    x, t = torch.randn(4, 600), torch.rand(4, 600)
+    leaf = x.clone().requires_grad_()
+    output = leaf * 1
+    memory = output.detach()
+    module(inplace=True)(output, t).backward()
+    assert same_bits(memory, leaf.grad)
+    assert copy.deepcopy(module(inplace=True)).inplace
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (superfine.losses.bce_with_logits, nn.functional.binary_cross_entropy_with_logits),
+        (superfine.losses.mse, nn.functional.mse_loss),
+        (BCEWithLogitsLoss, nn.BCEWithLogitsLoss),
+        (MSELoss, nn.MSELoss),
+    ],
+)
+def test_elementwise_losses_take_the_arguments_of_torchs_in_their_order(ours, theirs):
+    deprecated = ("size_average", "reduce")
+    mine, torchs = (inspect.signature(f).parameters for f in (ours, theirs))
+    known = [name for name, p in mine.items() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    expected = [name for name in torchs if name not in deprecated]
+    assert known == expected
+    assert {name: mine[name].default for name in expected} == {n: torchs[n].default for n in expected}

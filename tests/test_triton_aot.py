@@ -104,6 +104,20 @@ def test_cross_entropy_reads_and_writes_16_bytes_where_rows_are_aligned(kernels)
         assert_16_bytes_wide(kernel.ptx)
 
 
+def test_elementwise_losses_compute_in_float64_for_float64_only(kernels):
+    for kernel in of_op(kernels, "elementwise_loss", OPMATH="fp32"):
+        assert ".f64" not in kernel.ptx, kernel
+
+
+def test_elementwise_losses_read_and_write_16_bytes_where_tensors_are_aligned(kernels):
+    aligned = [
+        kernel for kernel in of_op(kernels, "elementwise_loss", GRADIENT="True") if "input" in kernel.aligned
+    ]
+    assert aligned
+    for kernel in aligned:
+        assert_16_bytes_wide(kernel.ptx)
+
+
 def jit_functions():
     """(file, function) -> the names that its code mentions, for everything that Triton compiles."""
     found = {}

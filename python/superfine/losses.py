@@ -7,21 +7,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from superfine_kernels import (
+    bce_with_logits,
     cross_entropy,
     linear_cross_entropy,
     linear_topk_kl_div,
+    mse,
     topk_kl_div,
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
 
 __all__ = [
+    "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "MSELoss",
     "TopKKLDivLoss",
+    "bce_with_logits",
     "cross_entropy",
     "linear_cross_entropy",
     "linear_topk_kl_div",
+    "mse",
     "topk_kl_div",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_linear_cross_entropy",
@@ -117,6 +123,52 @@ class LinearCrossEntropyLoss(nn.Module):
             **self.options,
             **rest,
         )
+
+
+class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+    """`torch.nn.BCEWithLogitsLoss` with the gradient computed in the forward pass.
+
+    Args:
+        weight, reduction, pos_weight: as in torch.
+        inplace: let the gradient overwrite the logits; see `superfine_kernels.bce_with_logits`.
+
+    Shapes: input and target alike, of any number of dimensions; weights broadcast to them. The loss is float32
+    (float64 for float64 logits).
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
+        *,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__(weight, reduction=reduction, pos_weight=pos_weight)
+        self.inplace = inplace
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return bce_with_logits(
+            input, target, self.weight, self.reduction, self.pos_weight, inplace=self.inplace
+        )
+
+
+class MSELoss(nn.MSELoss):
+    """`torch.nn.MSELoss` with the gradient computed in the forward pass.
+
+    Args:
+        reduction: as in torch.
+        inplace: let the gradient overwrite the outputs; see `superfine_kernels.mse`.
+
+    Shapes: input and target alike, of any number of dimensions. The loss is float32 (float64 for float64 outputs).
+    """
+
+    def __init__(self, reduction: str = "mean", *, inplace: bool = False) -> None:
+        super().__init__(reduction=reduction)
+        self.inplace = inplace
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return mse(input, target, self.reduction, inplace=self.inplace)
 
 
 class TopKKLDivLoss(nn.Module):

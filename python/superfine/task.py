@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["Task", "is_causal_lm", "perplexity"]
@@ -111,16 +110,16 @@ class Task:
 
     def loss_of(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean loss of a batch as a 0-dim fp32 tensor: what ``outputs`` returned, and targets (n,)."""
+        from superfine.losses import bce_with_logits, cross_entropy, mse
+
         logits = outputs.float()
         if self.is_language_model:
             return logits
         if self.loss == "cross_entropy":
-            from superfine.losses import cross_entropy
-
             return cross_entropy(logits, targets, label_smoothing=label_smoothing)
         if self.loss == "binary_cross_entropy":
-            return F.binary_cross_entropy_with_logits(logits.squeeze(-1), targets)
-        return F.mse_loss(logits.squeeze(-1), targets)
+            return bce_with_logits(logits.squeeze(-1), targets)
+        return mse(logits.squeeze(-1), targets)
 
     def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Any]:
         """Scores over a whole split: logits (n, num_outputs) and targets (n,), on the CPU."""
