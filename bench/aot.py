@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from superfine_kernels._losses import Options, Rows
+
 from .binaries import Usage, capability_of, first_error, resource_usage
 
 
@@ -132,16 +134,26 @@ def _cross_entropy(kernels: Any) -> None:
         real = torch.float64 if dtype == torch.float64 else torch.float32
         empty = torch.empty if vocab % 16 == 0 else _unaligned
         logits, dlogits = (empty(2, vocab, dtype=dtype) for _ in range(2))
-        target, lse, scale = (
-            torch.zeros(2, dtype=torch.int64),
-            torch.empty(2, dtype=real),
-            torch.ones((), dtype=real),
-        )
-        for weight, smoothing in ((None, 0.0), (torch.ones(vocab, dtype=real), 0.1)):
-            plain = (logits, target, weight, -100, smoothing)
-            kernels.cross_entropy_forward(*plain)
-            kernels.cross_entropy_forward(*plain, dlogits, scale)
-            kernels.cross_entropy_backward(*plain, lse, scale, dlogits)
+        label, slots = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 64, dtype=torch.int64)
+        weight, of_slots, of_all = (torch.ones(*shape, dtype=real) for shape in ((vocab,), (2, 64), (2, vocab)))
+        sums, scale = torch.empty(2, 2, dtype=real), torch.ones((), dtype=real)
+        smooth, softcapped = Options(label_smoothing=0.1), Options(label_smoothing=0.1, softcap=30.0)
+        for rows in (
+            Rows(logits, label, None, None, Options()),
+            Rows(logits, label, None, weight, smooth),
+            Rows(logits, label, None, None, Options(scale=0.5)),
+            Rows(logits, label, None, None, Options(softcap=30.0)),
+            Rows(logits, label, None, weight, softcapped),
+            Rows(logits, slots, of_slots, None, Options()),
+            Rows(logits, slots, None, weight, softcapped),
+            Rows(logits, None, of_all, None, Options()),
+            Rows(logits, None, of_all, weight, softcapped),
+        ):
+            for statistics in (False, True)[: 1 + (rows.target is label)]:
+                kernels.cross_entropy_forward(rows, statistics=statistics)
+                kernels.cross_entropy_forward(rows, statistics=statistics, dlogits=dlogits, scale=scale)
+                kernels.cross_entropy_part(rows, statistics=statistics)
+            kernels.cross_entropy_backward(rows, sums, scale, dlogits)
 
 
 #: For each file of superfine_kernels/triton: calls that launch every kernel in every specialisation that matters.
