@@ -228,10 +228,16 @@ GRADIENT = {"dlogits": torch.zeros(2, 5), "scale": torch.ones(())}
         ({"input": torch.zeros(5)}, r"input is float32 \(5,\)"),
         ({"input": torch.zeros(2, 0)}, r"input is float32 \(2, 0\)"),
         ({"input": torch.zeros(5, 2).t()}, r"input.stride\(\) is \(1, 2\)"),
-        ({"target": torch.zeros(3).long()}, r"target is int64 \(3,\) on cpu; expected int64 or int32 \(2,\) or"),
+        (
+            {"target": torch.zeros(3).long()},
+            r"target is int64 \(3,\) on cpu; expected int64 or int32 \(2,\) or",
+        ),
         ({"target": torch.zeros(2)}, r"target is float32"),
         ({"target": torch.zeros(3, 2).long().t()}, r"target.stride\(\) is \(1, 2\)"),
-        ({"target": None}, r"probabilities is None .*; expected float32 \(2, 5\) on cpu where target is None"),
+        (
+            {"target": None},
+            r"probabilities is None .*; expected float32 \(2, 5\) on cpu where target is None",
+        ),
         ({"target": None, "probabilities": torch.zeros(2, 4)}, r"probabilities is float32 \(2, 4\)"),
         ({"target": None, "probabilities": torch.zeros(2, 5).half()}, r"probabilities is float16"),
         ({"target": None, "probabilities": torch.zeros(5, 2).t()}, r"probabilities.stride\(\) is \(1, 2\)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -13,6 +14,8 @@ pytest.importorskip("triton")
 import triton_interpreter
 from kernel_cases import GRADIENT_TOLERANCE, LOGIT_DTYPES, LOSS_TOLERANCE, class_weights, labels, logits
 
+from superfine_kernels import _cross_entropy_backends as backends
+from superfine_kernels._class_tiles import join, row_results
 from superfine_kernels._losses import Options, Rows
 from superfine_kernels.triton.cross_entropy import (
     MAX_BLOCK,
@@ -194,10 +197,12 @@ def test_ignored_slots_add_nothing_and_rows_of_them_are_zero():
 
 
 def test_rows_without_slots_are_ignored():
-    rows = Rows(torch.randn(2, 5), torch.empty(2, 0).long(), torch.empty(2, 0), None, Options(z_loss=1.0))
-    dlogits = torch.full_like(rows.input, math.nan)
-    assert not cross_entropy_forward(rows, dlogits=dlogits, scale=torch.ones(())).any()
-    assert not dlogits.any()
+    for probabilities in (None, torch.empty(2, 0)):
+        none = torch.empty(2, 0, dtype=torch.int64)
+        rows = Rows(torch.randn(2, 5), none, probabilities, None, Options(z_loss=1.0))
+        dlogits = torch.full_like(rows.input, math.nan)
+        assert not cross_entropy_forward(rows, dlogits=dlogits, scale=torch.ones(())).any()
+        assert not dlogits.any()
 
 
 @pytest.mark.parametrize("bad", [-1, 9, 2**40])
@@ -299,7 +304,9 @@ def test_softcap_and_its_slope_have_all_digits():
         capped = torch.tanh(x.to(dtype).double())[0]
         at_classes = torch.stack(
             [
-                cross_entropy_part(Rows(x.to(dtype), torch.tensor([c]), None, None, options), statistics=True)[5, 0]
+                cross_entropy_part(
+                    Rows(x.to(dtype), torch.tensor([c]), None, None, options), statistics=True
+                )[5, 0]
                 for c in range(x.shape[1])
             ]
         )
@@ -344,15 +351,17 @@ def test_statistics_agree_with_torch_in_float64(dtype, vocab, options):
 def test_statistics_with_masked_classes():
     x = torch.full((3, MAX_BLOCK + 3), -INF)
     x[0, 5], x[0, MAX_BLOCK + 1] = 1.0, 2.0  # two blocks with one class each
-    x[1, MAX_BLOCK :] = 0.0  # a block without any
+    x[1, MAX_BLOCK:] = 0.0  # a block without any
     x[2, 7] = -3e38
     t = torch.tensor([MAX_BLOCK + 1, MAX_BLOCK + 1, 7])
-    logprob, entropy, correct = cross_entropy_forward(
-        Rows(x, t, None, None, Options()), statistics=True
-    )[3:]
+    logprob, entropy, correct = cross_entropy_forward(Rows(x, t, None, None, Options()), statistics=True)[3:]
     p = torch.tensor([1.0, 2.0]).softmax(0)
-    torch.testing.assert_close(logprob, torch.stack([p[1].log(), torch.tensor(1 / 3).log(), torch.tensor(0.0)]))
-    torch.testing.assert_close(entropy, torch.stack([-(p * p.log()).sum(), torch.tensor(3.0).log(), torch.tensor(0.0)]))
+    torch.testing.assert_close(
+        logprob, torch.stack([p[1].log(), torch.tensor(1 / 3).log(), torch.tensor(0.0)])
+    )
+    torch.testing.assert_close(
+        entropy, torch.stack([-(p * p.log()).sum(), torch.tensor(3.0).log(), torch.tensor(0.0)])
+    )
     assert correct.tolist() == [1, 0, 1]
 
 
@@ -367,46 +376,34 @@ def parts_of(rows: Rows) -> list[Rows]:
         dataclasses.replace(
             rows, input=rows.input[:, first:end].clone(), first_class=first, classes=BOUNDS[-1]
         )
-        for first, end in zip(BOUNDS, BOUNDS[1:], strict=False)
+        for first, end in itertools.pairwise(BOUNDS)
     ]
+
+
+def divided(kind: str, weighted: bool, options: dict[str, float]) -> Rows:
+    """Rows for `parts_of`: one ignored, one with a part without a maximum, one of equals in two parts."""
+    rows = case(kind, BOUNDS[-1], weighted=weighted, **options)
+    if rows.target is not None:
+        rows.target[1] = -100
+        rows.target[2:] = rows.target[2:].remainder(8)
+        rows.target[3, ...] = 3
+    # -inf where no one wants a class of the part, or else far below.
+    wanted = value_of_classes(rows)[2, 1:8].any()
+    rows.input[2, 1:8] = -40.0 if wanted else -INF
+    rows.input[3, [3, 2000]] = rows.input[3].max() + 1
+    return rows
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, TOGETHER], ids=["plain", "softcap", "together"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_together_are_the_whole(kind, weighted, options):
-    rows, statistics = case(kind, BOUNDS[-1], weighted=weighted, **options), kind == "label"
-    if kind != "dense":
-        rows.target[1] = -100
-        rows.target[2:] = rows.target[2:].remainder(9)
-        rows.target[3, ...] = 3
-    rows.input[2, 1:8] = -INF  # a part without a maximum
-    rows.input[3, 3] = rows.input[3].max() + 1
-    if kind == "dense":
-        rows.probabilities[2, 1:8] = 0
-        rows.input[2, 1:8] = -30.0
-    elif not (kind == "label" and options.get("label_smoothing", 0) == 0):
-        rows.input[2, 1:8] = -30.0
+    rows, statistics = divided(kind, weighted, options), kind == "label"
     whole = cross_entropy_forward(rows, statistics=statistics)
     parts = torch.stack([cross_entropy_part(part, statistics=statistics) for part in parts_of(rows)])
-    maxima, sums, masses, dots = parts[:, :4].unbind(1)
-    counted = whole[1] != 0
-    maximum = maxima.amax(0)
-    fall = torch.where(maxima == -INF, 0.0, maxima) - maximum
-    rescale = (maxima - maximum).exp()
-    total = (sums * rescale).sum(0)
-    mass, dot = masses.sum(0), (dots + masses * fall).sum(0)
-    lse = maximum + total.log()
-    loss = mass * total.log() - dot + rows.options.z_loss * lse**2
-    merged = torch.where(counted, torch.stack([loss, lse, mass]), 0.0)
-    torch.testing.assert_close(merged, whole[:3], rtol=1e-5, atol=1e-5)
+    joined = row_results(join(parts), rows.target, rows.options)
+    torch.testing.assert_close(joined, whole, rtol=1e-5, atol=1e-5)
     if statistics:
-        weighted_sum, at_target, best = parts[:, 4:].unbind(1)
-        logprob = at_target.sum(0) - lse
-        entropy = total.log() - ((weighted_sum + sums * fall) * rescale).nan_to_num(0.0).sum(0) / total
-        first = best.gather(0, maxima.argmax(0)[None])[0]
-        merged = torch.where(counted, torch.stack([logprob, entropy, (first == rows.target).float()]), 0.0)
-        torch.testing.assert_close(merged, whole[3:], rtol=1e-5, atol=1e-5)
         assert whole[5, 3] == 1
 
     scale = torch.tensor([0.5, 2.0, -1.0, 0.25])
@@ -418,6 +415,21 @@ def test_parts_together_are_the_whole(kind, weighted, options):
         assert torch.equal(part.input, gradients[-1])
     # A class in several slots: their sum is taken in another order where a block has other sizes.
     torch.testing.assert_close(torch.cat(gradients, 1), expected, rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, TOGETHER], ids=["plain", "together"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_are_those_of_the_cpu_kernels(kind, options):
+    rows, statistics = divided(kind, True, options), kind == "label"
+    sums, scale = cross_entropy_forward(rows)[1:], torch.tensor(0.5)
+    for part in parts_of(rows):
+        triton, cpu = (backends.part(part, statistics, name) for name in ("triton", "cpu"))
+        torch.testing.assert_close(triton, cpu, rtol=1e-5, atol=1e-5)
+        gradients = []
+        for name in ("triton", "cpu"):
+            gradients.append(torch.full_like(part.input, math.nan))
+            backends.gradient_to(part, sums, scale, gradients[-1], name)
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
 
 
 def test_parts_of_rows_that_do_not_count():

@@ -47,21 +47,23 @@ class Row(NamedTuple):
 @triton.jit
 def real(x, OPMATH: tl.constexpr):
     """What `option` made an option into."""
-    if OPMATH == tl.float64:
+    if OPMATH == tl.float64:  # noqa: SIM300
         return x.to(tl.int64).to(tl.float64, bitcast=True)
     return tl.full((), x, OPMATH)
 
 
 @triton.jit
 def _tanh(u):
-    """(tanh u, 1 - tanh^2 u), both without cancellation: a polynomial near 0 (Cephes, Moshier), exp(-2|u|) elsewhere."""
+    """(tanh u, 1 - tanh^2 u) without cancellation: near 0 a polynomial (Cephes, Moshier), elsewhere by exp(-2|u|)."""
     size = tl.abs(u)
     e = tl.exp(-2.0 * size)
     inverse = 1.0 / (1.0 + e)
     far = 1.0 - 2.0 * e * inverse
     square = u * u
     if u.dtype == tl.float64:
-        p = (-9.64399179425052238628e-1 * square - 9.92877231001918586564e1) * square - 1.61468768441708447952e3
+        p = (
+            -9.64399179425052238628e-1 * square - 9.92877231001918586564e1
+        ) * square - 1.61468768441708447952e3
         q = (square + 1.12811678491632931402e2) * square + 2.23548839060100448583e3
         near = u + u * (square * (p / (q * square + 4.84406305325125486048e3)))
     else:
@@ -136,7 +138,9 @@ def load_slots(row, k, hard):
     mask = k < row.targets
     t = tl.load(row.target + k, mask=mask, other=0).to(tl.int64)
     column = t - row.first_class
-    here = mask & (t != row.ignore_index) & (t >= 0) & (t < row.classes) & (column >= 0) & (column < row.vocab)
+    here = (
+        mask & (t != row.ignore_index) & (t >= 0) & (t < row.classes) & (column >= 0) & (column < row.vocab)
+    )
     column = tl.where(here, column, -1).to(tl.int32)
     value = hard * load_weights(row, column, here)
     if row.probabilities is not None:
@@ -148,7 +152,7 @@ def load_slots(row, k, hard):
 
 
 def option(x: float, input: Tensor) -> float | int:
-    """An option for a kernel: Triton passes a float as float32, so for float64 logits these are the bits of a double."""
+    """An option for a kernel: Triton passes a float as float32, so for float64 logits it travels as its bits."""
     bits: int = struct.unpack("<q", struct.pack("<d", x))[0]
     return bits if opmath_dtype(input.dtype).itemsize == 8 else float(x)
 

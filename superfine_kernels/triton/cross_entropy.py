@@ -5,8 +5,9 @@ probabilities, relative to the maximum so far; with `dlogits` a second one over 
 writes the gradient. Traffic per logit: one read, and one write of the gradient; with probabilities of all classes as
 many reads of those.
 
-A row without a target that counts gives zeros, whatever it holds; a target outside [0, classes) gives NaN and no stray
-access. Results are float32, or float64 for float64 logits, one after the other as `RowResult` and `PartResult` say.
+A row without a target that counts gives zeros, whatever it holds; a target outside [0, classes) gives NaN and no
+stray access. Results are float32, or float64 for float64 logits, one after the other as `RowResult` and `PartResult`
+say.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -41,6 +42,8 @@ from superfine_kernels.triton._losses import (
 #: on sm_120).
 MAX_BLOCK = 2048
 WARP_BLOCK = 256
+#: What blocks of 8 warps may have a thread.
+MAX_REGISTERS = 255
 #: Targets of a row per iteration, at most.
 MAX_SLOTS = 64
 
@@ -176,17 +179,11 @@ def _write_gradient(
             tl.store(dx + columns, value.to(dx.dtype.element_ty), mask=columns >= 0)
 
 
-# A kernel for each of their values would be the same but for its time to compile.
-UNSPECIALIZED = [
-    "targets", "classes", "target_stride", "scale_stride",
-    "ignore_index", "smoothing", "z_loss", "softcap", "scale",
-]  # fmt: skip
-
-
 @triton.jit
 def _forward_row(
-    row, results, dlogits, upstream, slot_gradients, STATISTICS: tl.constexpr, PART: tl.constexpr, OTHERS: tl.constexpr
-):
+    row, results, dlogits, upstream, slot_gradients,
+    STATISTICS: tl.constexpr, PART: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
     counts, known, column = load_targets(row)
     valid = counts & known
     y_label, _ = load_logits(row, column, column >= 0, 0.0)
@@ -235,7 +232,9 @@ def _backward_row(row, sums, dlogits, upstream, slot_gradients, OTHERS: tl.const
     mass = tl.load(sums + tl.num_programs(0))
     factor = tl.load(upstream)
     softmax = factor * (mass + 2.0 * row.z_loss * lse)
-    _write_gradient(row, dlogits, slot_gradients, column, counts, counts & known, lse, softmax, factor, OTHERS)
+    _write_gradient(
+        row, dlogits, slot_gradients, column, counts, counts & known, lse, softmax, factor, OTHERS
+    )
 
 
 # A kernel for each of their values would be the same but for its time to compile.
@@ -323,7 +322,12 @@ def cross_entropy_forward(
     op = "cross_entropy_forward"
     _check(op, rows, statistics)
     if rows.classes not in (0, rows.input.shape[1]):
-        reject(op, "classes", rows.classes, f"those of the input, {rows.input.shape[1]}: cross_entropy_part is for parts")
+        reject(
+            op,
+            "classes",
+            rows.classes,
+            f"those of the input, {rows.input.shape[1]}: cross_entropy_part is for parts",
+        )
     if dlogits is not None:
         check_gradient(op, rows.input, dlogits, scale)
     out = rows.new_results(ROW_STATISTICS if statistics else ROW_RESULTS)
@@ -364,14 +368,16 @@ def cross_entropy_backward(rows: Rows, sums: Tensor, scale: Tensor, dlogits: Ten
 
 def _check(op: str, rows: Rows, statistics: bool) -> None:
     check_rows(op, rows)
-    if statistics and _kind(rows) != "label":
+    if statistics and _targets(rows)[0] != "label":
         reject(op, "statistics", statistics, "False but for one label a row, without probabilities")
 
 
-def _kind(rows: Rows) -> str:
+def _targets(rows: Rows) -> tuple[str, int]:
+    """TARGETS, as `Row` has it, and how many of them a row has."""
     if rows.target is None:
-        return "dense"
-    return "label" if rows.probabilities is None and rows.target[:1].numel() <= 1 else "slots"
+        return "dense", 0
+    count = 1 if rows.target.dim() == 1 else rows.target.shape[1]
+    return "label" if count == 1 and rows.probabilities is None else "slots", count
 
 
 def _launch(
@@ -382,10 +388,12 @@ def _launch(
     count, vocab = input.shape
     if count == 0:
         return
-    kind = _kind(rows)
-    targets = 0 if target is None else target[0].numel()
+    kind, targets = _targets(rows)
     block, warps = _block(vocab)
     slots = min(MAX_SLOTS, triton.next_power_of_2(max(1, targets)))
+    # Of these kernels ptxas spills two registers to fit into 32 or 48, unless it is given another limit.
+    spilling = (kernel is _forward and options.softcap > 0) or (kind, sums.dtype) == ("slots", torch.float64)
+    limit = {"maxnreg": MAX_REGISTERS} if spilling and torch.version.hip is None else {}
     slot_gradients = None
     if kind == "slots" and dlogits is not None:
         slot_gradients = torch.empty(count * targets, dtype=sums.dtype, device=input.device)
@@ -401,7 +409,7 @@ def _launch(
             SMOOTH=options.label_smoothing > 0 and kind != "dense", **constants,
             OPMATH=tl.float64 if sums.dtype == torch.float64 else tl.float32,
             # As many comparisons of slots at a time as a block has classes.
-            BLOCK=block, SLOTS=slots, OTHERS=max(1, min(slots, block // slots)), num_warps=warps,
+            BLOCK=block, SLOTS=slots, OTHERS=max(1, min(slots, block // slots)), num_warps=warps, **limit,
         )  # fmt: skip
 
 
