@@ -15,6 +15,7 @@ import triton_interpreter
 from kernel_cases import GRADIENT_TOLERANCE, LOGIT_DTYPES, LOSS_TOLERANCE, class_weights, labels, logits
 
 from superfine_kernels import _cross_entropy_backends as backends
+from superfine_kernels import cross_entropy, linear_cross_entropy
 from superfine_kernels._class_tiles import join, row_results
 from superfine_kernels._losses import Options, Rows
 from superfine_kernels.triton.cross_entropy import (
@@ -443,3 +444,40 @@ def test_parts_of_rows_that_do_not_count():
     gradient = cross_entropy_backward(rows, sums, torch.ones(()))
     assert not gradient[0].any()
     assert gradient[1].isnan().all()
+
+
+# --- the ops --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _on_cpu_tensors(monkeypatch):
+    monkeypatch.setattr("superfine_kernels._backends._serves", lambda backend, device: True)
+
+
+@pytest.mark.usefixtures("_on_cpu_tensors")
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("kind", KINDS[:2] + KINDS[3:])
+def test_cross_entropy_through_these_kernels(kind, reduction):
+    rows, options = case(kind, 60, weighted=True), {**TOGETHER, "return_stats": kind == "label"}
+    target = rows.probabilities if kind == "dense" else rows.target
+    options["probabilities"] = rows.probabilities if kind == "slots" else None
+    found = []
+    for backend in ("triton", "reference"):
+        x = rows.input.clone().requires_grad_()
+        result = cross_entropy(x, target, rows.weight, reduction=reduction, **options, backend=backend)
+        loss, statistics = result if options["return_stats"] else (result, ())
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        found.append([loss, gradient, *statistics])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_on_cpu_tensors")
+def test_linear_cross_entropy_through_these_kernels():
+    input, head = torch.randn(ROWS, 8), torch.randn(2500, 8)  # three tiles, and a tail in a block
+    target = labels(ROWS, 2500)
+    found = []
+    for backend in ("triton", "cpu"):
+        leaves = [input.clone().requires_grad_(), head.clone().requires_grad_()]
+        loss = linear_cross_entropy(*leaves, target, **TOGETHER, tile_bytes=1024, backend=backend)
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
