@@ -391,8 +391,9 @@ def _launch(
     kind, targets = _targets(rows)
     block, warps = _block(vocab)
     slots = min(MAX_SLOTS, triton.next_power_of_2(max(1, targets)))
-    # Of these kernels ptxas spills two registers to fit into 32 or 48, unless it is given another limit.
-    spilling = (kernel is _forward and options.softcap > 0) or (kind, sums.dtype) == ("slots", torch.float64)
+    # Of some of these kernels ptxas spills two registers to fit into 32, 48 or 64, unless it is given another limit.
+    forward = kernel is _forward and (options.softcap > 0 or options.label_smoothing > 0)
+    spilling = forward or (kind == "slots" and sums.dtype == torch.float64)
     limit = {"maxnreg": MAX_REGISTERS} if spilling and torch.version.hip is None else {}
     slot_gradients = None
     if kind == "slots" and dlogits is not None:
