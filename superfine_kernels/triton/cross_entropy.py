@@ -42,7 +42,7 @@ from superfine_kernels.triton._losses import (
 #: on sm_120).
 MAX_BLOCK = 2048
 WARP_BLOCK = 256
-#: What blocks of 8 warps may have a thread.
+#: Registers that a thread of a block of 8 warps may have.
 MAX_REGISTERS = 255
 #: Targets of a row per iteration, at most.
 MAX_SLOTS = 64
