@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from superfine_kernels._losses import Options, Rows
+
 from .binaries import Usage, capability_of, first_error, resource_usage
 
 
@@ -132,16 +134,34 @@ def _cross_entropy(kernels: Any) -> None:
         real = torch.float64 if dtype == torch.float64 else torch.float32
         empty = torch.empty if vocab % 16 == 0 else _unaligned
         logits, dlogits = (empty(2, vocab, dtype=dtype) for _ in range(2))
-        target, lse, scale = (
-            torch.zeros(2, dtype=torch.int64),
-            torch.empty(2, dtype=real),
-            torch.ones((), dtype=real),
+        label, slots = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 64, dtype=torch.int64)
+        weight, of_slots, of_all = (
+            torch.ones(*shape, dtype=real) for shape in ((vocab,), (2, 64), (2, vocab))
         )
-        for weight, smoothing in ((None, 0.0), (torch.ones(vocab, dtype=real), 0.1)):
-            plain = (logits, target, weight, -100, smoothing)
-            kernels.cross_entropy_forward(*plain)
-            kernels.cross_entropy_forward(*plain, dlogits, scale)
-            kernels.cross_entropy_backward(*plain, lse, scale, dlogits)
+        sums, scale = torch.empty(2, 2, dtype=real), torch.ones((), dtype=real)
+        plain, smooth = Options(), Options(label_smoothing=0.1)
+        for rows in (Rows(logits, label, None, None, plain), Rows(logits, label, None, weight, smooth)):
+            kernels.cross_entropy_forward(rows)
+            kernels.cross_entropy_forward(rows, dlogits=dlogits, scale=scale)
+            kernels.cross_entropy_backward(rows, sums, scale, dlogits)
+        # The rest once for each dtype, half of them aligned.
+        if vocab != (32000 if dtype in (torch.bfloat16, torch.float64) else 30522) and vocab != 3:
+            continue
+        every = Options(label_smoothing=0.1, softcap=30.0)
+        kernels.cross_entropy_part(Rows(logits, label, None, None, plain))
+        for rows in (
+            Rows(logits, label, None, None, Options(scale=0.5)),
+            Rows(logits, label, None, None, Options(softcap=30.0)),
+            Rows(logits, label, None, weight, every),
+            Rows(logits, slots, of_slots, None, plain),
+            Rows(logits, slots, None, weight, every),
+            Rows(logits, None, of_all, None, plain),
+            Rows(logits, None, of_all, weight, every),
+        ):
+            statistics = rows.target is label
+            kernels.cross_entropy_forward(rows, statistics=statistics, dlogits=dlogits, scale=scale)
+            kernels.cross_entropy_part(rows, statistics=statistics)
+            kernels.cross_entropy_backward(rows, sums, scale, dlogits)
 
 
 def _elementwise_loss(kernels: Any) -> None:
