@@ -230,7 +230,7 @@ def test_a_gpu_takes_large_tensors_in_parts(monkeypatch, reduction, weight, pos_
     monkeypatch.setattr(superfine_kernels, "_cuda", module, raising=False)
     op = importlib.import_module("superfine_kernels.elementwise_loss")
     monkeypatch.setattr(op._backends, "choose", lambda *_: "cuda")
-    monkeypatch.setattr(op, "_where", lambda _: {"stream": 0, "device": 0})
+    monkeypatch.setattr(op, "cuda_place", lambda _: {"stream": 0, "device": 0})
     x, t = elementwise_inputs((300, 7), torch.float16)
     options = {"weight": torch.rand(weight), "pos_weight": torch.rand(pos_weight), "reduction": reduction}
     leaf = x.clone().requires_grad_()
