@@ -27,7 +27,17 @@ __all__ = [
     "read",
 ]
 
-OPS = ("adamw", "lamb", "cross_entropy", "linear_cross_entropy", "train_step")
+#: Each op, and the file of its cases.
+FILES = {
+    "adamw": "adamw",
+    "lamb": "lamb",
+    "cross_entropy": "cross_entropy",
+    "linear_cross_entropy": "linear_cross_entropy",
+    "bce_with_logits": "elementwise_loss",
+    "mse": "elementwise_loss",
+    "train_step": "train_step",
+}
+OPS = tuple(FILES)
 
 
 def all_cases(only: str | None = None, device: str | None = None) -> list[Case]:
@@ -40,6 +50,7 @@ def all_cases(only: str | None = None, device: str | None = None) -> list[Case]:
         near = difflib.get_close_matches(only, OPS, n=1, cutoff=0.4)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"bench: op is {only!r}; expected one of {', '.join(OPS)}{hint}")
-    names = OPS if only is None else (only,)
-    cases = [case for name in names for case in importlib.import_module(f"{__name__}.{name}").cases()]
+    files = dict.fromkeys(FILES.values() if only is None else [FILES[only]])
+    cases = [case for name in files for case in importlib.import_module(f"{__name__}.{name}").cases()]
+    cases = [case for case in cases if only is None or case.op == only]
     return [case for case in cases if device is None or case.device in ("", device)]

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from superfine_kernels._losses import Options, Rows
+
 from .binaries import Usage, capability_of, first_error, resource_usage
 
 
@@ -132,20 +134,61 @@ def _cross_entropy(kernels: Any) -> None:
         real = torch.float64 if dtype == torch.float64 else torch.float32
         empty = torch.empty if vocab % 16 == 0 else _unaligned
         logits, dlogits = (empty(2, vocab, dtype=dtype) for _ in range(2))
-        target, lse, scale = (
-            torch.zeros(2, dtype=torch.int64),
-            torch.empty(2, dtype=real),
-            torch.ones((), dtype=real),
+        label, slots = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 64, dtype=torch.int64)
+        weight, of_slots, of_all = (
+            torch.ones(*shape, dtype=real) for shape in ((vocab,), (2, 64), (2, vocab))
         )
-        for weight, smoothing in ((None, 0.0), (torch.ones(vocab, dtype=real), 0.1)):
-            plain = (logits, target, weight, -100, smoothing)
-            kernels.cross_entropy_forward(*plain)
-            kernels.cross_entropy_forward(*plain, dlogits, scale)
-            kernels.cross_entropy_backward(*plain, lse, scale, dlogits)
+        sums, scale = torch.empty(2, 2, dtype=real), torch.ones((), dtype=real)
+        plain, smooth = Options(), Options(label_smoothing=0.1)
+        for rows in (Rows(logits, label, None, None, plain), Rows(logits, label, None, weight, smooth)):
+            kernels.cross_entropy_forward(rows)
+            kernels.cross_entropy_forward(rows, dlogits=dlogits, scale=scale)
+            kernels.cross_entropy_backward(rows, sums, scale, dlogits)
+        # The rest once for each dtype, half of them aligned.
+        if vocab != (32000 if dtype in (torch.bfloat16, torch.float64) else 30522) and vocab != 3:
+            continue
+        every = Options(label_smoothing=0.1, softcap=30.0)
+        kernels.cross_entropy_part(Rows(logits, label, None, None, plain))
+        for rows in (
+            Rows(logits, label, None, None, Options(scale=0.5)),
+            Rows(logits, label, None, None, Options(softcap=30.0)),
+            Rows(logits, label, None, weight, every),
+            Rows(logits, slots, of_slots, None, plain),
+            Rows(logits, slots, None, weight, every),
+            Rows(logits, None, of_all, None, plain),
+            Rows(logits, None, of_all, weight, every),
+        ):
+            statistics = rows.target is label
+            kernels.cross_entropy_forward(rows, statistics=statistics, dlogits=dlogits, scale=scale)
+            kernels.cross_entropy_part(rows, statistics=statistics)
+            kernels.cross_entropy_backward(rows, sums, scale, dlogits)
+
+
+def _elementwise_loss(kernels: Any) -> None:
+    op = importlib.import_module("superfine_kernels._elements")
+    layouts: list[tuple[torch.dtype, Any]] = [(dtype, torch.empty) for dtype in DTYPES]
+    layouts.append((torch.float32, _unaligned))
+    for (dtype, empty), loss in itertools.product(layouts, op.CODES):
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        x, t, gradient = (empty(8192, dtype=dtype) for _ in range(3))
+        plain = op.Elements(loss, x, t, op.Pattern(None, 1), op.Pattern(None, 1))
+        kernels.elementwise_loss(plain, total=True)
+        kernels.elementwise_loss(plain, gradient=gradient, scale=torch.ones((), dtype=real))
+        values = torch.ones(8192, dtype=real)  # one for each class, and for each row of thousands or of a few
+        weighted = op.Elements(loss, x, t.to(real), op.Pattern(values, 4096), op.Pattern(values, 1))
+        kernels.elementwise_loss(weighted, losses=values)
+        kernels.elementwise_loss(weighted, gradient=gradient, scale=values)
+        short = op.Elements(loss, x, t, op.Pattern(values, 20), op.Pattern(values, 20))
+        kernels.elementwise_loss(short, gradient=gradient, denominator=2.0, total=True)
 
 
 #: For each file of superfine_kernels/triton: calls that launch every kernel in every specialisation that matters.
-CALLS: dict[str, Callable[[Any], None]] = {"adamw": _adamw, "cross_entropy": _cross_entropy, "lamb": _lamb}
+CALLS: dict[str, Callable[[Any], None]] = {
+    "adamw": _adamw,
+    "cross_entropy": _cross_entropy,
+    "elementwise_loss": _elementwise_loss,
+    "lamb": _lamb,
+}
 
 
 # --- compiling ---------------------------------------------------------------------------------------------

@@ -136,13 +136,15 @@ def _range(values: list[int]) -> str:
 
 
 def _least_times(bandwidth_gb_s: float) -> dict[str, dict[str, float]]:
-    from . import all_cases
+    from . import FILES, all_cases
 
     least: dict[str, dict[str, float]] = {}
     for case in all_cases():
         if case.traffic:  # else its memory is not what bounds it
             milliseconds = case.cost().bytes / bandwidth_gb_s / 1e6
-            least.setdefault(case.op, {})[f"{case.name}, {case.dtype}"] = milliseconds
+            file = FILES[case.op]
+            name = case.name if file == case.op else f"{case.op} {case.name}"
+            least.setdefault(file, {})[f"{name}, {case.dtype}"] = milliseconds
     return least
 
 

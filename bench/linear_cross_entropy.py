@@ -36,6 +36,7 @@ class Inputs:
     expected_rows: torch.Tensor  # of the hidden states' gradient
     expected_classes: torch.Tensor  # of the weight's
     expected_loss: float = 0.0
+    few: torch.Tensor | None = None  # the rows of `classes`, where only they train of the weight
 
 
 def _inputs(
@@ -43,7 +44,7 @@ def _inputs(
 ) -> Inputs:
     inputs = Inputs(
         torch.empty(n, h, device=device, dtype=dtype, requires_grad="hidden" in trains),
-        torch.empty(v, h, device=device, dtype=dtype, requires_grad="weight" in trains),
+        torch.empty(v, h, device=device, dtype=dtype, requires_grad=trains != "hidden"),
         torch.empty(n, device=device, dtype=torch.int64),
         kept,
         torch.linspace(0, n - 1, SAMPLE, device=device).long(),
@@ -51,6 +52,8 @@ def _inputs(
         torch.empty(SAMPLE, h, device=device, dtype=torch.float64),
         torch.empty(SAMPLE, h, device=device, dtype=torch.float64),
     )
+    if "rows" in trains:
+        inputs.few = torch.empty(SAMPLE, h, device=device, dtype=dtype, requires_grad=True)
     _redraw(inputs, 0)
     return inputs
 
@@ -63,6 +66,8 @@ def _redraw(inputs: Inputs, seed: int) -> None:
     (n, h), v = hidden.shape, len(weight)
     hidden.copy_(torch.randn(n, h, generator=generator))
     weight.copy_(torch.randn(v, h, generator=generator) * h**-0.5)
+    if inputs.few is not None:
+        inputs.few.copy_(weight[inputs.classes])
     target.copy_(torch.randint(v, (n,), generator=generator))
     target[torch.rand(n, generator=generator).to(target.device) >= inputs.kept] = -100
     count = int((target != -100).sum())
@@ -83,7 +88,8 @@ def _redraw(inputs: Inputs, seed: int) -> None:
 
 
 def _trained(inputs: Inputs) -> list[torch.Tensor]:
-    return [t for t in (inputs.hidden, inputs.weight) if t.requires_grad]
+    of_weight = inputs.weight if inputs.few is None else inputs.few
+    return [t for t in (inputs.hidden, of_weight) if t.requires_grad]
 
 
 def _check(inputs: Inputs, call: Callable[[], Outcome]) -> float:
@@ -98,7 +104,7 @@ def _check(inputs: Inputs, call: Callable[[], Outcome]) -> float:
             )
         is_hidden = of is inputs.hidden
         expected = inputs.expected_rows if is_hidden else inputs.expected_classes
-        sample = grad[inputs.rows if is_hidden else inputs.classes].double()
+        sample = (grad if of is inputs.few else grad[inputs.rows if is_hidden else inputs.classes]).double()
         errors.append(((sample - expected).abs().max() / expected.abs().max() / tolerance).item())
         if not bool(torch.isfinite(grad.sum(dtype=torch.float32))):
             return float("nan")
@@ -110,7 +116,10 @@ def _call(
 ) -> Callable[[], Outcome]:
     def call() -> Outcome:
         loss = loss_of(inputs.hidden, inputs.weight, inputs.target)
-        return loss.detach(), *torch.autograd.grad(loss, _trained(inputs))
+        if inputs.few is None:
+            return loss.detach(), *torch.autograd.grad(loss, _trained(inputs))
+        of_hidden, of_weight = torch.autograd.grad(loss, (inputs.hidden, inputs.weight))
+        return loss.detach(), of_hidden, of_weight[inputs.classes]
 
     return call
 
@@ -137,11 +146,29 @@ def _superfine(inputs: Inputs) -> Callable[[], Outcome]:
     return _call(kernels.linear_cross_entropy, inputs)
 
 
+def _superfine_rows(inputs: Inputs) -> Callable[[], Outcome]:
+    kernels = importlib.import_module("superfine_kernels")
+    weight, trained = inputs.weight.detach(), _trained(inputs)
+    places = inputs.classes.cpu()
+
+    def call() -> Outcome:
+        rows = (places, inputs.few)
+        loss = kernels.linear_cross_entropy(inputs.hidden, weight, inputs.target, rows=rows)
+        return loss.detach(), *torch.autograd.grad(loss, trained)
+
+    return call
+
+
 PROVIDERS = (
     Provider("torch eager", _eager_in_its_dtype),
     Provider("torch eager, float32 loss", _eager, in_quick=False),
     Provider("torch linear_cross_entropy", _torch),
     Provider("superfine", _superfine),
+)
+ROW_PROVIDERS = (
+    Provider("torch eager", _eager_in_its_dtype),
+    Provider("superfine, whole gradient", _superfine),
+    Provider("superfine, rows", _superfine_rows),
 )
 
 
@@ -157,6 +184,7 @@ def _case(
 
     def cost() -> MovesMemory:
         op = importlib.import_module("superfine_kernels.linear_cross_entropy")
+        # Few rows of the weight take next to no time.
         trained = {"input_grad": "hidden" in trains, "weight_grad": "weight" in trains}
         return op.cost(round(n * kept), h, v, dtype, **trained)
 
@@ -173,7 +201,7 @@ def _case(
         inputs=partial(_inputs, n=n, h=h, v=v, dtype=dtype, kept=kept, trains=trains),
         before=lambda inputs: None,
         check=_check,
-        providers=PROVIDERS,
+        providers=ROW_PROVIDERS if "rows" in trains else PROVIDERS,
         redraw=_redraw,
         gemm=str(dtype).removeprefix("torch."),
         in_quick=in_quick,
@@ -187,5 +215,6 @@ def cases() -> list[Case]:
         _case(torch.bfloat16, trains="hidden"),
         _case(torch.bfloat16, trains="weight", in_quick=False),
         _case(torch.bfloat16, kept=0.3),
+        _case(torch.bfloat16, trains=f"hidden and {SAMPLE} rows"),
         _case(torch.float32),
     ]

@@ -45,6 +45,8 @@ OP_NAMES = {
     "lamb": "LAMB step",
     "cross_entropy": "cross-entropy, forward + backward",
     "linear_cross_entropy": "linear + cross-entropy, forward + backward",
+    "bce_with_logits": "binary cross-entropy, forward + backward",
+    "mse": "mean squared error, forward + backward",
     "train_step": "whole training step",
 }
 

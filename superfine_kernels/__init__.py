@@ -4,16 +4,25 @@
     lamb_(params, grads, ...)       one multi-tensor LAMB step             superfine_kernels/lamb.py
     cross_entropy(input, target)    loss and gradient of the logits        superfine_kernels/cross_entropy.py
     linear_cross_entropy(...)       the same behind a linear layer         superfine_kernels/linear_cross_entropy.py
+    topk_kl_div(...)                distillation, and linear_topk_kl_div   superfine_kernels/distillation.py
+    vocab_parallel_*(...)           both, classes on several processes     superfine_kernels/vocab_parallel.py
+    bce_with_logits(input, target)  binary cross-entropy                   superfine_kernels/elementwise_loss.py
+    mse(input, target)              mean squared error                     superfine_kernels/elementwise_loss.py
 
 `backends()` shows which implementation serves which device here.
 """
+
+import importlib
+from typing import Any
 
 # torch comes first: it starts the OpenMP runtime that the CPU kernels then share. With the kernels
 # first, a second runtime would start and every call would pay for the fight over the cores.
 import torch  # noqa: F401  isort: skip
 
 from superfine_kernels._backends import backends, isa
+from superfine_kernels._head import LoRA, TrainableRows
 from superfine_kernels._library import Cost, __version__
+from superfine_kernels._losses import CrossEntropyStats
 from superfine_kernels.adamw import adamw_, adamw_groups_
 from superfine_kernels.cross_entropy import cross_entropy
 from superfine_kernels.lamb import lamb_, lamb_groups_
@@ -22,14 +31,39 @@ from superfine_kernels.norm import total_norm
 
 __all__ = [
     "Cost",
+    "CrossEntropyStats",
+    "LoRA",
+    "TrainableRows",
     "__version__",
     "adamw_",
     "adamw_groups_",
     "backends",
+    "bce_with_logits",
     "cross_entropy",
     "isa",
     "lamb_",
     "lamb_groups_",
     "linear_cross_entropy",
+    "linear_topk_kl_div",
+    "mse",
+    "topk_kl_div",
     "total_norm",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]
+
+_WHEN_ASKED_FOR = {
+    "bce_with_logits": "elementwise_loss",
+    "linear_topk_kl_div": "distillation",
+    "mse": "elementwise_loss",
+    "topk_kl_div": "distillation",
+    "vocab_parallel_cross_entropy": "vocab_parallel",
+    "vocab_parallel_linear_cross_entropy": "vocab_parallel",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What few programs use is imported when they do."""
+    if name not in _WHEN_ASKED_FOR:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHEN_ASKED_FOR[name]}"), name)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -52,10 +53,10 @@ def row_results(part: Tensor, target: Tensor | None, options: Options) -> Tensor
     # Relative to the maximum, so that an offset common to a row costs no digits; no term is negative.
     results = [(mass * log_sum - dot) + options.z_loss * lse.square(), lse, mass]
     if len(part) == PART_STATISTICS:
-        assert target is not None
         weighted, at_target, best = part[4:]
         shift = torch.where(maximum == -torch.inf, 0.0, maximum)
-        results += [at_target - shift - log_sum, log_sum - weighted / total, (best == target).to(part.dtype)]
+        results += [at_target - shift - log_sum, log_sum - weighted / total]
+        results.append((best == cast(Tensor, target)).to(part.dtype))
     stacked = torch.stack(results)
     return stacked if target is None else torch.where(counted(target, options.ignore_index), stacked, 0.0)
 
@@ -130,11 +131,10 @@ class Problem:
 
     def columns_of(self, tile: slice) -> tuple[Tensor, Tensor]:
         """Of the classes with columns in the tile: their places among the columns, and in the tile."""
-        assert self.column_classes is not None
-        inside = (self.column_classes >= tile.start) & (self.column_classes < tile.stop)
-        places = inside.nonzero().flatten()
+        classes = cast(Tensor, self.column_classes)
+        places = ((classes >= tile.start) & (classes < tile.stop)).nonzero().flatten()
         device = self.input.device
-        return places.to(device), (self.column_classes[places] - tile.start).to(device)
+        return places.to(device), (classes[places] - tile.start).to(device)
 
     def of_rows(self, rows: Tensor) -> Problem:
         """The problem of these rows alone."""
@@ -206,7 +206,8 @@ class Sum:
         else:
             self.total += torch.mm(a, b)
 
-    def result(self) -> Tensor:
+    def result(self, reduce: Callable[[Tensor], None]) -> Tensor:
+        reduce(self.total)
         return self.total.to(self.dtype)
 
 
@@ -222,10 +223,12 @@ def gradients(
     kept: Tensor | None,
     wants: dict[str, bool],
     accumulate_into: Tensor | None,
+    reduce: Callable[[Tensor], None] = lambda total: None,
 ) -> dict[str, Tensor]:
     """Of the tensors that are wanted, from lse and mass of every row, (2, rows), and one scale a row or one for all.
 
-    `needed` by `Problem.needed`, None for everywhere; `kept`: the logits, where they are one tile and were kept.
+    `needed` by `Problem.needed`, None for everywhere; `kept`: the logits, where they are one tile and were kept;
+    `reduce` is called with sums over the classes, in float32 (float64), before they are rounded.
     """
     dtype = sums.dtype
     wants = {k: v and getattr(p, k) is not None for k, v in wants.items()}
@@ -275,7 +278,7 @@ def gradients(
             torch.mm(logits.t(), part.low_rank_input, out=by_class["low_rank_weight"][tile])
     if into is not None:
         torch.autograd.graph.increment_version(into)
-    found = {**{k: v.result() for k, v in by_row.items()}, **by_class}
+    found = {**{k: v.result(reduce) for k, v in by_row.items()}, **by_class}
     if d_columns is not None and wants["columns"]:
         found["columns"] = d_columns
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import types
 import typing
-__all__: list[str] = ['CrossEntropy', 'MomentPlan', 'TensorReader', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'cross_entropy_part', 'isas', 'lamb', 'lamb_groups', 'sum_of_squares']
+__all__: list[str] = ['CrossEntropy', 'MomentPlan', 'TensorReader', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'cross_entropy_part', 'elementwise_loss', 'isas', 'lamb', 'lamb_groups', 'sum_of_squares']
 class TensorReader:
     """
     Reads torch tensors natively; made once from the torch module.
@@ -61,6 +61,10 @@ def cross_entropy_forward(args: CrossEntropy, out: typing.SupportsInt | typing.S
 def cross_entropy_part(args: CrossEntropy, out: typing.SupportsInt | typing.SupportsIndex, statistics: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> None:
     """
     What a part of the classes adds to the results of every row, to `out`.
+    """
+def elementwise_loss(loss: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex, input: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_dtype: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, weight_length: typing.SupportsInt | typing.SupportsIndex, weight_repeat: typing.SupportsInt | typing.SupportsIndex, pos_weight: typing.SupportsInt | typing.SupportsIndex, pos_weight_length: typing.SupportsInt | typing.SupportsIndex, pos_weight_repeat: typing.SupportsInt | typing.SupportsIndex, scale: typing.SupportsInt | typing.SupportsIndex, scale_stride: typing.SupportsInt | typing.SupportsIndex, denominator: typing.SupportsFloat | typing.SupportsIndex, losses: typing.SupportsInt | typing.SupportsIndex, gradient: typing.SupportsInt | typing.SupportsIndex, sum: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> float:
+    """
+    Unless the addresses are 0, the losses of all elements, and what the gradient is: scale[i * scale_stride] / denominator * dloss_i/dinput_i. Returns the sum of the losses if that is asked for.
     """
 def isas() -> list[str]:
     """

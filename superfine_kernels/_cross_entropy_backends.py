@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,8 +31,9 @@ def _cpu_forward(
     arguments = _cpu.CrossEntropy(**rows.native())
     bad, divisor = _cpu.check_labels(arguments)
     if bad >= 0:
-        assert rows.target is not None
-        reject_label("cross_entropy", rows.target, bad, rows.input.shape[1], rows.options.ignore_index)
+        reject_label(
+            "cross_entropy", cast(Tensor, rows.target), bad, rows.input.shape[1], rows.options.ignore_index
+        )
     divisor = (num_items or divisor) if reduction == MEAN else 1.0
     out = rows.new_results(ROW_STATISTICS if statistics else ROW_RESULTS)
     total = _cpu.cross_entropy_forward(
@@ -55,7 +56,7 @@ def _cuda_forward(
 ) -> tuple[Tensor, Tensor]:
     from superfine_kernels import _cuda
 
-    arguments, where = _cuda.CrossEntropy(**rows.native()), _where(rows.input)
+    arguments, where = _cuda.CrossEntropy(**rows.native()), cuda_place(rows.input)
     out = rows.new_results(ROW_STATISTICS if statistics else ROW_RESULTS)
     divisor = out.new_ones(2)  # and its reciprocal, which scales the gradient
     if reduction == MEAN and num_items:
@@ -100,7 +101,8 @@ def _triton_forward(
     return (out[0] if reduction == NONE else out[0].sum() / divisor), out
 
 
-def _where(tensor: Tensor) -> dict[str, Any]:
+def cuda_place(tensor: Tensor) -> dict[str, Any]:
+    """The stream and device on which CUDA kernels run."""
     return {"stream": torch.cuda.current_stream(tensor.device).cuda_stream, "device": tensor.device.index}
 
 
@@ -143,7 +145,7 @@ def gradient_to(rows: Rows, sums: Tensor, scale: Tensor, dlogits: Tensor, backen
         return
     from superfine_kernels import _cuda
 
-    _cuda.cross_entropy_backward(_cuda.CrossEntropy(**rows.native()), **addresses, **_where(rows.input))
+    _cuda.cross_entropy_backward(_cuda.CrossEntropy(**rows.native()), **addresses, **cuda_place(rows.input))
 
 
 def new_gradient(input: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ def part(rows: Rows, statistics: bool, backend: str) -> Tensor:
     else:
         from superfine_kernels import _cuda
 
-        where = _where(rows.input)
+        where = cuda_place(rows.input)
         _cuda.cross_entropy_part(
             _cuda.CrossEntropy(**rows.native()), out=out.data_ptr(), statistics=statistics, **where
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import superfine_kernels._cpu
 import typing
-__all__: list[str] = ['CrossEntropy', 'adamw', 'adamw_groups', 'cross_entropy_backward', 'cross_entropy_denominator', 'cross_entropy_forward', 'cross_entropy_part', 'cross_entropy_reduce', 'device_count', 'lamb', 'lamb_groups', 'runtime_version', 'why_unavailable']
+__all__: list[str] = ['CrossEntropy', 'ELEMENTS_PER_SUM', 'MOST_ELEMENTS', 'adamw', 'adamw_groups', 'cross_entropy_backward', 'cross_entropy_denominator', 'cross_entropy_forward', 'cross_entropy_part', 'cross_entropy_reduce', 'device_count', 'elementwise_loss', 'lamb', 'lamb_groups', 'runtime_version', 'why_unavailable']
 class CrossEntropy:
     """
     Logits, targets and settings; see csrc/math/cross_entropy.h. Addresses may be 0 for none.
@@ -44,6 +44,10 @@ def device_count() -> int:
     """
     The number of GPUs; 0 without a driver.
     """
+def elementwise_loss(loss: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex, input: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_dtype: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, weight_length: typing.SupportsInt | typing.SupportsIndex, weight_repeat: typing.SupportsInt | typing.SupportsIndex, pos_weight: typing.SupportsInt | typing.SupportsIndex, pos_weight_length: typing.SupportsInt | typing.SupportsIndex, pos_weight_repeat: typing.SupportsInt | typing.SupportsIndex, scale: typing.SupportsInt | typing.SupportsIndex, scale_stride: typing.SupportsInt | typing.SupportsIndex, denominator: typing.SupportsFloat | typing.SupportsIndex, losses: typing.SupportsInt | typing.SupportsIndex, gradient: typing.SupportsInt | typing.SupportsIndex, sums: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex, device: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Unless the addresses are 0: the losses of all elements; scale[i * scale_stride] / denominator * dloss_i/dinput_i as gradient; in out[0] the sum of the losses over the denominator, for which `sums` holds a float32 for every ELEMENTS_PER_SUM elements. Takes 1 to MOST_ELEMENTS elements, not of float64.
+    """
 def lamb(reader: superfine_kernels._cpu.TensorReader, lists: collections.abc.Sequence[list], hyper: dict, *, allocate: collections.abc.Callable, stream: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
     """
     lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. lr, beta1, beta2 and gradient_scale may be tensors of one element on the device, float32 or float64, which the kernels read; where such a gradient_scale is not finite, the step is not taken, but gradients are zeroed if that is asked for. `allocate` takes bytes and returns the address of that much memory on the device, which stays until the stream is done with it. Returns the positions that were left alone.
@@ -56,5 +60,7 @@ def why_unavailable() -> str | None:
     """
     Why no kernel can run on this machine, or None where one can.
     """
+ELEMENTS_PER_SUM: int = 8192
+MOST_ELEMENTS: int = 1073741824
 __version__: str = '0.1.0'
 runtime_version: int = 13000

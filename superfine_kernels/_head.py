@@ -21,7 +21,7 @@ class LoRA(NamedTuple):
 class TrainableRows(NamedTuple):
     """Rows of a head that stand in for those of linear_weight, and alone have a gradient."""
 
-    index: Tensor  # (few), int64, each once
+    indices: Tensor  # (few), int64, each once
     weight: Tensor  # (few, features)
 
 
@@ -42,11 +42,9 @@ class Head(NamedTuple):
         if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
             return self
         dtype = torch.get_autocast_dtype(device)
-        return Head(
-            *(
-                t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-                for t in self
-            )
+        return Head._make(
+            t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+            for t in self
         )
 
     def check_tensors(self, op: str) -> None:
@@ -55,14 +53,14 @@ class Head(NamedTuple):
                 continue
             if not isinstance(tensor, Tensor):
                 reject(op, name, tensor, "a torch.Tensor", TypeError)
-            if tensor.device != self.input.device and name != "rows.index":
+            if tensor.device != self.input.device and name != "rows.indices":
                 reject(op, name, tensor, f"a tensor on {self.input.device}")
 
     def _may_be_none(self, name: str) -> bool:
         pairs = {
             "lora.a": self.b,
             "lora.b": self.a,
-            "rows.index": self.row_weight,
+            "rows.indices": self.row_weight,
             "rows.weight": self.row_index,
         }
         return name == "linear_bias" or (name in pairs and pairs[name] is None)
@@ -95,7 +93,7 @@ class Head(NamedTuple):
             _check_index(op, self.row_index, classes)
 
 
-_NAMES = ("input", "linear_weight", "linear_bias", "lora.a", "lora.b", "rows.index", "rows.weight")
+_NAMES = ("input", "linear_weight", "linear_bias", "lora.a", "lora.b", "rows.indices", "rows.weight")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -104,10 +102,12 @@ def _name(dtype: torch.dtype) -> str:
 
 def _check_index(op: str, index: Tensor, classes: int) -> None:
     if index.dim() != 1 or index.dtype != torch.int64:
-        reject(op, "rows.index", index, "int64 (few)", TypeError)
+        reject(op, "rows.indices", index, "int64 (few)", TypeError)
     if index.device.type != "cpu" or torch.compiler.is_compiling():
         return  # not waited for
     if index.numel() > 0 and not 0 <= int(index.min()) <= int(index.max()) < classes:
-        reject(op, "rows.index", f"from {int(index.min())} to {int(index.max())}", f"rows in [0, {classes})")
+        reject(
+            op, "rows.indices", f"from {int(index.min())} to {int(index.max())}", f"rows in [0, {classes})"
+        )
     if len(index.unique()) < len(index):
-        reject(op, "rows.index", "not unique", "every row once")
+        reject(op, "rows.indices", "not unique", "every row once")

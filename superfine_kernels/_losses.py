@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from superfine_kernels._library import DTYPE_CODES, is_plain, opmath_dtype, reject
+from superfine_kernels._library import DTYPE_CODES, in_functional_transform, is_plain, opmath_dtype, reject
 
 _CPU = torch.device("cpu")
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -41,6 +41,16 @@ class CrossEntropyStats(NamedTuple):
     logprob: Tensor  # log of the label's probability; of the type of the loss
     entropy: Tensor  # of the probabilities, in nats; of the type of the loss
     correct: Tensor  # bool: the first of the largest logits is the label's
+
+
+def with_statistics(loss: Tensor, statistics: Any, shape: torch.Size, wanted: bool) -> Any:
+    """What a loss returns: itself, and if wanted its statistics, (3, rows), in the shape of the labels."""
+    if not wanted:
+        return loss
+    logprob, entropy, correct = (x.reshape(shape) for x in statistics)
+    return loss, CrossEntropyStats(
+        logprob, entropy, correct > 0
+    )  # NaN where a label is out of range on a GPU
 
 
 # Numbers a row that kernels write, by csrc/math/cross_entropy.h: without and with statistics.
@@ -109,8 +119,8 @@ def denominator(
     NaN for 0. Without waiting for the device or trusting a label.
     """
     if target is None:
-        assert probabilities is not None
-        return torch.full((), probabilities.shape[0], dtype=dtype, device=probabilities.device)
+        dense = cast(Tensor, probabilities)
+        return torch.full((), dense.shape[0], dtype=dtype, device=dense.device)
     counts = counted(target, ignore_index)
     if weight is None or probabilities is not None:
         total = counts.sum(dtype=dtype)
@@ -160,7 +170,7 @@ def reference_rows(
     lse = torch.logsumexp(y, 1) if options.z_loss else None
     settings: dict[str, Any] = {"reduction": "none", "label_smoothing": options.label_smoothing}
     if target is None:
-        losses = cross_entropy(y, probabilities, weight, **settings)
+        losses = cross_entropy(y, cast(Tensor, probabilities), weight, **settings)
     elif probabilities is None:
         losses = cross_entropy(y, target.long(), weight, ignore_index=options.ignore_index, **settings)
     else:
@@ -189,6 +199,33 @@ def reference_statistics(y: Tensor, target: Tensor, ignore_index: int) -> Tensor
     entropy = torch.special.entr(log_p.exp()).sum(1)
     correct = (y == y.amax(1, keepdim=True)).int().argmax(1) == label
     return torch.where(counts, torch.stack([logprob, entropy, correct.to(y.dtype)]), 0.0)
+
+
+# --- backward -------------------------------------------------------------------------------------------
+
+
+def times_upstream(dlogits: Tensor, grad: Tensor, op: str) -> Tensor:
+    """The gradient that a forward pass has computed, times the upstream gradient unless that is 1."""
+    # Reading the value is free on the CPU only, and only where nothing traces or batches.
+    batched = in_functional_transform() or torch._C._functorch.is_legacy_batchedtensor(grad)
+    readable = type(grad) is Tensor and not batched
+    if not readable or grad.device.type != "cpu" or grad.item() != 1:
+        dlogits = dlogits * grad
+    elif _graph_is_kept():
+        dlogits = dlogits.clone()  # a later backward needs it as it is, whatever the caller does
+    if torch.is_grad_enabled() and readable:  # backward(create_graph=True)
+        fail = torch._C._functions.DelayedError(
+            f"{op}: a second derivative is asked for, and the fused backward keeps no logits; "
+            "pass backend='reference'",
+            1,
+        )
+        return fail(dlogits.detach().requires_grad_())
+    return dlogits
+
+
+def _graph_is_kept() -> bool:
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 # --- checks -----------------------------------------------------------------------------------------------
@@ -288,6 +325,11 @@ def check_options(
         reject(op, "scale", options.scale, "a finite number above 0")
     if num_items is None:
         return
+    check_num_items(op, device, reduction, num_items)
+
+
+def check_num_items(op: str, device: torch.device, reduction: str, num_items: float | Tensor) -> None:
+    """Of any loss: what a mean divides by."""
     if reduction != "mean":
         reject(op, "num_items", num_items, "None beside a reduction that is not 'mean'")
     if isinstance(num_items, Tensor):

@@ -46,7 +46,6 @@ from superfine_kernels._losses import (
     REDUCTIONS,
     ROW_RESULTS,
     ROW_STATISTICS,
-    CrossEntropyStats,
     Options,
     Rows,
     as_softcap,
@@ -57,6 +56,8 @@ from superfine_kernels._losses import (
     flat_targets,
     reference_rows,
     reference_statistics,
+    times_upstream,
+    with_statistics,
 )
 
 
@@ -172,7 +173,11 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     nothing = (None,) * (_OPTIONS + 8)
     if grad is None or not ctx.needs_input_grad[0]:
         return None, *nothing
-    dinput = _times_upstream(ctx.saved_tensors[0], grad) if ctx.fused else _two_phase_gradient(ctx, grad)
+    dinput = (
+        times_upstream(ctx.saved_tensors[0], grad, "cross_entropy")
+        if ctx.fused
+        else _two_phase_gradient(ctx, grad)
+    )
     return dinput, *nothing
 
 
@@ -192,29 +197,6 @@ def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
     sums = out[1:ROW_RESULTS]
     arguments = (input, target, probabilities, weight, *options, sums, scale, ctx.backend)
     return torch.ops.superfine.cross_entropy_backward(*arguments)
-
-
-def _times_upstream(dlogits: Tensor, grad: Tensor) -> Tensor:
-    # Reading the value is free on the CPU only, and only where nothing traces or batches.
-    batched = in_functional_transform() or torch._C._functorch.is_legacy_batchedtensor(grad)
-    readable = type(grad) is Tensor and not batched
-    if not readable or grad.device.type != "cpu" or grad.item() != 1:
-        dlogits = dlogits * grad
-    elif _graph_is_kept():
-        dlogits = dlogits.clone()  # a later backward needs it as it is, whatever the caller does
-    if torch.is_grad_enabled() and readable:  # backward(create_graph=True)
-        fail = torch._C._functions.DelayedError(
-            "cross_entropy: a second derivative is asked for, and the fused backward keeps no logits; "
-            "pass backend='reference'",
-            1,
-        )
-        return fail(dlogits.detach().requires_grad_())
-    return dlogits
-
-
-def _graph_is_kept() -> bool:
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or ask()
 
 
 torch.library.register_autograd(
@@ -242,7 +224,12 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        return None if grad is None else _times_upstream(ctx.saved_tensors[0], grad), None, None, None
+        return (
+            None if grad is None else times_upstream(ctx.saved_tensors[0], grad, "cross_entropy"),
+            None,
+            None,
+            None,
+        )
 
 
 # --- public ---------------------------------------------------------------------------------------------------
@@ -315,7 +302,10 @@ def cross_entropy(
     _check(input, target, probabilities, weight, reduction, options, num_items, shift, return_stats)
     if inplace:
         _check_inplace(input, reduction)
-    dtype, shape = opmath_dtype(input.dtype), input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
+    dtype, shape = (
+        opmath_dtype(input.dtype),
+        input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size(),
+    )
     if weight is not None:
         weight = weight.to(dtype).contiguous()
     wanted = target if not target.is_floating_point() or target.dim() < 2 else target.movedim(1, -1)
@@ -349,10 +339,7 @@ def cross_entropy(
         loss = loss / divide_by
     elif reduction == "none":
         loss = loss.reshape(shape)
-    if not return_stats:
-        return loss
-    logprob, entropy, correct = (x.reshape(shape) for x in stats)
-    return loss, CrossEntropyStats(logprob, entropy, correct != 0)
+    return with_statistics(loss, stats, shape, return_stats)
 
 
 def _without_kernel(device: torch.device, probabilities: Tensor | None) -> str | None:

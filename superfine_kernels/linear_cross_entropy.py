@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from superfine_kernels import _backends
-from superfine_kernels._class_tiles import TILE_BYTES, TRAINABLE, Problem, gradients, join, row_results
+from superfine_kernels._class_tiles import TILE_BYTES, TRAINABLE, Problem, join, row_results
+from superfine_kernels._class_tiles import gradients as tile_gradients
 from superfine_kernels._head import Head
 from superfine_kernels._library import (
     LIBRARY,
@@ -42,7 +43,6 @@ from superfine_kernels._losses import (
     REDUCTIONS,
     ROW_RESULTS,
     ROW_STATISTICS,
-    CrossEntropyStats,
     Options,
     as_softcap,
     check_labels,
@@ -52,6 +52,7 @@ from superfine_kernels._losses import (
     flat_targets,
     reference_rows,
     reference_statistics,
+    with_statistics,
 )
 
 
@@ -116,7 +117,8 @@ def _problem(fields: Any) -> Problem:
     options, (tile_bytes, skip_mass, backend) = numbers[:_OPTION_COUNT], numbers[_OPTION_COUNT:]
     # What is skipped goes from forward to backward by tiles, whose number must not depend on the labels.
     whole_rows = tensors[0].shape[0] if skip_mass > 0 else 0
-    return Problem(*tensors, Options(*options), tile_bytes, skip_mass, backend, whole_rows=whole_rows)
+    arguments: Any = (*tensors, Options(*options), tile_bytes, skip_mass, backend, 0, 0, whole_rows)
+    return Problem(*arguments)
 
 
 def _spread(x: Tensor, rows: Tensor | None, whole: int) -> Tensor:
@@ -169,7 +171,7 @@ def _op_backward(*arguments: Any) -> tuple[Tensor, ...]:
         sums, scale = sums[:, rows], scale[rows] if scale.dim() else scale
         needed = needed[:, rows] if needed.numel() else needed
         kept = kept[rows] if kept.numel() else kept
-    found = gradients(
+    found = tile_gradients(
         p,
         sums,
         scale,
@@ -217,7 +219,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     *tensors, out, needed, kept = ctx.saved_tensors
     wants = ctx.needs_input_grad[: len(TRAINABLE)]
-    rest = (None,) * (_FIELDS + 4 - len(TRAINABLE))
+    rest: tuple[None, ...] = (None,) * (_FIELDS + 4 - len(TRAINABLE))
     if grad is None or not any(wants):
         return *(None,) * len(TRAINABLE), *rest
     p, scale = _problem((*tensors, *ctx.settings)), grad.to(out.dtype)
@@ -228,11 +230,11 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         if ctx.accumulate_into is not None:
             raise RuntimeError(f"linear_cross_entropy: a second derivative is asked for; {_NO_ACCUMULATION}")
         warn_once("linear_cross_entropy: a second derivative is asked for; eager torch computes the gradient")
-        losses, _ = reference_rows(_reference_logits(p), p.target, p.probabilities, p.weight, p.options)
+        losses = reference_rows(_reference_logits(p), p.target, p.probabilities, p.weight, p.options)[0]
         wanted = [t for t, want in zip(tensors, wants, strict=False) if want]
         scale = scale.expand_as(losses)
-        found = iter(torch.autograd.grad(losses, wanted, scale, create_graph=True))
-        return *(next(found) if want else None for want in wants), *rest
+        second = iter(torch.autograd.grad(losses, wanted, scale, create_graph=True))
+        return *(next(second) if want else None for want in wants), *rest
     with torch.autocast(grad.device.type, enabled=False):  # forward has cast what is to be cast
         found = torch.ops.superfine.linear_cross_entropy_backward(
             *tensors,
@@ -294,8 +296,8 @@ def linear_cross_entropy(
         weight, ignore_index, reduction, label_smoothing, probabilities, z_loss, softcap, scale, shift, num_items,
             return_stats, check: as in `superfine_kernels.cross_entropy`.
         lora: `LoRA(a, b, scale)`: the head's weight is linear_weight + scale * b @ a, which is never formed.
-        rows: `TrainableRows(index, weight)`: the rows of linear_weight at `index` count as those in `weight`, whose
-            gradient has their number of rows. An index on the CPU is not waited for.
+        rows: `TrainableRows(indices, weight)`: the rows of linear_weight at `indices` count as those in `weight`,
+            whose gradient has their number of rows. Indices on the CPU are not waited for.
         accumulate_into: (classes, features), of the weight's dtype or float32: backward adds the gradient of
             `linear_weight` there instead of returning it (hooks of the weight see None); several losses, or steps of
             accumulation, then need no buffer of their own. Each product is rounded to the inputs' dtype before it
@@ -381,10 +383,7 @@ def linear_cross_entropy(
         loss = loss / divisor
     elif reduction == "none":
         loss = loss.reshape(shape)
-    if not return_stats:
-        return loss
-    logprob, entropy, correct = (x.reshape(shape) for x in stats)
-    return loss, CrossEntropyStats(logprob, entropy, correct != 0)
+    return with_statistics(loss, stats, shape, return_stats)
 
 
 def _without_kernel(

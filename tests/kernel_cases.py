@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+import superfine_kernels
+
 #: (parameter and gradient, moments): every combination that the kernels take.
 ADAMW_DTYPES = [
     (torch.float32, torch.float32),
@@ -123,3 +125,44 @@ def cross_entropy_in_float64(
     )
     (gradient,) = torch.autograd.grad((losses * scale.cpu().double()).sum(), x)
     return losses.detach(), x.detach().logsumexp(1), gradient
+
+
+def elementwise_inputs(
+    shape: Sequence[int], dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Outputs around zero, and targets: labels, and probabilities between them."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = 4 * torch.randn(tuple(shape), generator=generator)
+    t = (2 * torch.rand(tuple(shape), generator=generator) - 0.5).clamp(0, 1)
+    return x.to(dtype).to(device), t.to(dtype).to(device)
+
+
+def elementwise_loss(
+    loss: str, input: Tensor, target: Tensor, *, pos_weight: Tensor | None = None, **options
+) -> Tensor:
+    """`bce_with_logits` or `mse`, which has no pos_weight."""
+    if loss == "mse":
+        return superfine_kernels.mse(input, target, **options)
+    return superfine_kernels.bce_with_logits(input, target, pos_weight=pos_weight, **options)
+
+
+def elementwise_in_float64(
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of the input by eager torch, in float64 on the CPU."""
+    x, t = input.detach().cpu().double().requires_grad_(), target.cpu().double()
+    w, p = (None if v is None else v.cpu().double() for v in (weight, pos_weight))
+    functional = torch.nn.functional
+    if loss == "mse":
+        w = None if w is None else w.expand(x.shape)
+        value = functional.mse_loss(x, t, reduction=reduction, weight=w)
+    else:
+        value = functional.binary_cross_entropy_with_logits(x, t, w, pos_weight=p, reduction=reduction)
+    value.backward(torch.ones_like(value) if upstream is None else upstream.cpu().double())
+    return value.detach(), x.grad

@@ -35,6 +35,7 @@ def test_lists_every_kernel_of_both_backends_and_no_kernel_spills():
         ("adamw", "_adamw"),
         ("cross_entropy", "_forward"),
         ("cross_entropy", "_backward"),
+        ("elementwise_loss", "_elementwise_loss"),
     }
     # Whether Triton's kernels spill is the matter of test_triton_aot.py, which knows what may.
     assert [row for row in by_backend(rows, "cuda") if row.stack] == []
@@ -46,6 +47,7 @@ def test_lists_every_kernel_of_both_backends_and_no_kernel_spills():
             ("adamw", "adamw_kernel"),
             ("cross_entropy", "plain_kernel"),
             ("cross_entropy", "general_kernel"),
+            ("elementwise_loss", "elementwise_loss_kernel"),
         }
     case = superfine_bench.all_cases("adamw")[0]
     row = next(row for row in rows if row.op == "adamw")

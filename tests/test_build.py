@@ -10,9 +10,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import superfine_kernels
 from superfine_kernels import _cpu
+from superfine_kernels._losses import Options, Rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -109,11 +111,10 @@ def test_the_module_has_no_torch_in_it():
 
 
 def test_an_unknown_instruction_set_is_refused_by_the_module_itself():
-    arguments = dict.fromkeys(
-        ["input", "rows", "vocab", "row_stride", "dtype", "target", "target_stride", "weight", "ignore_index",
-         "first_class", "classes", "lse", "scale", "scale_stride", "dlogits"], 0,
-    )  # fmt: skip
+    arguments = _cpu.CrossEntropy(
+        **Rows(torch.ones(0, 3), torch.ones(0).long(), None, None, Options()).native()
+    )
     with pytest.raises(ValueError, match="isa is 'mmx'; expected one that this processor has"):
         _cpu.cross_entropy_backward(
-            **arguments, target_is_int64=True, label_smoothing=0.0, threads=1, isa="mmx"
+            arguments, sums=0, scale=0, scale_stride=0, dlogits=0, threads=1, isa="mmx"
         )

@@ -179,6 +179,23 @@ def test_differing_keys_are_named_and_the_place_does_not_count(tmp_path):
     assert differing_keys(a, b) == ["optimizer.lr", "train.seed"]
 
 
+def test_the_example_of_a_language_model_is_valid():
+    config = load_config(Path(__file__).parents[1] / "examples" / "text.toml")
+    assert config.model.task == "causal-lm"
+    assert config.train.fused_loss
+
+
+def test_a_task_has_its_own_defaults_and_what_is_given_goes_over_them(tmp_path):
+    values = {"data.path": "a.txt", "model.name": "m", "model.task": "causal-lm", "output.directory": "o"}
+    config = load_config(overrides=values)
+    assert (config.data.max_length, config.train.batch_size) == (512, 8)
+    assert config.select.parameters == ["last:2"]
+    config = load_config(overrides=values | {"data.max_length": 64, "select.parameters": ["norms"]})
+    assert (config.data.max_length, config.train.batch_size) == (64, 8)
+    assert config.select.parameters == ["norms"]
+    assert differing_keys(config, load_config(written(tmp_path, to_toml(config)))) == []
+
+
 def test_the_annotated_example_is_valid():
     example = Path(__file__).parents[1] / "examples" / "tweets.toml"
     config = load_config(example)

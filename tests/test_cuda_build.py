@@ -48,6 +48,7 @@ def test_every_architecture_has_every_kernel(usages):
     # Three dtypes with the row held or not; four of everything else.
     assert len(of_kernel(usages, "plain_kernel")) == 3 * 2 * len(by_architecture)
     assert len(of_kernel(usages, "general_kernel")) == 4 * len(by_architecture)
+    assert len(of_kernel(usages, "elementwise_loss_kernel")) == len(by_architecture)
 
 
 def test_blocks_fit_into_a_multiprocessor(usages):
@@ -57,6 +58,9 @@ def test_blocks_fit_into_a_multiprocessor(usages):
     for kernel in ("lamb_moments_kernel", "lamb_param_kernel"):
         for name, usage in of_kernel(usages, kernel).items():
             assert usage.registers * 128 * 4 <= registers, name  # what each holds is in csrc/cuda/lamb.cu
+    for name, usage in of_kernel(usages, "elementwise_loss_kernel").items():
+        blocks = 6 if name.startswith("sm_120") else 8  # as many threads as a multiprocessor takes
+        assert usage.registers * 256 * blocks <= registers, name
     for kernel in ("plain_kernel", "general_kernel"):
         for name, usage in of_kernel(usages, kernel).items():
             threads = 512 if f"{kernel}Id" in name else 1024  # mangled: the first template argument is double
@@ -112,6 +116,21 @@ def test_a_call_without_a_gpu_is_an_error_that_names_the_op(op, call):
         f"try:\n    _cuda.{op}{call}\nexcept RuntimeError as error:\n    print(error)\n"
     )
     assert output.startswith(f"{op}: ")
+    assert "driver" in output or "GPU" in output
+
+
+def test_elementwise_losses_without_a_gpu_are_an_error_that_names_the_op():
+    output = run(
+        "from superfine_kernels import _cuda\n"
+        "from superfine_kernels._elements import Elements, Pattern\n"
+        "import torch\n"
+        "x = torch.zeros(3)\n"
+        "arguments = Elements('mse', x, x, Pattern(None, 1), Pattern(None, 1)).native()\n"
+        "rest = dict(scale=0, scale_stride=0, denominator=1.0, losses=0, gradient=0, sums=0, out=0)\n"
+        "try:\n    _cuda.elementwise_loss(**arguments, **rest, stream=0, device=0)\n"
+        "except RuntimeError as error:\n    print(error)\n"
+    )
+    assert output.startswith("elementwise_loss: ")
     assert "driver" in output or "GPU" in output
 
 

@@ -11,7 +11,7 @@ import pytest
 from support import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ["adamw", "cross_entropy", "lamb"]
+OPS = ["adamw", "cross_entropy", "elementwise_loss", "lamb"]
 
 KERNELS, PACKAGE, NATIVE = ROOT / "superfine_kernels", ROOT / "python" / "superfine", ROOT / "csrc"
 
@@ -53,9 +53,12 @@ def test_an_op_has_its_name_in_every_folder(op):
 
 
 def test_the_list_of_ops_is_complete():
-    # A norm is torch's own on a GPU; the loss behind a linear layer is products, and the kernels of cross_entropy.
-    for folder, more in ((KERNELS, {"norm", "linear_cross_entropy"}), (KERNELS / "triton", set())):
-        assert {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} == set(OPS) | more
+    # A norm is torch's own on a GPU; the other losses are made of products, exchanges and cross_entropy's kernels.
+    more = {"norm", "linear_cross_entropy", "vocab_parallel", "distillation"}
+    for folder, others in ((KERNELS, more), (KERNELS / "triton", set())):
+        assert {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} == set(
+            OPS
+        ) | others
     assert re.search(r"set\(SF_OPS ([\w ]+)\)", (ROOT / "CMakeLists.txt").read_text())[1].split() == OPS
 
 

@@ -102,7 +102,16 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason(backend, device, r
 def test_ops_are_registered_under_one_namespace_with_their_mutations():
     schemas = {
         name: getattr(torch.ops.superfine, name).default._schema
-        for name in ("adamw_", "lamb_", "cross_entropy", "cross_entropy_", "cross_entropy_backward")
+        for name in (
+            "adamw_",
+            "lamb_",
+            "cross_entropy",
+            "cross_entropy_",
+            "cross_entropy_backward",
+            "elementwise_loss",
+            "elementwise_loss_",
+            "elementwise_loss_backward",
+        )
     }
     written = {name: [a.name for a in s.arguments if a.is_write] for name, s in schemas.items()}
     written_lists = [name for name in LISTS if name != "anchors"]
@@ -112,6 +121,9 @@ def test_ops_are_registered_under_one_namespace_with_their_mutations():
         "cross_entropy": [],
         "cross_entropy_": ["input"],
         "cross_entropy_backward": [],
+        "elementwise_loss": [],
+        "elementwise_loss_": ["input"],
+        "elementwise_loss_backward": [],
     }
 
 

@@ -104,6 +104,52 @@ def test_cross_entropy_reads_and_writes_16_bytes_where_rows_are_aligned(kernels)
         assert_16_bytes_wide(kernel.ptx)
 
 
+def test_elementwise_losses_compute_in_float64_for_float64_only(kernels):
+    for kernel in of_op(kernels, "elementwise_loss", OPMATH="fp32"):
+        assert ".f64" not in kernel.ptx, kernel
+
+
+def test_elementwise_losses_read_and_write_16_bytes_where_tensors_are_aligned(kernels):
+    aligned = [
+        kernel for kernel in of_op(kernels, "elementwise_loss", GRADIENT="True") if "input" in kernel.aligned
+    ]
+    assert aligned
+    for kernel in aligned:
+        assert_16_bytes_wide(kernel.ptx)
+
+
+def test_cross_entropy_has_one_kernel_for_all_values_of_its_options(kernels):
+    values = {
+        "smoothing",
+        "z_loss",
+        "softcap",
+        "scale",
+        "ignore_index",
+        "targets",
+        "classes",
+        "target_stride",
+    }
+    for kernel in of_op(kernels, "cross_entropy"):
+        assert values & (kernel.constants.keys() | set(kernel.aligned)) == set(), kernel
+
+
+def test_cross_entropy_of_plain_labels_holds_nothing_of_the_options(kernels):
+    plain = {"TARGETS": "label", "TRANSFORM": "none", "SMOOTH": "False", "OPMATH": "fp32"}
+    for kernel in of_op(kernels, "cross_entropy", **plain):
+        assert kernel.registers <= 48, kernel
+        of_forward = kernel.kernel == "_forward"
+        writes = kernel.constants.get("dlogits") != "None"
+        assert kernel.shared <= 32, kernel  # reductions across 8 warps; no probabilities to be laid out anew
+        # Rescaling, the block of 8 a thread, and the 8 of the gradient.
+        assert kernel.ptx.count("ex2.approx") <= 9 * of_forward + 8 * writes, kernel
+
+
+def test_gradients_of_slots_wait_for_all_threads_before_they_overwrite_logits(kernels):
+    for kernel in of_op(kernels, "cross_entropy", TARGETS="slots"):
+        if kernel.constants.get("dlogits") != "None" and kernel.kernel == "_backward":
+            assert kernel.ptx.count("bar.sync") >= 2, kernel
+
+
 def jit_functions():
     """(file, function) -> the names that its code mentions, for everything that Triton compiles."""
     found = {}

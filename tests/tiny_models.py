@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
+from tokenizers.models import WordLevel, WordPiece
 from tokenizers.normalizers import Lowercase
-from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.pre_tokenizers import BertPreTokenizer, Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 POSITIVE = ("good", "great", "lovely", "happy", "superb")
 NEGATIVE = ("bad", "awful", "sad", "poor", "terrible")
@@ -65,6 +65,44 @@ def tiny_bert(folder: Path, *, seed: int = 0, layers: int = 2, dropout: float = 
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_llama(folder: Path, *, seed: int = 0, tied: bool = False) -> Path:
+    """A LlamaForCausalLM of about 20,000 parameters and its tokenizer, which closes no text by itself."""
+    vocabulary = ["<unk>", "<end>", ".", *POSITIVE, *NEGATIVE, *NEUTRAL, *map(str, range(10))]
+    core = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    core.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", eos_token="<end>", model_max_length=64
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def story(paragraphs: int, *, seed: int = 0) -> str:
+    """Paragraphs of sentences that have much in common, a blank line between them."""
+    generator = random.Random(seed)
+    sentences = ["the film was very {} .", "we saw a {} day and it was {} .", "this is a {} film ."]
+
+    def sentence() -> str:
+        template = generator.choice(sentences)
+        return template.format(*(generator.choice(POSITIVE + NEGATIVE) for _ in range(template.count("{}"))))
+
+    return "\n\n".join(" ".join(sentence() for _ in range(4)) for _ in range(paragraphs)) + "\n"
 
 
 def sentiment_rows(n: int, *, seed: int = 0) -> list[tuple[str, str]]:

@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 from superfine.config import Config, load_config
 from superfine.tune import Listener
 
-TIMINGS = ("ms_forward", "ms_backward", "ms_optimizer", "seconds", "environment")
+TIMINGS = (
+    "ms_forward",
+    "ms_backward",
+    "ms_optimizer",
+    "seconds",
+    "environment",
+    "memory_before_training_bytes",
+    "peak_memory_bytes",
+)
 
 
 def settings(base: Path, data: Path, out: Path, **values: Any) -> Config:

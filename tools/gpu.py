@@ -126,7 +126,15 @@ def run_all(runner: Runner) -> None:
         "pytest",
         *(
             str(ROOT / "tests" / f"test_{name}.py")
-            for name in ("golden", "cuda_adamw", "cuda_lamb", "cuda_step", "cuda_optim", "cuda_cross_entropy")
+            for name in (
+                "golden",
+                "cuda_adamw",
+                "cuda_lamb",
+                "cuda_step",
+                "cuda_optim",
+                "cuda_cross_entropy",
+                "cuda_elementwise_loss",
+            )
         ),
         "-m",
         "gpu",

@@ -116,6 +116,34 @@ def _cross_entropy(
     return max(_difference(loss, expected_loss), _difference(grad, expected_grad))
 
 
+def elementwise_loss_cases(backend: str) -> Iterator[tuple[str, Callable[[], float]]]:
+    """Sizes around a warp and a block, at odd addresses, and weights of classes and rows."""
+    for (n, c), dtype in itertools.product(((1, 1), (3, 11), (7, 1171), (5, 5000)), DTYPES):
+        yield f"elementwise losses {n}x{c} {dtype}", lambda n=n, c=c, d=dtype: _elementwise(backend, n, c, d)
+
+
+def _elementwise(backend: str, n: int, c: int, dtype: torch.dtype) -> float:
+    generator = torch.Generator().manual_seed(0)
+    x, t = (torch.rand(n * c, generator=generator).to(dtype) for _ in range(2))
+    classes, rows = torch.rand(c, generator=generator), torch.rand(n, 1, generator=generator)
+    worst = 0.0
+    for reduction in ("mean", "none"):
+        outcomes = []
+        for device, chosen in ((torch.device("cpu"), "reference"), (DEVICE, backend)):
+            leaf = _at_odd_address(x).to(device).requires_grad_()
+            output, target = leaf.view(n, c) * 1, t.to(device).view(n, c)
+            weights = {"weight": rows.to(device), "pos_weight": classes.to(device)}
+            loss = superfine_kernels.bce_with_logits(
+                output, target, reduction=reduction, **weights, backend=chosen
+            )
+            loss = loss + superfine_kernels.mse(output, target, reduction, backend=chosen)
+            loss.sum().backward()
+            outcomes.append((loss.detach(), leaf.grad))
+        (expected_loss, expected_grad), (loss, grad) = outcomes
+        worst = max(worst, _difference(loss, expected_loss), _difference(grad, expected_grad))
+    return worst
+
+
 def _difference(actual: torch.Tensor | None, expected: torch.Tensor | None) -> float:
     """Largest difference relative to the largest value, in units of the dtype's tolerance."""
     if actual is None or expected is None:
@@ -123,6 +151,9 @@ def _difference(actual: torch.Tensor | None, expected: torch.Tensor | None) -> f
     expected = expected.double()
     scale = expected.abs().max().clamp_min(1e-6)
     return ((actual.cpu().double() - expected).abs().max() / scale / TOLERANCE[actual.dtype]).item()
+
+
+CASES = (adamw_cases, cross_entropy_cases, elementwise_loss_cases)
 
 
 def main() -> int:
@@ -139,7 +170,7 @@ def main() -> int:
         if reason is not None:
             print(f"{backend}: left out: {reason}")
             continue
-        for name, case in itertools.chain(adamw_cases(backend), cross_entropy_cases(backend)):
+        for name, case in itertools.chain(*(cases(backend) for cases in CASES)):
             try:
                 error = case()
                 torch.cuda.synchronize()

@@ -12,6 +12,7 @@
 
 #include "bind/cpu_steps.h"
 #include "bind/cross_entropy_args.h"
+#include "bind/elementwise_loss_args.h"
 #include "bind/moment_plan.h"
 #include "bind/tensor_list.h"
 #include "cpu/dispatch.h"
@@ -147,6 +148,31 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "What a part of the classes adds to the results of every row, to `out`.", py::arg("args"), py::arg("out"),
       py::arg("statistics"), py::arg("threads"), py::arg("isa"));
+
+  m.def(
+      "elementwise_loss",
+      [](int loss, std::int64_t count, std::uintptr_t input, int dtype, std::uintptr_t target, int target_dtype,
+         std::uintptr_t weight, std::int64_t weight_length, std::int64_t weight_repeat, std::uintptr_t pos_weight,
+         std::int64_t pos_weight_length, std::int64_t pos_weight_repeat, std::uintptr_t scale,
+         std::int64_t scale_stride, double denominator, std::uintptr_t losses, std::uintptr_t gradient, bool sum,
+         int threads, const std::string& isa) {
+        auto args = elementwise_loss_args(loss, count, input, dtype, target, target_dtype, weight, weight_length,
+                                          weight_repeat, pos_weight, pos_weight_length, pos_weight_repeat, scale,
+                                          scale_stride, denominator, losses, gradient);
+        const cpu::Kernels& kernels = kernels_for(isa);
+        const py::gil_scoped_release release;
+        std::vector<double> sums(sum ? (count + cpu::kElementsPerSum - 1) / cpu::kElementsPerSum : 0);
+        if (sum) args.sums = sums.data();
+        kernels.elementwise_loss(args, threads);
+        return sum_in_order(sums.data(), static_cast<std::int64_t>(sums.size()));
+      },
+      "Unless the addresses are 0, the losses of all elements, and what the gradient is: scale[i * scale_stride] / "
+      "denominator * dloss_i/dinput_i. Returns the sum of the losses if that is asked for.",
+      py::arg("loss"), py::arg("count"), py::arg("input"), py::arg("dtype"), py::arg("target"), py::arg("target_dtype"),
+      py::arg("weight"), py::arg("weight_length"), py::arg("weight_repeat"), py::arg("pos_weight"),
+      py::arg("pos_weight_length"), py::arg("pos_weight_repeat"), py::arg("scale"), py::arg("scale_stride"),
+      py::arg("denominator"), py::arg("losses"), py::arg("gradient"), py::arg("sum"), py::arg("threads"),
+      py::arg("isa"));
 
   m.def(
       "advise_huge_pages",

@@ -14,6 +14,7 @@
 
 #include "bind/cross_entropy_args.h"
 #include "bind/device_options.h"
+#include "bind/elementwise_loss_args.h"
 #include "bind/moment_groups.h"
 #include "bind/moment_lists.h"
 #include "bind/moment_options.h"
@@ -21,6 +22,7 @@
 #include "core/cuda_check.h"
 #include "cuda/adamw.h"
 #include "cuda/cross_entropy.h"
+#include "cuda/elementwise_loss.h"
 #include "cuda/lamb.h"
 
 namespace py = pybind11;
@@ -248,4 +250,31 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "out[0] = sum of the losses, divided by denominator[0] unless that address is 0.", py::arg("losses"),
       py::arg("rows"), py::arg("dtype"), py::arg("denominator"), py::arg("out"), py::arg("stream"), py::arg("device"));
+
+  m.attr("ELEMENTS_PER_SUM") = cuda::kElementsPerSum;
+  m.attr("MOST_ELEMENTS") = cuda::kMostElements;
+  m.def(
+      "elementwise_loss",
+      [](int loss, std::int64_t count, std::uintptr_t input, int dtype, std::uintptr_t target, int target_dtype,
+         std::uintptr_t weight, std::int64_t weight_length, std::int64_t weight_repeat, std::uintptr_t pos_weight,
+         std::int64_t pos_weight_length, std::int64_t pos_weight_repeat, std::uintptr_t scale,
+         std::int64_t scale_stride, double denominator, std::uintptr_t losses, std::uintptr_t gradient,
+         std::uintptr_t sums, std::uintptr_t out, std::uintptr_t stream, int device) {
+        auto args = elementwise_loss_args(loss, count, input, dtype, target, target_dtype, weight, weight_length,
+                                          weight_repeat, pos_weight, pos_weight_length, pos_weight_repeat, scale,
+                                          scale_stride, denominator, losses, gradient);
+        args.sums = pointer(sums);
+        const DeviceGuard guard(device, "elementwise_loss");
+        const py::gil_scoped_release release;
+        cuda::elementwise_loss(args, pointer(out), as_stream(stream));
+      },
+      "Unless the addresses are 0: the losses of all elements; scale[i * scale_stride] / denominator * "
+      "dloss_i/dinput_i "
+      "as gradient; in out[0] the sum of the losses over the denominator, for which `sums` holds a float32 for every "
+      "ELEMENTS_PER_SUM elements. Takes 1 to MOST_ELEMENTS elements, not of float64.",
+      py::arg("loss"), py::arg("count"), py::arg("input"), py::arg("dtype"), py::arg("target"), py::arg("target_dtype"),
+      py::arg("weight"), py::arg("weight_length"), py::arg("weight_repeat"), py::arg("pos_weight"),
+      py::arg("pos_weight_length"), py::arg("pos_weight_repeat"), py::arg("scale"), py::arg("scale_stride"),
+      py::arg("denominator"), py::arg("losses"), py::arg("gradient"), py::arg("sums"), py::arg("out"),
+      py::arg("stream"), py::arg("device"));
 }

@@ -63,10 +63,16 @@ struct RowSums {
   T shift() const { return maximum == -std::numeric_limits<T>::infinity() ? T(0) : maximum; }
 };
 
-template <class T, bool kKeep>
-void sum_block(const T* y, std::int64_t count, T shift, T* exponentials, T* sums) {
+// Meanwhile the logits from `ahead` on come from memory.
+template <class E, bool kKeep>
+void sum_block(const Opmath<E>* y, std::int64_t count, Opmath<E> shift, std::uintptr_t ahead, Opmath<E>* exponentials,
+               Opmath<E>* sums) {
+  using T = Opmath<E>;
   T buffer[kLanes];
   for_each_group(y, count, -std::numeric_limits<T>::infinity(), [&](const T* group, std::int64_t offset) {
+    for (std::uintptr_t line = 0; line < kLanes * sizeof(E); line += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(ahead + offset * sizeof(E) + line));
+    }
     T* kept = kKeep ? exponentials + offset : buffer;
     for (int l = 0; l < kLanes; ++l) kept[l] = exp_nonpositive(group[l] - shift);
     for (int l = 0; l < kLanes; ++l) sums[l] += kept[l];
@@ -101,7 +107,8 @@ RowSums<Opmath<E>> reduce_row(const Logits<E>& logits, const E* x, std::int64_t 
     }
     if (kKeep) scratch.maximum(begin) = row.maximum;
     // A block of -inf only adds exp(-inf) = 0.
-    sum_block<T, kKeep>(y, count, row.shift(), scratch.exponentials() + (kKeep ? begin : 0), sums);
+    sum_block<E, kKeep>(y, count, row.shift(), reinterpret_cast<std::uintptr_t>(x + begin) + kBlock * sizeof(E),
+                        scratch.exponentials() + (kKeep ? begin : 0), sums);
   }
   row.sum = tree(sums, false);
   return row;

@@ -11,6 +11,7 @@ namespace {
    &isa::cross_entropy_forward,  \
    &isa::cross_entropy_backward, \
    &isa::cross_entropy_part,     \
+   &isa::elementwise_loss,       \
    &isa::lamb,                   \
    &isa::sums_of_squares},
 #ifdef SF_X86

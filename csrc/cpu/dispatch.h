@@ -3,6 +3,7 @@
 
 #include "cpu/adamw.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/elementwise_loss.h"
 #include "cpu/isa.h"
 #include "cpu/lamb.h"
 #include "cpu/norm.h"
@@ -15,6 +16,7 @@ struct Kernels {
   decltype(&baseline::cross_entropy_forward) cross_entropy_forward;
   decltype(&baseline::cross_entropy_backward) cross_entropy_backward;
   decltype(&baseline::cross_entropy_part) cross_entropy_part;
+  decltype(&baseline::elementwise_loss) elementwise_loss;
   decltype(&baseline::lamb) lamb;
   decltype(&baseline::sums_of_squares) sums_of_squares;
 };

@@ -12,10 +12,10 @@
 namespace superfine {
 
 // exp(x) for x <= 0, NaN in, NaN out: Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, then the degree-6 polynomial of
-// Cephes' expf (Moshier); at most 2 ulp from the true value. Results below the smallest normal number are zero.
+// Cephes' expf (Moshier); at most 2 ulp from the true value. Below -87.7 it is zero.
 SF_HD float exp_nonpositive(float x) {
-  const float lowest = -87.3365f;  // exp is just above the smallest normal number
-  const float clamped = x < lowest ? lowest : x;
+  const float lowest = -88.0f;  // its power of two is 2^-127, of whose exponent no bit is set: scale is 0
+  const float clamped = lowest > x ? lowest : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
   const float shifted = std::fma(clamped, 1.44269504f, magic);
   const float n = shifted - magic;
@@ -29,7 +29,7 @@ SF_HD float exp_nonpositive(float x) {
   p = std::fma(p, r, 5.0000001201e-1f);
   p = std::fma(p, r * r, r) + 1.0f;
   const float scale = bits_float((float_bits(shifted) - float_bits(magic) + 127u) << 23);
-  return x < lowest ? 0.0f : p * scale;
+  return p * scale;
 }
 
 inline double exp_nonpositive(double x) { return std::exp(x); }

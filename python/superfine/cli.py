@@ -37,7 +37,13 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 @app.command()
 def tune(
     config: Annotated[Path | None, typer.Argument(help="TOML file; the flags below go over it.")] = None,
-    data: Annotated[str | None, typer.Option(help="Labelled .csv, .tsv or .jsonl file.")] = None,
+    task: Annotated[str | None, typer.Option(help="classification (the default) or causal-lm.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Labelled .csv, .tsv or .jsonl file; for causal-lm also .txt, or a folder of these."
+        ),
+    ] = None,
     text: Text = None,
     label: Label = None,
     model: Annotated[str | None, typer.Option(help="Hugging Face model folder or hub name.")] = None,
@@ -48,6 +54,10 @@ def tune(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples in one forward pass.")] = None,
     loss: Annotated[str | None, typer.Option(help="cross_entropy, binary_cross_entropy or mse.")] = None,
+    fused_loss: Annotated[
+        bool | None,
+        typer.Option("--fused-loss/--eager-loss", help="causal-lm: the loss without logits, or torch's."),
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     device: Device = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initialisation, order and dropout.")] = None,
@@ -57,11 +67,12 @@ def tune(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a text classifier: data, model, selection, optimizer, training, test against the base."""
+    """Fine-tune a classifier or a language model: data, model, selection, optimizer, training, test."""
     with errors(debug):
         from superfine.config import parse_override
 
         flags = {
+            "model.task": task,
             "data.path": data,
             "data.text": text[0] if text and len(text) == 1 else text,
             "data.label": label,
@@ -73,6 +84,7 @@ def tune(
             "train.epochs": epochs,
             "train.batch_size": batch_size,
             "train.loss": loss,
+            "train.fused_loss": fused_loss,
             "train.precision": precision,
             "train.device": device,
             "train.seed": seed,
@@ -103,8 +115,13 @@ def tune(
 
 @app.command("eval")
 def evaluate(
-    saved: Annotated[Path, typer.Argument(help="Run directory, or a Hugging Face classifier folder.")],
-    data: Annotated[Path, typer.Option(help="Labelled .csv, .tsv or .jsonl file.")],
+    saved: Annotated[
+        Path, typer.Argument(help="Run directory, or folder of a classifier or language model.")
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(help="Labelled .csv, .tsv or .jsonl file; for a language model also .txt, or a folder."),
+    ],
     text: Text = None,
     label: Label = None,
     base: Annotated[str | None, typer.Option(help="Base model, where it has moved since the run.")] = None,
@@ -117,7 +134,7 @@ def evaluate(
     json_: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file, too.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Score a tuned model on a labelled file."""
+    """Score a tuned model on a labelled file; a language model on text."""
     with errors(debug):
         from superfine._files import atomic_write
         from superfine.display import print_scores

@@ -33,7 +33,7 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """Where the samples come from and how they are split."""
 
-    path: str | None = None  # .csv, .tsv or .jsonl
+    path: str | None = None  # .csv, .tsv or .jsonl; of a language model also .txt, or a folder of these
     dataset: str | None = None  # name for datasets.load_dataset, instead of path
     dataset_config: str | None = None
     text: str | list[str] = "text"  # one column, or two for sentence pairs
@@ -42,6 +42,7 @@ class DataConfig(_Section):
     test: float | str = 0.1
     dedupe: bool = True
     max_length: int = Field(default=128, ge=2)  # tokens; longer texts are cut
+    pack: bool = True  # language models: texts follow each other in blocks of max_length, uncut
     limit: int | None = Field(default=None, ge=3)  # use this many samples, drawn by seed
     seed: int = Field(default=0, ge=0)
     on_bad_line: Literal["error", "skip"] = "error"
@@ -78,6 +79,7 @@ class ModelConfig(_Section):
     """The pretrained model."""
 
     name: str  # a local Hugging Face folder, or a hub name
+    task: Literal["classification", "causal-lm"] = "classification"  # or regression, by train.loss
 
 
 class SelectConfig(_Section):
@@ -131,6 +133,7 @@ class TrainConfig(_Section):
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, parameters stay fp32
     loss: Literal["cross_entropy", "binary_cross_entropy", "mse"] = "cross_entropy"
+    fused_loss: bool = True  # language models: the loss without logits; false: eager torch's
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     seed: int = Field(default=0, ge=0)
     eval_every: int = Field(default=0, ge=0)  # 0: at the end of every epoch
@@ -154,6 +157,16 @@ class OutputConfig(_Section):
     directory: str
 
 
+# What differs from the defaults above, as they suit classification.
+TASK_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "causal-lm": {
+        "data": {"max_length": 512},
+        "select": {"parameters": ["last:2"]},  # the head is often tied to the embeddings
+        "train": {"batch_size": 8},
+    }
+}
+
+
 class Config(_Section):
     """A whole run."""
 
@@ -163,6 +176,36 @@ class Config(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     output: OutputConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_defaults(cls, values: Any) -> Any:
+        task = values.get("model", {}).get("task") if isinstance(values.get("model"), dict) else None
+        for section, table in TASK_DEFAULTS.get(task, {}).items() if isinstance(task, str) else ():
+            given = values.get(section, {})
+            if isinstance(given, dict):
+                values = values | {section: table | given}
+        return values
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Config:
+        if self.model.task == "classification":
+            if not self.train.fused_loss:
+                raise ValueError("train.fused_loss is false; expected it with model.task = 'causal-lm' only")
+            if not self.data.pack:
+                raise ValueError("data.pack is false; expected it with model.task = 'causal-lm' only")
+            return self
+        if self.train.loss != "cross_entropy":
+            raise ValueError(
+                f"train.loss is {self.train.loss!r}; expected 'cross_entropy' with {self.model.task}"
+            )
+        if self.train.label_smoothing:
+            raise ValueError(
+                f"train.label_smoothing is {self.train.label_smoothing}; expected 0.0 with {self.model.task}"
+            )
+        if len(self.data.text_columns) != 1:
+            raise ValueError(f"data.text is {self.data.text!r}; expected one column with {self.model.task}")
+        return self
 
 
 def load_config(
@@ -255,7 +298,8 @@ def _explain(error: ValidationError) -> str:
         if len(location) == 1:
             text += f"; expected a section [{key}]"
     elif problem["type"] == "value_error":
-        text = f"{key}: {problem['msg'].removeprefix('Value error, ')}"
+        text = problem["msg"].removeprefix("Value error, ")
+        text = f"{key}: {text}" if location else text  # what concerns several sections names its keys
     else:
         expected = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
         text = f"{key} is {problem['input']!r}; expected {expected}"

@@ -1,4 +1,4 @@
-"""Labelled text, from a file or a ``datasets`` name to three clean splits.
+"""Text, mostly labelled, from a file or a ``datasets`` name to three clean splits.
 
 Order matters and is fixed: read, check every row, remove duplicates, draw ``limit``, split. Duplicates go
 before the split, because a text in both train and test makes the test score a memory test.
@@ -22,7 +22,7 @@ from typing import Any
 
 from superfine.config import DataConfig
 
-__all__ = ["Rows", "Splits", "load_splits", "read_rows", "remove_duplicates", "stratified_split"]
+__all__ = ["Rows", "Splits", "decode", "load_splits", "read_rows", "remove_duplicates", "stratified_split"]
 
 # What a source yields: line number (from 1), the record or None, and what is wrong with it.
 Records = Iterator[tuple[int, "dict[str, Any] | None", str]]
@@ -30,7 +30,7 @@ Records = Iterator[tuple[int, "dict[str, Any] | None", str]]
 
 @dataclass
 class Rows:
-    """Samples: one text (or a pair) and one label each; labels are class names, or floats for regression."""
+    """Samples: one text (or a pair) and one label each; labels are class names, floats for regression, or None."""
 
     texts: list[tuple[str, ...]] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Splits:
     train: Rows
     validation: Rows
     test: Rows
-    labels: tuple[str, ...]  # empty for regression
+    labels: tuple[str, ...]  # empty for regression and language models
     skipped: int
     duplicates: int
     conflicts: int
@@ -64,15 +64,22 @@ class Splits:
         return digest.hexdigest()
 
 
-def load_splits(config: DataConfig, loss: str) -> Splits:
+def load_splits(config: DataConfig, loss: str, *, labelled: bool = True) -> Splits:
     """Read, clean and split the data that ``config`` names, for one of the losses of ``superfine tune``.
+
+    Without ``labelled`` it is text for a language model, see ``superfine.text``.
 
     Raises ``ValueError`` or ``FileNotFoundError`` naming file, line or column: missing columns, unreadable
     lines (unless ``on_bad_line = "skip"``), empty texts, too few classes, too few rows.
     """
+    from superfine.text import cut, is_plain_text, read_text  # which imports this module
+
     numeric = loss == "mse"
 
     def read(name: str, split: str) -> Rows:
+        if config.path is not None and not labelled:
+            options = {"on_bad_line": config.on_bad_line, "encoding": config.encoding}
+            return read_text(name, config.text_columns[0], **options)
         if config.path is not None:
             return read_rows(
                 name,
@@ -82,7 +89,7 @@ def load_splits(config: DataConfig, loss: str) -> Splits:
                 on_bad_line=config.on_bad_line,
                 encoding=config.encoding,
             )
-        return _read_dataset(config, split, numeric)
+        return _read_dataset(config, split, numeric, config.label if labelled else None)
 
     parts = {"train": read(config.path or "", "train")}
     for name, value in (("validation", config.validation), ("test", config.test)):
@@ -101,19 +108,24 @@ def load_splits(config: DataConfig, loss: str) -> Splits:
         parts["train"] = parts["train"].take(sorted(drawn))
 
     fractions = [0.0 if isinstance(value, str) else value for value in (config.validation, config.test)]
-    groups = [""] * len(parts["train"]) if numeric else parts["train"].labels
-    indices = stratified_split(groups, fractions[0], fractions[1], config.seed)
+    classes = labelled and not numeric
+    groups = parts["train"].labels if classes else [""] * len(parts["train"])
     whole = parts["train"]
-    for name, chosen in zip(("train", "validation", "test"), indices, strict=True):
+    if not labelled and config.path is not None and is_plain_text(config.path):
+        drawn_parts = cut(whole, *fractions)
+    else:
+        indices = stratified_split(groups, fractions[0], fractions[1], config.seed)
+        drawn_parts = (whole.take(indices[0]), whole.take(indices[1]), whole.take(indices[2]))
+    for name, rows in zip(("train", "validation", "test"), drawn_parts, strict=True):
         if name == "train" or name not in parts:
-            parts[name] = whole.take(chosen)
+            parts[name] = rows
 
     notes = [
         f"class {name!r} has {count} row{'s' if count > 1 else ''}: too few to split, all in train"
         for name, count in sorted(Counter(groups).items())
-        if count < 3 and any(fractions)
+        if count < 3 and any(fractions) and classes
     ]
-    labels = () if numeric else _class_names(parts, config.label, loss)
+    labels = _class_names(parts, config.label, loss) if classes else ()
     for name, rows in parts.items():
         if not rows:
             raise ValueError(f"data: the {name} split is empty; expected more rows, or other fractions")
@@ -125,13 +137,13 @@ def load_splits(config: DataConfig, loss: str) -> Splits:
 def read_rows(
     path: str | Path,
     text: Sequence[str],
-    label: str,
+    label: str | None,
     *,
     numeric: bool = False,
     on_bad_line: str = "error",
     encoding: str = "utf-8",
 ) -> Rows:
-    """Read a ``.csv``, ``.tsv`` or ``.jsonl`` file with a text column (or two) and a label column.
+    """Read a ``.csv``, ``.tsv`` or ``.jsonl`` file with a text column (or two) and a label column, or none.
 
     Raises ``FileNotFoundError``, or ``ValueError`` naming the file and the column or the first bad line.
     """
@@ -146,9 +158,10 @@ def read_rows(
     }
     if path.suffix.lower() not in readers:
         raise ValueError(f"data: {path} has the suffix {path.suffix!r}; expected .csv, .tsv or .jsonl")
-    content = _decode(path, encoding)
+    content = decode(path, encoding)
     if not content.strip():
-        raise ValueError(f"data: {path} is empty; expected rows with {', '.join(text)} and {label}")
+        wanted = " and ".join(filter(None, (", ".join(text), label)))
+        raise ValueError(f"data: {path} is empty; expected rows with {wanted}")
     columns, records = readers[path.suffix.lower()](content)
     return _check_rows(str(path), columns, records, text, label, numeric, on_bad_line)
 
@@ -200,7 +213,8 @@ def stratified_split(
     return sorted(train), sorted(held_out[0]), sorted(held_out[1])
 
 
-def _decode(path: Path, encoding: str) -> str:
+def decode(path: Path, encoding: str) -> str:
+    """The text of a file; ``ValueError`` naming the line and byte where it is not in ``encoding``."""
     raw = path.read_bytes()
     # Spreadsheets put a byte-order mark before UTF-8; it would become part of the first column's name.
     codec = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8", "utf_8") else encoding
@@ -276,7 +290,7 @@ def _jsonl_records(content: str) -> tuple[list[str], Records]:
     return list(columns), iter(records)
 
 
-def _read_dataset(config: DataConfig, split: str, numeric: bool) -> Rows:
+def _read_dataset(config: DataConfig, split: str, numeric: bool, label: str | None) -> Rows:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
@@ -285,15 +299,15 @@ def _read_dataset(config: DataConfig, split: str, numeric: bool) -> Rows:
             " or use data.path with a .csv or .jsonl file"
         ) from None
     table = datasets.load_dataset(config.dataset, config.dataset_config, split=split)
-    names = getattr(table.features.get(config.label), "names", None)  # a ClassLabel stores indices
+    names = getattr(table.features.get(label), "names", None)  # a ClassLabel stores indices
 
     def records() -> Records:
         for number, record in enumerate(table, start=1):
             record = dict(record)
-            if names is not None and isinstance(record.get(config.label), int):
+            if names is not None and isinstance(record.get(label), int):
                 # -1 marks the unlabelled rows of public benchmarks.
-                index = record[config.label]
-                record[config.label] = names[index] if 0 <= index < len(names) else None
+                index = record[label]
+                record[label] = names[index] if 0 <= index < len(names) else None
             yield number, record, ""
 
     return _check_rows(
@@ -301,7 +315,7 @@ def _read_dataset(config: DataConfig, split: str, numeric: bool) -> Rows:
         list(table.column_names),
         records(),
         config.text_columns,
-        config.label,
+        label,
         numeric,
         config.on_bad_line,
     )
@@ -312,17 +326,18 @@ def _check_rows(
     columns: list[str],
     records: Records,
     text: Sequence[str],
-    label: str,
+    label: str | None,
     numeric: bool,
     on_bad_line: str,
 ) -> Rows:
-    for name in (*text, label):
+    wanted = (*text, label) if label is not None else tuple(text)
+    for name in wanted:
         if name not in columns:
             near = get_close_matches(name, columns, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             known = ", ".join(map(repr, columns))
             raise ValueError(f"data: {where} has no column {name!r}; expected one of {known}{hint}")
-    repeated = [name for name in (*text, label) if columns.count(name) > 1]
+    repeated = [name for name in wanted if columns.count(name) > 1]
     if repeated:
         raise ValueError(f"data: {where} has several columns {repeated[0]!r}; expected one")
     rows = Rows()
@@ -331,7 +346,7 @@ def _check_rows(
         value: Any = None
         if record is not None:
             problem = next((p for p in (_text_problem(record, name) for name in text) if p), "")
-            if not problem:
+            if not problem and label is not None:
                 value, problem = _label_value(record.get(label), label, numeric)
         if problem:
             rows.skipped += 1

@@ -15,6 +15,7 @@ __all__ = ["Display", "print_scores"]
 
 METRICS = {
     "loss": "loss",
+    "perplexity": "perplexity",
     "accuracy": "accuracy",
     "f1_macro": "macro F1",
     "mse": "mean squared error",

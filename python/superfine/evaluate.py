@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from torch import nn
 from superfine import hf
 from superfine.config import load_config
 from superfine.data import read_rows
-from superfine.task import Task
+from superfine.task import Task, perplexity
+from superfine.text import read_text
 
 __all__ = [
     "autocast",
@@ -71,13 +72,16 @@ def evaluate(
                 indices = order[start : start + batch_size]
                 inputs, targets = data.batch(indices, device)
                 with autocast(device, precision):
-                    output = model(**inputs).logits
-                total += task.loss_of(output, targets).item() * len(indices)
+                    output = task.outputs(model, inputs, targets)
+                total += task.loss_of(output, targets).item() * data.terms(indices)
                 logits.append(output.float().cpu())
     finally:
         for module, training in modes:
             module.training = training
-    return {"loss": total / len(order), **task.metrics(torch.cat(logits), data.targets[torch.tensor(order)])}
+    loss = total / data.terms(order)
+    if data.next_token:
+        return {"loss": loss, "perplexity": perplexity(loss)}
+    return {"loss": loss, **task.metrics(torch.cat(logits), data.targets[torch.tensor(order)])}
 
 
 def evaluate_saved(
@@ -92,7 +96,7 @@ def evaluate_saved(
     on_bad_line: str = "error",
     encoding: str = "utf-8",
 ) -> dict[str, Any]:
-    """Score a run directory, or a Hugging Face classifier folder, on a labelled file.
+    """Score a run directory, or a Hugging Face folder of a classifier or causal language model, on a file.
 
     ``text`` and ``label`` name columns where they differ from those the model was tuned on; ``base`` is the
     base model's folder where it has moved since the run. Returns loss and metrics as in ``metrics.jsonl``,
@@ -109,9 +113,19 @@ def evaluate_saved(
         model, missing = hf.load_model(name, task, seed=0)
         if missing:
             raise ValueError(f"eval: {saved} has no {min(missing)}; expected a tuned classifier")
+        if task.is_language_model:
+            with suppress(ValueError):  # one whose loss is another is scored by its own
+                hf.use_fused_loss(model, logits=False)
     task = replace(task, text=text or task.text, label=label or task.label)
-    numeric = task.loss == "mse"
-    rows = read_rows(data, task.text, task.label, numeric=numeric, on_bad_line=on_bad_line, encoding=encoding)
+    options: dict[str, Any] = {"on_bad_line": on_bad_line, "encoding": encoding}
+    if task.is_language_model:
+        if label is not None or len(task.text) != 1:
+            raise ValueError(
+                "eval: label or two text columns are given; expected neither with a language model"
+            )
+        rows = read_text(data, task.text[0], **options)
+    else:
+        rows = read_rows(data, task.text, task.label, numeric=task.loss == "mse", **options)
     encoded = hf.encode(rows, hf.load_tokenizer(name), task, model.config)
     scores = evaluate(model.to(where), encoded, task, batch_size=batch_size, device=where)
     return scores | {"rows": len(rows), "skipped": rows.skipped}
@@ -126,6 +140,8 @@ def load_run(run: Path, base: str | None = None) -> tuple[nn.Module, Task, str]:
     name = hf.check_model_name(base or config.model.name)
     model, _ = hf.load_model(name, task, config.train.seed, hf.load_tokenizer(name).pad_token_id)
     load_delta(model, delta)
+    if task.is_language_model and config.train.fused_loss:
+        hf.use_fused_loss(model, logits=False)
     return model, task, name
 
 

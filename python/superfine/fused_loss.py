@@ -1,149 +1,402 @@
-"""Hugging Face causal language models that train without their logits."""
+"""Hugging Face models whose losses Superfine computes: language models without their logits, and classifiers.
+
+A model's class is replaced by a subclass of the same name, and its head's by one that can keep quiet. No closure or
+bound method holds on to the model, so copies, pickles and compiled models are what they would be without.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from superfine_kernels import linear_cross_entropy
+from superfine_kernels import cross_entropy, linear_cross_entropy
 from superfine_kernels._library import reject
 
 __all__ = ["FusedLoss", "use_fused_loss"]
 
-# Of a loss of a few tokens: other orders of summation; 8 and 11 bits of the logits.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Of a loss of a few tokens: other orders of summation; 8 and 11 bits of the logits; a model's own loss is float32.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 
 
-def use_fused_loss(model: nn.Module) -> FusedLoss:
-    """Lets a causal language model compute its loss by `linear_cross_entropy`, from its hidden states and its head.
+def use_fused_loss(model: nn.Module, *, logits: bool | None = None) -> FusedLoss:
+    """Lets a language model compute its loss from hidden states and head, without logits; a classifier by one pass.
 
-    A forward with `labels` then holds no logits, and `output.logits` is None; without labels, and within `generate`,
-    nothing changes. `num_items_in_batch` and `shift_labels` are honoured, so `transformers.Trainer` works as before.
-    `state_dict()` and `save_pretrained` are as ever; to `copy.deepcopy` or pickle the model, take it back first.
+    A forward with `labels` in training mode then holds no logits, and its output has none (`output.logits` is None).
+    Where logits are asked for, the model makes them, with gradients, and the loss is `cross_entropy` of them. Without
+    labels, and within `generate`, nothing changes.
+
+    Served are causal and masked language models and encoder-decoders with a linear head (`linear_cross_entropy`,
+    with the scale or cap of the logits that the configuration states), and classifiers of sequences and tokens with a
+    single label (`cross_entropy`), which always return their logits. Regression and several labels stay as they are.
+
+    `num_items_in_batch` and `shift_labels` are honoured, so `transformers.Trainer` works as before; where a model
+    ignores `num_items_in_batch` (BERT), steps with accumulated gradients now are what one large batch gives.
+    `state_dict()`, `save_pretrained`, `copy.deepcopy`, pickle and `torch.compile` work as ever.
 
     Args:
-        model: a Hugging Face model with a linear head, whose loss is `ForCausalLMLoss`. A few tokens are sent through
-            it, both ways.
+        model: a Hugging Face model. A few tokens are sent through it, both ways.
+        logits: whether a forward with labels returns logits: None for in eval mode only, as `Trainer` needs for
+            predictions and metrics. The argument `output_logits` of a forward goes over it.
 
     Returns:
         What takes it back: `.remove()`.
 
     Raises:
-        ValueError: the head is not linear or has hooks, the loss is another one, or the model changes logits between
-            head and loss (softcaps, scales), so that both losses differ.
+        TypeError: not a Hugging Face model.
+        ValueError: neither a classifier nor a model with a linear head (without hooks), or not one of tokens; the
+            loss is another one; the model changes its logits in a way that the configuration does not state.
     """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        reject("use_fused_loss", "model", type(model).__name__, "a Hugging Face model", TypeError)
+    if "_fused_loss" in vars(model) or "forward" in vars(model):
+        raise ValueError("use_fused_loss: model.forward is replaced already; expected the class's own")
+    if model.main_input_name != "input_ids":
+        reject("use_fused_loss", "the model's input", model.main_input_name, "input_ids")
+    if getattr(model, "loss_type", None) in _CLASSIFIERS:
+        state: _Loss = _Classifier(logits, tokens=model.loss_type == "ForTokenClassification")
+    else:
+        head = model.get_output_embeddings()
+        hooks = type(head) is nn.Linear and (
+            head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+        )
+        if type(head) is not nn.Linear or hooks:
+            reject("use_fused_loss", "the model's head", type(head).__name__, "torch.nn.Linear without hooks")
+        inside = _look_between_head_and_loss(model, head)
+        state = _LanguageModel(logits, head, inside, _transform(model))
+    _check(model, state)
+    state.install(model)
     return FusedLoss(model)
 
 
 class FusedLoss:
-    """A model with `use_fused_loss`; `remove()` makes it what it was."""
+    """A model with `use_fused_loss`; `remove()` makes it what it was. For a copy of it: `FusedLoss(copy)`."""
 
     def __init__(self, model: nn.Module) -> None:
-        from transformers import PreTrainedModel
-        from transformers.loss.loss_utils import ForCausalLMLoss
-
-        if not isinstance(model, PreTrainedModel):
-            reject("use_fused_loss", "model", type(model).__name__, "a Hugging Face model", TypeError)
-        if "forward" in vars(model):
-            raise ValueError("use_fused_loss: model.forward is replaced already; expected the class's own")
-        head = model.get_output_embeddings()
-        if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
-            reject("use_fused_loss", "the model's head", type(head).__name__, "torch.nn.Linear without hooks")
-        if model.loss_function is not ForCausalLMLoss:
-            name = getattr(model.loss_function, "__name__", repr(model.loss_function))
-            reject("use_fused_loss", "the model's loss", name, "ForCausalLMLoss")
-        self._model, self._head = model, head
-        self._hidden: Tensor | None = None  # what the head was given, within a forward with labels
-        self._listening = False
-        self._check()
-        self._install()
+        if "_fused_loss" not in vars(model):
+            reject("FusedLoss", "model", type(model).__name__, "a model with use_fused_loss")
+        self._model = model
 
     def remove(self) -> None:
-        """Takes everything back."""
-        for owner, name in (
-            (self._model, "forward"),
-            (self._model, "_loss_function"),
-            (self._head, "forward"),
-        ):
-            vars(owner).pop(name, None)
+        """Takes everything back; again, does nothing."""
+        state = vars(self._model).get("_fused_loss")
+        if state is not None:
+            state.uninstall(self._model)
 
-    def _install(self) -> None:
-        forward = self._model.forward
 
-        @functools.wraps(forward)
-        def without_logits(*args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-            if labels is None:
-                return forward(*args, **kwargs)
-            self._listening = True
-            try:
-                output = forward(*args, labels=labels, **kwargs)
-            finally:
-                self._listening, self._hidden = False, None
-            if isinstance(output, tuple):  # return_dict=False: (loss, logits, ...)
-                return (output[0], None, *output[2:])
-            output.logits = None
-            return output
+# --- what a model computes its loss by --------------------------------------------------------------------
 
-        self._model.forward = without_logits
-        self._model.loss_function = self._loss
-        vars(self._head)["forward"] = self._listen
 
-    def _listen(self, hidden: Tensor) -> Tensor:
-        if not self._listening:
-            return nn.functional.linear(hidden, self._head.weight, self._head.bias)
-        self._hidden = hidden
-        # In place of logits: their shape, and no memory.
-        return hidden.new_zeros(()).expand(*hidden.shape[:-1], self._head.out_features)
+class _Loss:
+    """Of one model: kept as its attribute `_fused_loss`."""
 
-    def _loss(
+    def __init__(self, logits: bool | None) -> None:
+        self.logits = logits
+
+    def install(self, model: Any) -> None:
+        vars(model)["_fused_loss"] = self
+        own: Any = type(model)
+        model.__class__ = _fused_class(own)
+
+    def uninstall(self, model: Any) -> None:
+        model.__class__ = type(model)._unfused
+        del vars(model)["_fused_loss"]
+
+    def output(self, model: Any, forward: Callable[..., Any], arguments: dict[str, Any], logits: bool) -> Any:
+        """The model's output for arguments with labels."""
+        raise NotImplementedError
+
+
+class _LanguageModel(_Loss):
+    def __init__(
+        self, logits: bool | None, head: nn.Linear, inside: str | None, transform: dict[str, Any]
+    ) -> None:
+        super().__init__(logits)
+        self.head = head
+        self.inside = inside  # the loss that forward calls as loss_function; None: it makes one itself
+        self.transform = transform  # between head and loss, as linear_cross_entropy takes it
+        self.quiet = False  # within a forward that needs no logits
+        self.hidden: Tensor | None = None  # what the head was given there
+
+    def install(self, model: Any) -> None:
+        super().install(model)
+        self.head.__class__ = _Head
+        vars(self.head)["_fused_loss"] = self
+
+    def uninstall(self, model: Any) -> None:
+        super().uninstall(model)
+        self.head.__class__ = nn.Linear
+        del vars(self.head)["_fused_loss"]
+
+    def output(self, model: Any, forward: Callable[..., Any], arguments: dict[str, Any], logits: bool) -> Any:
+        if model.get_output_embeddings() is not self.head:
+            raise RuntimeError(
+                "use_fused_loss: the model's head is another one than when it was called; expected remove() before "
+                "the head is resized, wrapped or replaced, and use_fused_loss afterwards"
+            )
+        options = {}
+        if self.inside is None:
+            options = {
+                name: arguments.pop(name)
+                for name in ("num_items_in_batch", "ignore_index", "shift_labels")
+                if name in arguments
+            }
+            labels = arguments.pop("labels")
+            decoder = ("decoder_input_ids", "decoder_inputs_embeds")
+            if model.config.is_encoder_decoder and all(arguments.get(name) is None for name in decoder):
+                arguments["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        self.quiet = not logits
+        try:
+            output = forward(model, **arguments)
+            loss = None
+            if self.inside is None:
+                scores = output[0] if isinstance(output, tuple) else output.logits
+                loss = self.loss(scores, labels, **options)
+        finally:
+            self.quiet, self.hidden = False, None
+        return _with(output, loss, logits)
+
+    def loss(
         self,
         logits: Tensor,
         labels: Tensor,
-        vocab_size: int,
+        vocab_size: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = -100,
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As transformers' ForCausalLMLoss: position i predicts label i + 1."""
-        hidden = self._hidden
-        if hidden is None or hidden.shape[:-1] != labels.shape:
+        """As ForCausalLMLoss, where position i predicts label i + 1, or ForMaskedLMLoss."""
+        if shift_labels is not None:
+            labels = shift_labels
+        elif self.inside == "ForCausalLMLoss":
+            labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        scores = self.hidden if self.quiet else logits
+        if scores is None or scores.shape[:-1] != labels.shape:
             raise RuntimeError(
                 "use_fused_loss: the loss was computed from other logits than the head's of this forward; "
                 "expected one forward at a time, with logits of all positions"
             )
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        labels = labels.to(scores.device)
+        if not self.quiet:
+            return _loss_of_logits(logits, labels, ignore_index, num_items_in_batch)
         return linear_cross_entropy(
-            hidden,
-            self._head.weight,
-            shift_labels.to(hidden.device),
-            linear_bias=self._head.bias,
+            scores,
+            self.head.weight,
+            labels,
+            linear_bias=self.head.bias,
             ignore_index=ignore_index,
             num_items=num_items_in_batch,
+            **self.transform,
         )
 
-    @torch.no_grad()
-    def _check(self) -> None:
-        """That both losses of a few tokens are equal."""
-        model, training = self._model, self._model.training
-        tokens = torch.arange(4, device=self._head.weight.device)[None] % self._head.out_features
-        model.eval()
+
+class _Classifier(_Loss):
+    def __init__(self, logits: bool | None, tokens: bool) -> None:
+        super().__init__(logits)
+        self.tokens = tokens  # a class for each, not for the sequence
+
+    def output(self, model: Any, forward: Callable[..., Any], arguments: dict[str, Any], logits: bool) -> Any:
+        labels, config = arguments["labels"], model.config
+        whole = not labels.dtype.is_floating_point
+        if config.problem_type is None and config.num_labels > 1 and whole and not self.tokens:
+            config.problem_type = "single_label_classification"  # what the model's own forward concludes, too
+        num_items = arguments.pop("num_items_in_batch", None)
+        if not self.tokens and config.problem_type != "single_label_classification":
+            return forward(model, **arguments)
+        del arguments["labels"]
+        output = forward(model, **arguments)
+        scores = output[0] if isinstance(output, tuple) else output.logits
+        return _with(output, _loss_of_logits(scores, labels.to(scores.device), -100, num_items), logits=True)
+
+
+def _loss_of_logits(
+    logits: Tensor, labels: Tensor, ignore_index: int, num_items: Tensor | int | None
+) -> Tensor:
+    flat = logits.reshape(-1, logits.shape[-1])
+    return cross_entropy(flat, labels.reshape(-1), ignore_index=ignore_index, num_items=num_items)
+
+
+def _with(output: Any, loss: Tensor | None, logits: bool) -> Any:
+    """The output with a loss, unless it has one, and without the stand-in for logits."""
+    if isinstance(output, tuple):  # return_dict=False: (loss, logits, ...)
+        loss, rest = (output[0], output[1:]) if loss is None else (loss, output)
+        return (loss, rest[0] if logits else None, *rest[1:])
+    # A new one: an output keeps under its key what is set to None as an attribute.
+    fields = {name: value for name, value in output.items() if logits or name != "logits"}
+    if loss is not None:
+        fields = {"loss": loss, **fields}
+    return type(output)(**fields)
+
+
+# --- classes ----------------------------------------------------------------------------------------------
+
+
+class _Head(nn.Linear):
+    """A head that, within a forward that needs no logits, keeps its input in place of them."""
+
+    _fused_loss: _LanguageModel
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._fused_loss.quiet:
+            return super().forward(input)
+        self._fused_loss.hidden = input
+        return input.new_zeros(()).expand(*input.shape[:-1], 1)  # so that scaling or casting it costs nothing
+
+    def _get_name(self) -> str:
+        return "Linear"
+
+
+@functools.cache
+def _fused_class(original: Any) -> Any:
+    """A subclass whose forward with labels is that of its `_fused_loss`."""
+    signature = inspect.signature(original.forward)
+    positional = [name for name, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+
+    def forward(self: Any, *args: Any, output_logits: bool | None = None, **kwargs: Any) -> Any:
+        arguments = {**dict(zip(positional, args, strict=False)), **kwargs}
+        if arguments.get("labels") is None:
+            return original.forward(self, *args, **kwargs)
+        if len(arguments) < len(args) + len(kwargs):  # given twice, or too many: let it say so
+            return original.forward(self, *args, **kwargs)
+        logits = self._fused_loss.logits if output_logits is None else output_logits
+        logits = not self.training if logits is None else logits
+        return self._fused_loss.output(self, original.forward, arguments, logits)
+
+    # Trainer reads the names of the inputs there. Not __wrapped__: accelerate unwraps as far as that goes.
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.__doc__ = original.forward.__doc__
+
+    def loss_function(self: Any) -> Callable[..., Tensor]:
+        fused = self._fused_loss
+        return fused.loss if isinstance(fused, _LanguageModel) else original.loss_function.fget(self)
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        _, _, *state = original.__reduce_ex__(self, protocol)
+        return (_new, (original,), *state)
+
+    members = {
+        "forward": forward,
+        "loss_function": property(loss_function),
+        "__reduce_ex__": reduce,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_unfused": original,
+    }
+    return type(original.__name__, (original,), members)
+
+
+def _new(original: Any) -> Any:
+    """An empty model for copy and pickle to fill: the class itself has no name that could be imported."""
+    made = _fused_class(original)
+    return made.__new__(made)
+
+
+# --- checks: what is between head and loss ----------------------------------------------------------------
+
+
+def _transform(model: Any) -> dict[str, Any]:
+    """softcap * tanh(scale * x / softcap), as the configuration states it; what it does not state is left out."""
+    config = model.config.get_text_config()
+
+    def stated(name: str) -> float | None:
+        value = getattr(config, name, None)
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) and value else None
+
+    found = {}
+    softcap = stated("final_logit_softcapping")  # Gemma
+    if softcap is not None:
+        found["softcap"] = float(softcap)
+    # Cohere, Falcon-H1; Granite divides.
+    scale = stated("logit_scale") or stated("lm_head_multiplier") or 1 / (stated("logits_scaling") or 1)
+    if scale != 1:
+        found["scale"] = float(scale)
+    return found
+
+
+def _sample(model: Any, device: torch.device) -> dict[str, Tensor]:
+    tokens = torch.arange(4, device=device)[None] % model.config.get_text_config().vocab_size
+    return {"input_ids": tokens, "labels": tokens}
+
+
+@torch.no_grad()
+def _look_between_head_and_loss(model: Any, head: nn.Linear) -> str | None:
+    """Name of the loss that forward calls; ValueError where logits change otherwise than the configuration states."""
+    from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
+
+    # Large ones, for caps to be seen: a random model's own lie where a cap changes little.
+    probe = torch.linspace(-100, 100, head.out_features, device=head.weight.device, dtype=head.weight.dtype)
+    called = False
+    own, before, training = model.loss_function, vars(model).get("_loss_function"), model.training
+
+    def listen(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal called
+        called = True
+        return own(*args, **kwargs)
+
+    handle = head.register_forward_hook(lambda module, inputs, output: probe.expand_as(output))
+    model.loss_function = listen
+    model.eval()
+    try:
+        output = model(**_sample(model, head.weight.device))
+    finally:
+        handle.remove()
+        del vars(model)["_loss_function"]
+        if before is not None:
+            model.loss_function = before
+        model.train(training)
+    if output.loss is None:
+        reject("use_fused_loss", "the loss for input_ids and labels", None, "a language model's")
+    name = getattr(own, "__name__", repr(own))
+    if called and own not in (ForCausalLMLoss, ForMaskedLMLoss):
+        reject("use_fused_loss", "the model's loss", name, "ForCausalLMLoss or ForMaskedLMLoss")
+    stated = _transform(model)
+    expected = probe.double() * stated.get("scale", 1.0)
+    if "softcap" in stated:
+        expected = stated["softcap"] * torch.tanh(expected / stated["softcap"])
+    found, tolerance = output.logits.double(), _TOLERANCE.get(head.weight.dtype, 5e-2)
+    if not torch.allclose(found, expected.expand_as(found), rtol=tolerance, atol=tolerance):
+        raise ValueError(
+            "use_fused_loss: logits are changed between head and loss otherwise than the configuration states "
+            f"({stated or 'nothing'}); expected a model that changes nothing, or scales and caps"
+        )
+    return name if called else None
+
+
+@torch.no_grad()
+def _check(model: Any, state: _Loss) -> None:
+    """That both losses of a few tokens are equal."""
+    parameter = next(model.parameters())
+    inputs, problem, training = _sample(model, parameter.device), None, model.training
+    if isinstance(state, _Classifier):
+        problem = model.config.problem_type
+        single = model.config.num_labels > 1 and problem in (None, "single_label_classification")
+        if not (state.tokens or single):
+            return
+        inputs["labels"] = torch.zeros_like(inputs["labels"]) if state.tokens else inputs["labels"][:, 0]
+    model.eval()
+    try:
+        expected = model(**inputs).loss
+        state.install(model)
         try:
-            expected = model(input_ids=tokens, labels=tokens).loss
-            self._install()
-            try:
-                found = model(input_ids=tokens, labels=tokens).loss
-            finally:
-                self.remove()
+            found = model(**inputs, output_logits=False).loss
         finally:
-            model.train(training)
-        tolerance = _TOLERANCE[self._head.weight.dtype]
-        if not torch.allclose(found.double(), expected.double(), rtol=tolerance, atol=tolerance):
-            raise ValueError(
-                f"use_fused_loss: the loss of a few tokens is {found.item():.6g} without logits and "
-                f"{expected.item():.6g} with them; expected a model that changes nothing between head and loss"
-            )
+            state.uninstall(model)
+    finally:
+        model.train(training)
+        if isinstance(state, _Classifier):
+            model.config.problem_type = problem  # forward concludes it from labels, and remembers
+    tolerance = _TOLERANCE.get(parameter.dtype, 5e-2)
+    if not torch.allclose(found.double(), expected.double(), rtol=tolerance, atol=tolerance):
+        raise ValueError(
+            f"use_fused_loss: the loss of a few tokens is {found.item():.6g} by Superfine and {expected.item():.6g} "
+            "by the model; expected a model that changes nothing between head and loss"
+        )

@@ -14,11 +14,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from superfine.data import Rows
-from superfine.fused_loss import use_fused_loss
-from superfine.task import Task
+from superfine.fused_loss import FusedLoss, use_fused_loss
+from superfine.task import Task, is_causal_lm
+from superfine.text import blocks
 
 __all__ = [
     "Encoded",
+    "FusedLoss",
     "check_model_name",
     "encode",
     "epoch_order",
@@ -87,20 +89,27 @@ def load_config(name: str) -> Any:
 def load_model(
     name: str, task: Task, seed: int, pad_token_id: int | None = None
 ) -> tuple[nn.Module, set[str]]:
-    """Load a sequence classifier in fp32 with a head for ``task``; what is missing is drawn under ``seed``.
+    """Load a model in fp32 with a head for ``task``; what is missing is drawn under ``seed``.
 
     Returns the model, in eval mode, and the names of the newly drawn parameters (a head of another size is
-    replaced too). The same name, task and seed give the same bits.
+    replaced too). The same name, task and seed give the same bits. Raises ``ValueError`` where ``task`` needs a
+    causal language model and the folder holds another.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = load_config(name)
+    if task.is_language_model and not is_causal_lm(config):
+        saved = (config.architectures or [type(config).__name__])[0]
+        raise ValueError(
+            f"model: {name} is a {saved}; expected a causal language model with model.task = 'causal-lm'"
+        )
+    kind: Any = AutoModelForCausalLM if task.is_language_model else AutoModelForSequenceClassification
     task.configure(config)
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_token_id
     torch.manual_seed(seed)
     with quiet(), _readable("model", name):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = kind.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     # Mismatched entries carry shapes beside the name.
@@ -117,15 +126,23 @@ class Encoded:
     padding: dict[str, int]
     padding_side: str
     truncated: int  # samples cut at max_length
+    next_token: bool = False  # of a language model: the tokens themselves are the targets
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.features["input_ids"])
 
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.features["input_ids"]]
 
+    def terms(self, indices: Sequence[int]) -> int:
+        """How many terms the mean loss of these samples has: samples, or tokens that have one before them."""
+        if not self.next_token:
+            return len(indices)
+        return sum(len(self.features["input_ids"][i]) - 1 for i in indices)
+
     def batch(self, indices: Sequence[int], device: torch.device | str) -> tuple[dict[str, Tensor], Tensor]:
-        """Samples ``indices`` padded to the longest of them: int64 (n, longest), and targets (n,)."""
+        """Samples ``indices`` padded to the longest of them: int64 (n, longest), and targets (n,), or of a language
+        model (n, longest), -100 where there is no token."""
         longest = max(len(self.features["input_ids"][i]) for i in indices)
         inputs = {}
         for key, values in self.features.items():
@@ -134,13 +151,15 @@ class Encoded:
                 pad = [self.padding[key]] * (longest - len(values[i]))
                 rows.append(pad + values[i] if self.padding_side == "left" else values[i] + pad)
             inputs[key] = torch.tensor(rows).to(device, non_blocking=True)
+        if self.next_token:
+            return inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         return inputs, self.targets[torch.tensor(indices)].to(device, non_blocking=True)
 
 
 def encode(rows: Rows, tokenizer: Any, task: Task, model_config: Any = None) -> Encoded:
-    """Tokenize ``rows``, cutting at ``task.max_length`` tokens.
+    """Tokenize ``rows``, cutting at ``task.max_length`` tokens; for a language model see ``superfine.text.blocks``.
 
-    Raises ``ValueError`` when that is more than the model has positions for.
+    Raises ``ValueError`` when that is more than the model has positions for, or no text has two tokens.
     """
     max_length = task.max_length
     # A tokenizer without a limit says 1e30. Some models state theirs in the config only.
@@ -148,6 +167,17 @@ def encode(rows: Rows, tokenizer: Any, task: Task, model_config: Any = None) -> 
     if max_length > limit:
         raise ValueError(f"data: max_length is {max_length}; expected at most {limit}, the model's positions")
     columns = [list(column) for column in zip(*rows.texts, strict=True)]
+    if task.is_language_model:
+        documents = tokenizer(columns[0], verbose=False)["input_ids"]
+        ids = blocks(documents, tokenizer.eos_token_id, max_length, pack=task.pack)
+        if not ids:
+            raise ValueError(
+                "data: a split has no text of two tokens; expected more text, or other fractions"
+            )
+        cut = 0 if task.pack else sum(len(document) > max_length for document in documents)
+        features = {"input_ids": ids, "attention_mask": [[1] * len(block) for block in ids]}
+        padding = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0}
+        return Encoded(features, torch.empty(0), padding, "right", cut, next_token=True)
     tokens = tokenizer(*columns, truncation=True, max_length=max_length, verbose=False)
     if "attention_mask" not in tokens:
         tokens["attention_mask"] = [[1] * len(ids) for ids in tokens["input_ids"]]

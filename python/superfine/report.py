@@ -299,6 +299,9 @@ def _headlines(run: Run) -> list[tuple[str, str]]:
     total = sum(milliseconds for _, milliseconds, _ in _phases(run.train))
     if total:
         found.append(("per step", f"{total:.4g} ms"))
+    peak = (run.summary or {}).get("peak_memory_bytes")
+    if isinstance(peak, int):
+        found.append(("peak memory of training", f"{peak / 1e6:,.0f} MB"))
     if run.train:
         found.append(("steps", str(run.train[-1]["step"])))
     return found

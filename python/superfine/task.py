@@ -1,4 +1,4 @@
-"""What the head predicts and how it is scored: classes, one yes/no, or a number.
+"""What the head predicts and how it is scored: classes, one yes/no, a number, or the next token.
 
 ============================  =======  ============================  =================================
 loss                          outputs  prediction                    metrics
@@ -7,19 +7,21 @@ loss                          outputs  prediction                    metrics
 ``binary_cross_entropy``      1        second class if logit > 0     accuracy, macro F1, confusion
 ``mse``                       1        the output                    mse, mae, Pearson's r
 ============================  =======  ============================  =================================
+
+A causal language model (``kind``) has cross-entropy, of its own, and perplexity as its metric.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Task"]
+__all__ = ["Task", "is_causal_lm", "perplexity"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,12 @@ class Task:
     text: tuple[str, ...] = ("text",)  # one column, or two for sentence pairs
     label: str = "label"
     max_length: int = 128  # tokens
+    kind: str = "classification"  # or "causal-lm"
+    pack: bool = True  # language models: texts follow each other in blocks of max_length
+
+    @property
+    def is_language_model(self) -> bool:
+        return self.kind == "causal-lm"
 
     @property
     def num_outputs(self) -> int:
@@ -38,6 +46,9 @@ class Task:
 
     def configure(self, config: Any) -> None:
         """Write outputs and class names into a Hugging Face model config, as its pipelines read them."""
+        config.superfine = asdict(self)
+        if self.is_language_model:
+            return
         names = {"cross_entropy": list(self.labels), "binary_cross_entropy": list(self.labels[1:])}
         ours = names.get(self.loss, ["LABEL_0"])
         config.id2label = dict(enumerate(ours))
@@ -48,15 +59,16 @@ class Task:
             "binary_cross_entropy": "multi_label_classification",
             "mse": "regression",
         }[self.loss]
-        config.superfine = asdict(self)
 
     @staticmethod
     def of_config(config: Any) -> Task:
-        """The task a model was tuned for; from elsewhere, a classifier, or with one output a regressor."""
+        """The task a model was tuned for; from elsewhere, by its class, its outputs and its names for them."""
         ours = getattr(config, "superfine", None)
         if ours is not None:
             return Task.of_dict(ours)
         limit = min(512, getattr(config, "max_position_embeddings", None) or 512)
+        if is_causal_lm(config):
+            return Task("cross_entropy", max_length=limit, kind="causal-lm")
         if config.num_labels == 1:
             return Task("mse", max_length=limit)
         names = tuple(config.id2label[index] for index in range(config.num_labels))
@@ -87,16 +99,27 @@ class Task:
         dtype = torch.long if self.loss == "cross_entropy" else torch.float32
         return torch.tensor([index[name] for name in labels], dtype=dtype)
 
-    def loss_of(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Mean loss of a batch as a 0-dim fp32 tensor: logits (n, num_outputs), targets (n,)."""
-        logits = logits.float()
-        if self.loss == "cross_entropy":
-            from superfine.losses import cross_entropy
+    def outputs(self, model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+        """Logits (n, num_outputs); of a language model, which need not have any, its mean loss over tokens, ()."""
+        if self.is_language_model:
+            # Keys and values of all layers would be kept for tokens to come, also of frozen ones.
+            loss: Tensor = model(**inputs, labels=targets, use_cache=False).loss
+            return loss
+        logits: Tensor = model(**inputs).logits
+        return logits
 
+    def loss_of(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Mean loss of a batch as a 0-dim fp32 tensor: what ``outputs`` returned, and targets (n,)."""
+        from superfine.losses import bce_with_logits, cross_entropy, mse
+
+        logits = outputs.float()
+        if self.is_language_model:
+            return logits
+        if self.loss == "cross_entropy":
             return cross_entropy(logits, targets, label_smoothing=label_smoothing)
         if self.loss == "binary_cross_entropy":
-            return F.binary_cross_entropy_with_logits(logits.squeeze(-1), targets)
-        return F.mse_loss(logits.squeeze(-1), targets)
+            return bce_with_logits(logits.squeeze(-1), targets)
+        return mse(logits.squeeze(-1), targets)
 
     def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Any]:
         """Scores over a whole split: logits (n, num_outputs) and targets (n,), on the CPU."""
@@ -111,6 +134,20 @@ class Task:
             "labels": list(self.labels),
             "confusion": confusion.tolist(),  # row: true class, column: predicted class
         }
+
+
+def perplexity(loss: float) -> float | None:
+    """exp(loss), or None where that is beyond a float."""
+    return math.exp(loss) if loss < 700 else None
+
+
+def is_causal_lm(config: Any) -> bool:
+    """Whether a Hugging Face configuration is that of a causal language model, by the class it was saved from."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return (
+        bool(config.architectures) and config.architectures[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    )
 
 
 def _f1_macro(confusion: Tensor) -> float:

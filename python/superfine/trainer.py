@@ -133,9 +133,10 @@ class Trainer:
             inputs, targets = self.train.batch(part, self.device)
             watch.start()
             with autocast(self.device, train.precision):
-                logits = self.plan.model(**inputs).logits
-            # Each part counts by its samples, so that the sum is the mean over the whole group.
-            loss = self.task.loss_of(logits, targets, train.label_smoothing) * (len(part) / len(indices))
+                outputs = self.task.outputs(self.plan.model, inputs, targets)
+            # Each part counts by its samples or tokens, so that the sum is the mean over the whole group.
+            share = self.train.terms(part) / self.train.terms(indices)
+            loss = self.task.loss_of(outputs, targets, train.label_smoothing) * share
             watch.lap("ms_forward")
             loss.backward()
             watch.lap("ms_backward")

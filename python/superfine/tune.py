@@ -1,4 +1,4 @@
-"""``superfine tune``: from a pretrained model and labelled text to a tuned model, in six steps.
+"""``superfine tune``: from a pretrained model and text, labelled or not, to a tuned model, in six steps.
 
     config = superfine.config.load_config("tweets.toml")
     result = superfine.tune.tune(config)
@@ -21,6 +21,7 @@ import torch
 
 from superfine import checkpoint, hf
 from superfine._files import atomic_write
+from superfine._memory import PeakMemory
 from superfine.config import Config, differing_keys, load_config, to_toml
 from superfine.data import Splits, load_splits
 from superfine.delta import base_hash, load_delta, save_delta
@@ -55,7 +56,7 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
     state = _open_run(directory, config, resume)
 
     listener.stage(1, "prepare data")
-    splits = load_splits(config.data, config.train.loss)
+    splits = load_splits(config.data, config.train.loss, labelled=config.model.task == "classification")
     _describe(splits, listener)
 
     listener.stage(2, "load pretrained model")
@@ -68,6 +69,8 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
         config.data.text_columns,
         config.data.label,
         config.data.max_length,
+        config.model.task,
+        config.data.pack,
     )
     tokenizer = hf.load_tokenizer(config.model.name)
     rows = {"train": splits.train, "validation": splits.validation, "test": splits.test}
@@ -75,7 +78,13 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
     cut = sum(part.truncated for part in encoded.values())
     if cut:
         listener.note(f"{cut:,} texts reach data.max_length = {task.max_length} tokens and may be cut")
+    counts = _counts(splits, encoded if task.is_language_model else {})
+    for name, tokens in counts.get("tokens", {}).items():
+        listener.note(
+            f"{name}: {tokens:,} tokens in {len(encoded[name]):,} samples of up to {task.max_length}"
+        )
     model, new = hf.load_model(config.model.name, task, config.train.seed, tokenizer.pad_token_id)
+    _use_fused_loss(model, config)
     model.to(device)
     listener.note(f"{type(model).__name__} from {config.model.name}, on {config.train.device}")
     if new:
@@ -117,19 +126,25 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
         listener=listener,
     )
     if state is None:
-        _log(log, listener, "start", environment=environment(), data=_counts(splits))
+        _log(log, listener, "start", environment=environment(), data=counts)
     else:
         trainer.restore(state)
         listener.note(f"continuing after step {trainer.progress.step} of {trainer.total}")
-    trainer.run()
+    with PeakMemory(device) as memory:
+        trainer.run()
     delta = directory / "delta.safetensors"
     save_delta(model, plan, delta, extra=_delta_notes(config, task, model))
-    summary = _summarise(trainer, plan, log, delta)
+    summary = _summarise(trainer, plan, log, delta, memory)
+    if memory.peak is not None and memory.before is not None:
+        listener.note(
+            f"memory: {memory.before / 1e6:,.0f} MB before, {memory.peak / 1e6:,.0f} MB at the peak of training"
+        )
     del trainer, optimizer, model, plan
 
     # The tuned model is what anyone gets who puts the saved delta on the base: so that is what is tested.
     listener.stage(6, "evaluate on the test split")
     model, _ = hf.load_model(config.model.name, task, config.train.seed, tokenizer.pad_token_id)
+    _use_fused_loss(model, config)
     model.to(device)
     options: dict[str, Any] = {
         "batch_size": config.train.batch_size,
@@ -154,8 +169,12 @@ def resolve(config: Config) -> Config:
             value = getattr(config.data, key)
             if isinstance(value, str):
                 path = Path(value).expanduser().resolve()
-                if not path.is_file():
-                    raise FileNotFoundError(f"data: {key} is {value}; expected a .csv, .tsv or .jsonl file")
+                text = config.model.task == "causal-lm"
+                if not (path.is_file() or (text and path.is_dir())):
+                    more = ", a .txt file or a folder of these" if text else ""
+                    raise FileNotFoundError(
+                        f"data: {key} is {value}; expected a .csv, .tsv or .jsonl file{more}"
+                    )
                 data[key] = str(path)
     return config.model_copy(
         update={
@@ -207,8 +226,17 @@ def _label_order(labels: tuple[str, ...], base_config: Any) -> tuple[str, ...]:
     return theirs if set(theirs) == set(labels) and len(theirs) == len(labels) else labels
 
 
-def _counts(splits: Splits) -> dict[str, Any]:
-    return {
+def _use_fused_loss(model: Any, config: Config) -> None:
+    if config.model.task == "causal-lm" and config.train.fused_loss:
+        try:
+            hf.use_fused_loss(model, logits=False)
+        except ValueError as error:
+            raise ValueError(f"{error}, or train.fused_loss = false") from error
+
+
+def _counts(splits: Splits, encoded: dict[str, hf.Encoded]) -> dict[str, Any]:
+    tokens = {name: sum(part.lengths()) for name, part in encoded.items()}
+    return ({"tokens": tokens} if tokens else {}) | {
         "train": len(splits.train),
         "validation": len(splits.validation),
         "test": len(splits.test),
@@ -220,8 +248,9 @@ def _counts(splits: Splits) -> dict[str, Any]:
 
 
 def _describe(splits: Splits, listener: Listener) -> None:
+    what = "texts" if splits.train.labels[0] is None else "samples"
     listener.note(
-        f"{len(splits.train):,} samples to train on, {len(splits.validation):,} for validation,"
+        f"{len(splits.train):,} {what} to train on, {len(splits.validation):,} for validation,"
         f" {len(splits.test):,} for the test"
     )
     if splits.labels:
@@ -246,7 +275,8 @@ def _describe_optimizer(config: Config) -> str:
 
 def _delta_notes(config: Config, task: Task, model: Any) -> dict[str, str]:
     """What ``superfine eval`` and ``superfine merge`` need beside the tensors."""
-    settings = ("id2label", "label2id", "problem_type", "pad_token_id", "superfine")
+    settings: tuple[str, ...] = ("id2label", "label2id", "problem_type", "pad_token_id", "superfine")
+    settings = ("superfine",) if task.is_language_model else settings
     return {
         "task": json.dumps(asdict(task)),
         "base": config.model.name,
@@ -255,7 +285,9 @@ def _delta_notes(config: Config, task: Task, model: Any) -> dict[str, str]:
     }
 
 
-def _summarise(trainer: Trainer, plan: Plan, log: checkpoint.MetricsLog, delta: Path) -> dict[str, Any]:
+def _summarise(
+    trainer: Trainer, plan: Plan, log: checkpoint.MetricsLog, delta: Path, memory: PeakMemory
+) -> dict[str, Any]:
     progress, timed = trainer.progress, log.events("train")[1:]  # the first step warms up
     parts = ("ms_forward", "ms_backward", "ms_optimizer")
     return {
@@ -268,6 +300,8 @@ def _summarise(trainer: Trainer, plan: Plan, log: checkpoint.MetricsLog, delta: 
         "num_total": plan.num_total,
         "delta_bytes": delta.stat().st_size,
         "seconds": round(progress.seconds, 3),
+        "memory_before_training_bytes": memory.before,
+        "peak_memory_bytes": memory.peak,  # while training and validating, in this session
         **{part: round(statistics.median(event[part] for event in timed), 3) for part in parts if timed},
     }
 

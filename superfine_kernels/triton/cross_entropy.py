@@ -1,17 +1,13 @@
-"""Cross-entropy over logits in Triton, one program per row.
+"""Cross-entropy over logits in Triton, one program per row; the formula is in csrc/math/cross_entropy.h.
 
-For logits x, label t, class weights w (1 without) and label smoothing s over C classes:
+Maximum and sum of exponentials come from one pass (Milakov & Gimelshein 2018), and so do the sums of smoothing and of
+probabilities, relative to the maximum so far; with `dlogits` a second one over the same row, by then in the L2 cache,
+writes the gradient. Traffic per logit: one read, and one write of the gradient; with probabilities of all classes as
+many reads of those.
 
-    lse     = log sum_c exp(x_c)
-    loss    = (1 - s) w_t (lse - x_t) + s/C sum_c w_c (lse - x_c)
-    dx_c    = [(1 - s) w_t + s/C sum_c w_c] exp(x_c - lse) - (1 - s) w_t [c = t] - s/C w_c
-
-Maximum and sum of exponentials come from one pass (Milakov & Gimelshein 2018); with `dlogits` a second one
-over the same row, by then in the L2 cache, writes the gradient. Traffic per logit: one read, and one write of
-the gradient.
-
-A label equal to `ignore_index` gives loss 0 and gradient 0, whatever its row holds; one outside [0, C) gives
-NaN and no stray access. Losses and lse are float32, or float64 for float64 logits.
+A row without a target that counts gives zeros, whatever it holds; a target outside [0, classes) gives NaN and no
+stray access. Results are float32, or float64 for float64 logits, one after the other as `RowResult` and `PartResult`
+say.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -19,256 +15,406 @@ NaN and no stray access. Losses and lse are float32, or float64 for float64 logi
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from superfine_kernels._library import DTYPE_CODES, describe, opmath_dtype, reject
+from superfine_kernels._library import opmath_dtype, reject
+from superfine_kernels._losses import PART_RESULTS, PART_STATISTICS, ROW_RESULTS, ROW_STATISTICS, Rows
+from superfine_kernels.triton._losses import (
+    Row,
+    check_gradient,
+    check_rows,
+    load_logits,
+    load_slots,
+    load_targets,
+    load_values,
+    load_weights,
+    option,
+    real,
+)
 
 #: Classes per iteration, at most, and classes per warp: 8 a thread, two 16-byte loads in float32 and one in
 #: bfloat16. With more of either the forward kernel spills registers (Triton 3.7: float64 on sm_90, bfloat16
 #: on sm_120).
 MAX_BLOCK = 2048
 WARP_BLOCK = 256
+#: Registers that a thread of a block of 8 warps may have.
+MAX_REGISTERS = 255
+#: Targets of a row per iteration, at most.
+MAX_SLOTS = 64
+
+#: exp of it is 0 in every type, so that what is multiplied with it may stay finite.
+FAR = tl.constexpr(-1e4)
 
 
 @triton.jit
-def _weight_of(weight, c, mask, OPMATH: tl.constexpr, HAS_WEIGHT: tl.constexpr):
-    w = tl.where(mask, 1.0, 0.0).to(OPMATH)
-    if HAS_WEIGHT:
-        w = tl.load(weight + c, mask=mask, other=0.0).to(OPMATH)
-    return w
+def _finite_or_zero(maximum):
+    return tl.where(maximum == -float("inf"), 0.0, maximum)  # -inf - -inf would be NaN
+
+
+@triton.jit
+def _reduce_row(row, limit, hard, per_class, STATISTICS: tl.constexpr):
+    """Of the first `limit` classes, 0 or all: maximum M of y, sum e, sum v, sum v (y - M), sum e (y - M), argmax.
+
+    e is exp(y - M); v is w for smoothing, to be multiplied. (y - M is y where M is -inf.)
+    """
+    VALUES: tl.constexpr = row.SMOOTH or row.TARGETS == "dense"
+    LANES: tl.constexpr = row.BLOCK if VALUES else 1
+    maximum = tl.full((), -float("inf"), row.OPMATH)
+    total = tl.full((), 0.0, row.OPMATH)
+    weighted = tl.full((), 0.0, row.OPMATH)
+    best = tl.full((), 0, tl.int32)
+    # Lanes are summed at the end only: in every block that would cost more than these registers.
+    mass = tl.zeros((LANES,), row.OPMATH)
+    dot = tl.zeros((LANES,), row.OPMATH)
+    for start in range(0, limit, row.BLOCK):
+        c = start + tl.arange(0, row.BLOCK)
+        mask = c < row.vocab
+        y, _ = load_logits(row, c, mask, -float("inf"))
+        block_maximum = tl.max(y, 0)
+        joint = tl.maximum(maximum, block_maximum)
+        shift = _finite_or_zero(joint)
+        fall = _finite_or_zero(maximum) - shift
+        rescale = tl.exp(maximum - shift)
+        e = tl.exp(y - shift)
+        if STATISTICS:
+            first = tl.min(tl.where(y == block_maximum, c, row.vocab), 0)
+            best = tl.where(block_maximum > maximum, first, best)
+            # Bounded where exp is 0: 0 * -inf would be NaN.
+            weighted = (weighted + total * tl.maximum(fall, FAR)) * rescale
+            weighted += tl.sum(e * tl.maximum(y - shift, FAR), 0)
+        total = total * rescale + tl.sum(e, 0)
+        if VALUES:
+            v = load_values(row, c, mask, hard, per_class)
+            dot += mass * fall
+            dot += tl.where(mask, v * (y - shift), 0.0)
+            mass += v
+        maximum = joint
+    return maximum, total, tl.sum(mass, 0), tl.sum(dot, 0), weighted, best
+
+
+@triton.jit
+def _add_targets(row, column, y_label, maximum, mass, dot, hard, per_class):
+    """sum v and sum v (y - M) of the whole of v, from those of `_reduce_row`."""
+    shift = _finite_or_zero(maximum)
+    if row.SMOOTH:
+        mass *= per_class
+        dot *= per_class
+    if row.TARGETS == "label":
+        v = hard * load_weights(row, column, column >= 0)
+        mass += v
+        dot += tl.where(column >= 0, v * (y_label - shift), 0.0)
+    elif row.TARGETS == "slots":
+        for start in range(0, row.targets, row.SLOTS):
+            columns, v = load_slots(row, start + tl.arange(0, row.SLOTS), hard)
+            y, _ = load_logits(row, columns, columns >= 0, 0.0)
+            mass += tl.sum(v, 0)
+            dot += tl.sum(tl.where(columns >= 0, v * (y - shift), 0.0), 0)
+    return mass, dot
+
+
+@triton.jit
+def _slot_gradients(row, out, limit, shift, softmax, hard, per_class, OTHERS: tl.constexpr):
+    """dx of the class of every slot, before the rest of dx overwrites x. Slots of one class get the same."""
+    for start in range(0, limit, row.SLOTS):
+        k = start + tl.arange(0, row.SLOTS)
+        columns, _ = load_slots(row, k, hard)
+        here = columns >= 0
+        v = tl.zeros((row.SLOTS,), row.OPMATH)
+        for other in range(0, row.targets, OTHERS):
+            other_columns, other_v = load_slots(row, other + tl.arange(0, OTHERS), hard)
+            same = columns[:, None] == other_columns[None, :]
+            v += tl.sum(tl.where(same, other_v[None, :], 0.0), 1)
+        if row.SMOOTH:
+            v += per_class * load_weights(row, columns, here)
+        y, slope = load_logits(row, columns, here, 0.0)
+        tl.store(out + k, (softmax * tl.exp(y - shift) - v) * slope, mask=here)
 
 
 @triton.jit
 def _write_gradient(
-    x, dx, weight, vocab, t, ignored, valid, shift, softmax, smooth, at_target,
-    OPMATH: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dx_c = softmax * exp(x_c - shift) - smooth * w_c - [c = t] * at_target, or 0 or NaN throughout."""
-    constant = tl.where(ignored, 0.0, float("nan")).to(OPMATH)
-    for start in range(0, vocab, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        mask = c < vocab
-        logits = tl.load(x + c, mask=mask & valid, other=0.0).to(OPMATH)
-        value = softmax * tl.exp(logits - shift)
-        if SMOOTH:
-            value -= smooth * _weight_of(weight, c, mask, OPMATH, HAS_WEIGHT)
-        value = tl.where(c == t, value - at_target, value)
+    row, dx, slot_gradients, column, counts, valid, shift, softmax, upstream, OTHERS: tl.constexpr
+):
+    """dx = [softmax * exp(y - shift) - upstream * v] dy/dx, or 0 or NaN throughout."""
+    if row.TRANSFORM != "none":
+        softmax *= row.scale
+        upstream *= row.scale
+    hard = upstream * (1.0 - row.smoothing)
+    per_class = upstream * row.smoothing / row.classes.to(row.OPMATH)
+    limit = tl.where(valid, row.targets, 0)
+    if row.TARGETS == "slots":
+        _slot_gradients(row, slot_gradients, limit, shift, softmax, hard, per_class, OTHERS)
+        tl.debug_barrier()
+
+    at_label = tl.full((), 0.0, row.OPMATH)
+    if row.TARGETS == "label":
+        at_label = hard * load_weights(row, column, column >= 0)
+    constant = tl.where(counts, float("nan"), 0.0).to(row.OPMATH)
+    for start in range(0, row.vocab, row.BLOCK):
+        c = start + tl.arange(0, row.BLOCK)
+        mask = c < row.vocab
+        y, slope = load_logits(row, c, mask & valid, 0.0)
+        value = softmax * tl.exp(y - shift)
+        if row.TARGETS == "dense":
+            value -= load_values(row, c, mask, hard, per_class)
+        elif row.SMOOTH:
+            value -= per_class * load_weights(row, c, mask)
+        if row.TARGETS == "label":
+            value = tl.where(c == column, value - at_label, value)
+        if row.TRANSFORM == "softcap":
+            value *= slope
         value = tl.where(valid, value, constant)
         tl.store(dx + c, value.to(dx.dtype.element_ty), mask=mask)
 
-
-@triton.jit
-def _forward(
-    input, target, weight, losses, lses, dlogits, scale,
-    vocab, row_stride, target_stride, scale_stride, dlogits_stride, ignore_index,
-    LABEL_SMOOTHING: tl.constexpr, HAS_WEIGHT: tl.constexpr, WRITE: tl.constexpr, OPMATH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    SMOOTH: tl.constexpr = LABEL_SMOOTHING > 0
-    infinity: tl.constexpr = float("inf")
-    row = tl.program_id(0).to(tl.int64)
-    t = tl.load(target + row * target_stride).to(tl.int64)
-    ignored = t == ignore_index
-    valid = (t != ignore_index) & (t >= 0) & (t < vocab)
-    x = input + row * row_stride
-    x_t = tl.load(x + t, mask=valid, other=0.0).to(OPMATH)
-    # Sums for smoothing start from the target's logit: small terms, whatever the offset of the row.
-    reference = tl.where(tl.abs(x_t) < infinity, x_t, 0.0)
-
-    maximum = tl.full((), -infinity, OPMATH)
-    total = tl.full((), 0.0, OPMATH)  # sum of exp(x - maximum)
-    weights = tl.full((), 0.0, OPMATH)
-    weighted = tl.full((), 0.0, OPMATH)  # sum of w (x - reference)
-    for start in range(0, tl.where(valid, vocab, 0), BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        mask = c < vocab
-        logits = tl.load(x + c, mask=mask, other=-infinity).to(OPMATH)
-        joint = tl.maximum(maximum, tl.max(logits, 0))
-        shift = tl.where(joint == -infinity, 0.0, joint)  # -inf - -inf would be NaN
-        total = total * tl.exp(maximum - shift) + tl.sum(tl.exp(logits - shift), 0)
-        maximum = joint
-        if SMOOTH:
-            w = _weight_of(weight, c, mask, OPMATH, HAS_WEIGHT)
-            weights += tl.sum(w, 0)
-            weighted += tl.sum(tl.where(mask, w * (logits - reference), 0.0), 0)
-
-    w_t = _weight_of(weight, t, valid, OPMATH, HAS_WEIGHT)  # here, as the loop has no register to spare
-    log_total = tl.log(total)
-    smoothing = tl.full((), LABEL_SMOOTHING, OPMATH)
-    hard = (1.0 - smoothing) * w_t
-    per_class = smoothing / tl.full((), vocab, OPMATH)
-    loss = hard * (log_total - (x_t - maximum))
-    if SMOOTH:
-        loss += per_class * (weights * (log_total - (reference - maximum)) - weighted)
-    constant = tl.where(ignored, 0.0, float("nan")).to(OPMATH)
-    tl.store(losses + row, tl.where(valid, loss, constant))
-    tl.store(lses + row, tl.where(valid, maximum + log_total, constant))
-
-    if WRITE:
-        upstream = tl.load(scale + row * scale_stride).to(OPMATH)
-        softmax = upstream * (hard + per_class * weights) / total
-        _write_gradient(
-            x, dlogits + row * dlogits_stride, weight, vocab, t, ignored, valid,
-            maximum, softmax, upstream * per_class, upstream * hard, OPMATH, HAS_WEIGHT, SMOOTH, BLOCK,
-        )  # fmt: skip
+    if row.TARGETS == "slots":
+        tl.debug_barrier()
+        for start in range(0, limit, row.SLOTS):
+            k = start + tl.arange(0, row.SLOTS)
+            columns, _ = load_slots(row, k, hard)
+            value = tl.load(slot_gradients + k, mask=columns >= 0, other=0.0)
+            tl.store(dx + columns, value.to(dx.dtype.element_ty), mask=columns >= 0)
 
 
 @triton.jit
-def _backward(
-    input, target, weight, lses, dlogits, scale,
-    vocab, row_stride, target_stride, scale_stride, dlogits_stride, ignore_index,
-    LABEL_SMOOTHING: tl.constexpr, HAS_WEIGHT: tl.constexpr, OPMATH: tl.constexpr, BLOCK: tl.constexpr,
+def _forward_row(
+    row, results, dlogits, upstream, slot_gradients,
+    STATISTICS: tl.constexpr, PART: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
-    SMOOTH: tl.constexpr = LABEL_SMOOTHING > 0
-    row = tl.program_id(0).to(tl.int64)
-    t = tl.load(target + row * target_stride).to(tl.int64)
-    ignored = t == ignore_index
-    valid = (t != ignore_index) & (t >= 0) & (t < vocab)
-    w_t = _weight_of(weight, t, valid, OPMATH, HAS_WEIGHT)
-    weights = tl.full((), 0.0, OPMATH)
-    if SMOOTH:
-        for start in range(0, tl.where(valid, vocab, 0), BLOCK):
-            c = start + tl.arange(0, BLOCK)
-            weights += tl.sum(_weight_of(weight, c, c < vocab, OPMATH, HAS_WEIGHT), 0)
-    smoothing = tl.full((), LABEL_SMOOTHING, OPMATH)
-    hard = (1.0 - smoothing) * w_t
-    per_class = smoothing / tl.full((), vocab, OPMATH)
-    upstream = tl.load(scale + row * scale_stride).to(OPMATH)
+    counts, known, column = load_targets(row)
+    valid = counts & known
+    y_label, _ = load_logits(row, column, column >= 0, 0.0)
+    hard = 1.0 - row.smoothing
+    per_class = row.smoothing / row.classes.to(row.OPMATH)
+    maximum, total, mass, dot, weighted, best = _reduce_row(
+        row, tl.where(valid, row.vocab, 0), hard, per_class, STATISTICS
+    )
+    mass, dot = _add_targets(row, column, y_label, maximum, mass, dot, hard, per_class)
+
+    rows = tl.num_programs(0).to(tl.int64)
+    constant = tl.where(counts, float("nan"), 0.0).to(row.OPMATH)
+    if PART:
+        tl.store(results, tl.where(valid, maximum, 0.0))
+        tl.store(results + rows, tl.where(valid, total, 1.0))
+        tl.store(results + 2 * rows, tl.where(valid, mass, constant))
+        tl.store(results + 3 * rows, tl.where(valid, dot, constant))
+        if STATISTICS:
+            tl.store(results + 4 * rows, tl.where(valid, weighted, constant))
+            tl.store(results + 5 * rows, tl.where(valid, y_label, constant))
+            tl.store(results + 6 * rows, tl.where(valid, (row.first_class + best).to(row.OPMATH), constant))
+    else:
+        log_sum = tl.log(total)
+        lse = maximum + log_sum
+        z_lse = row.z_loss * lse
+        tl.store(results, tl.where(valid, mass * log_sum - dot + z_lse * lse, constant))
+        tl.store(results + rows, tl.where(valid, lse, constant))
+        tl.store(results + 2 * rows, tl.where(valid, mass, constant))
+        if STATISTICS:
+            logprob = y_label - _finite_or_zero(maximum) - log_sum
+            tl.store(results + 3 * rows, tl.where(valid, logprob, constant))
+            tl.store(results + 4 * rows, tl.where(valid, log_sum - weighted / total, constant))
+            tl.store(results + 5 * rows, tl.where(valid, (best == column).to(row.OPMATH), constant))
+        if dlogits is not None:
+            factor = tl.load(upstream)
+            softmax = factor * (mass + 2.0 * z_lse) / total
+            _write_gradient(
+                row, dlogits, slot_gradients, column, counts, valid, maximum, softmax, factor, OTHERS
+            )
+
+
+@triton.jit
+def _backward_row(row, sums, dlogits, upstream, slot_gradients, OTHERS: tl.constexpr):
+    counts, known, column = load_targets(row)
+    lse = tl.load(sums)
+    mass = tl.load(sums + tl.num_programs(0))
+    factor = tl.load(upstream)
+    softmax = factor * (mass + 2.0 * row.z_loss * lse)
     _write_gradient(
-        input + row * row_stride, dlogits + row * dlogits_stride, weight, vocab, t, ignored, valid,
-        tl.load(lses + row), upstream * (hard + per_class * weights), upstream * per_class, upstream * hard,
-        OPMATH, HAS_WEIGHT, SMOOTH, BLOCK,
+        row, dlogits, slot_gradients, column, counts, counts & known, lse, softmax, factor, OTHERS
+    )
+
+
+# A kernel for each of their values would be the same but for its time to compile.
+UNSPECIALIZED = [
+    "targets", "classes", "target_stride", "scale_stride",
+    "ignore_index", "smoothing", "softcap", "scale", "z_loss",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _forward(
+    input, target, probabilities, weight, vocab, targets, first_class, classes,
+    row_stride, target_stride, probabilities_stride, ignore_index, smoothing, softcap, scale, z_loss,
+    results, dlogits, dlogits_stride, upstream, scale_stride, slot_gradients,
+    TARGETS: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr, STATISTICS: tl.constexpr,
+    PART: tl.constexpr, OPMATH: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    _forward_row(
+        Row(
+            input + i * row_stride,
+            target if target is None else target + i * target_stride,
+            probabilities if probabilities is None else probabilities + i * probabilities_stride,
+            weight if weight is None else weight + first_class,
+            vocab, targets, first_class, classes, ignore_index,
+            real(smoothing, OPMATH), real(softcap, OPMATH), real(scale, OPMATH), real(z_loss, OPMATH),
+            TARGETS, TRANSFORM, SMOOTH, OPMATH, BLOCK, SLOTS,
+        ),
+        results + i,
+        dlogits if dlogits is None else dlogits + i * dlogits_stride,
+        upstream if upstream is None else upstream + i * scale_stride,
+        slot_gradients if slot_gradients is None else slot_gradients + i * targets,
+        STATISTICS, PART, OTHERS,
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _backward(
+    input, target, probabilities, weight, vocab, targets, first_class, classes,
+    row_stride, target_stride, probabilities_stride, ignore_index, smoothing, softcap, scale, z_loss,
+    sums, dlogits, dlogits_stride, upstream, scale_stride, slot_gradients,
+    TARGETS: tl.constexpr, TRANSFORM: tl.constexpr, SMOOTH: tl.constexpr,
+    OPMATH: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    _backward_row(
+        Row(
+            input + i * row_stride,
+            target if target is None else target + i * target_stride,
+            probabilities if probabilities is None else probabilities + i * probabilities_stride,
+            weight if weight is None else weight + first_class,
+            vocab, targets, first_class, classes, ignore_index,
+            real(smoothing, OPMATH), real(softcap, OPMATH), real(scale, OPMATH), real(z_loss, OPMATH),
+            TARGETS, TRANSFORM, SMOOTH, OPMATH, BLOCK, SLOTS,
+        ),
+        sums + i,
+        dlogits + i * dlogits_stride,
+        upstream + i * scale_stride,
+        slot_gradients if slot_gradients is None else slot_gradients + i * targets,
+        OTHERS,
+    )  # fmt: skip
+
+
+# --- on the host ------------------------------------------------------------------------------------------
+
+
 def cross_entropy_forward(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    dlogits: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Losses and lse of every row; with `dlogits` also the gradient, from the same launch.
+    rows: Rows, *, statistics: bool = False, dlogits: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """Loss, lse and mass of every row; with `dlogits` also the gradient, from the same launch.
 
     Args:
-        input: logits, `(rows, vocab)`, float32, bfloat16, float16 or float64; classes adjacent.
-        target: labels, `(rows,)`, int32 or int64, any stride.
-        weight: one value per class, dense, float32 (float64 for float64 logits), or None.
-        ignore_index, label_smoothing: as in `torch.nn.functional.cross_entropy`.
-        dlogits: where the gradient goes: dense like `input`, or `input` itself.
-        scale: factors of the gradient, on the device: one value, or one per row; of the dtype of the losses.
+        rows: as `Rows` says; input `(rows, vocab)`, float32, bfloat16, float16 or float64, adjacent classes; all of
+            them, so `first_class` is 0.
+        statistics: also logprob, entropy, and 1 where the label is the first of the largest logits; one label a row.
+        dlogits: where the gradient goes: like `input` with adjacent classes, or `input` itself.
+        scale: factors of the gradient, on the device: one value, or one per row; of the dtype of the results.
 
     Returns:
-        losses and lse, `(rows,)`, float32 (float64 for float64 logits).
+        `(3 or 6, rows)`, float32 (float64 for float64 logits), in the order of `RowResult`.
 
     Raises:
-        ValueError: a shape, dtype, stride or device that differs from these.
+        ValueError: a shape, dtype, stride, device or option that differs from these.
     """
-    _check("cross_entropy_forward", input, target, weight, label_smoothing, dlogits, scale)
-    rows, vocab = input.shape
-    losses = torch.empty(rows, dtype=opmath_dtype(input.dtype), device=input.device)
-    lse = torch.empty_like(losses)
-    if rows > 0:
-        block, warps = _block(vocab)
-        with _on(input.device):
-            _forward[(rows,)](
-                input, target, weight, losses, lse, dlogits, scale,
-                vocab, input.stride(0), target.stride(0), _scale_stride(scale),
-                0 if dlogits is None else dlogits.stride(0), ignore_index,
-                LABEL_SMOOTHING=float(label_smoothing), HAS_WEIGHT=weight is not None,
-                WRITE=dlogits is not None, OPMATH=_opmath(input), BLOCK=block, num_warps=warps,
-            )  # fmt: skip
-    return losses, lse
+    op = "cross_entropy_forward"
+    _check(op, rows, statistics)
+    if rows.classes not in (0, rows.input.shape[1]):
+        reject(
+            op,
+            "classes",
+            rows.classes,
+            f"those of the input, {rows.input.shape[1]}: cross_entropy_part is for parts",
+        )
+    if dlogits is not None:
+        check_gradient(op, rows.input, dlogits, scale)
+    out = rows.new_results(ROW_STATISTICS if statistics else ROW_RESULTS)
+    _launch(_forward, rows, out, dlogits, scale, STATISTICS=statistics, PART=False)
+    return out
 
 
-def cross_entropy_backward(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    lse: Tensor,
-    scale: Tensor,
-    dlogits: Tensor | None = None,
-) -> Tensor:
-    """The gradient of the logits, recomputed from `lse`: `scale` times dloss/dinput of each row.
+def cross_entropy_part(rows: Rows, *, statistics: bool = False) -> Tensor:
+    """What the classes of `rows.input`, a part of all, add to the loss of every row: `PartResult`.
 
-    Arguments and errors as in `cross_entropy_forward`; `lse` is its result. Returns `dlogits`, by default a
-    new dense tensor of the shape and dtype of `input`.
+    Arguments and errors as in `cross_entropy_forward`. Returns `(4 or 7, rows)`; targets that lie elsewhere add
+    nothing, rows that do not count have a maximum of 0, a sum of 1 and zeros, and those with a target outside of
+    all classes a mass of NaN.
     """
+    _check("cross_entropy_part", rows, statistics)
+    out = rows.new_results(PART_STATISTICS if statistics else PART_RESULTS)
+    _launch(_forward, rows, out, None, None, STATISTICS=statistics, PART=True)
+    return out
+
+
+def cross_entropy_backward(rows: Rows, sums: Tensor, scale: Tensor, dlogits: Tensor | None = None) -> Tensor:
+    """The gradient of the logits, recomputed from `sums`: `scale` times dloss/dinput of each row.
+
+    Arguments and errors as in `cross_entropy_forward`, but that the input may be a part; `sums`, `(2, rows)`, are lse
+    and mass over all classes. Returns `dlogits`, by default a new dense tensor of the shape and dtype of `input`.
+    """
+    op, input = "cross_entropy_backward", rows.input
+    _check(op, rows, statistics=False)
     if dlogits is None:
         dlogits = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    _check("cross_entropy_backward", input, target, weight, label_smoothing, dlogits, scale)
-    rows, vocab = input.shape
-    if lse.shape != (rows,) or lse.dtype != opmath_dtype(input.dtype) or lse.device != input.device:
-        reject("cross_entropy_backward", "lse", lse, f"the lse of the forward pass, of shape ({rows},)")
-    if rows > 0:
-        block, warps = _block(vocab)
-        with _on(input.device):
-            _backward[(rows,)](
-                input, target, weight, lse.contiguous(), dlogits, scale,
-                vocab, input.stride(0), target.stride(0), _scale_stride(scale), dlogits.stride(0),
-                ignore_index, LABEL_SMOOTHING=float(label_smoothing), HAS_WEIGHT=weight is not None,
-                OPMATH=_opmath(input), BLOCK=block, num_warps=warps,
-            )  # fmt: skip
+    check_gradient(op, input, dlogits, scale)
+    shape, dtype = (2, input.shape[0]), opmath_dtype(input.dtype)
+    if sums.shape != shape or sums.dtype != dtype or sums.device != input.device:
+        reject(op, "sums", sums, f"lse and mass of the forward pass, of shape {shape}")
+    _launch(_backward, rows, sums.contiguous(), dlogits, scale)
     return dlogits
+
+
+def _check(op: str, rows: Rows, statistics: bool) -> None:
+    check_rows(op, rows)
+    if statistics and _targets(rows)[0] != "label":
+        reject(op, "statistics", statistics, "False but for one label a row, without probabilities")
+
+
+def _targets(rows: Rows) -> tuple[str, int]:
+    """TARGETS, as `Row` has it, and how many of them a row has."""
+    if rows.target is None:
+        return "dense", 0
+    count = 1 if rows.target.dim() == 1 else rows.target.shape[1]
+    return "label" if count == 1 and rows.probabilities is None else "slots", count
+
+
+def _launch(
+    kernel: Any, rows: Rows, sums: Tensor, dlogits: Tensor | None, scale: Tensor | None, **constants: Any
+) -> None:
+    """`sums` holds what is written of every row, or, for the gradient alone, what is read."""
+    input, target, probabilities, options = rows.input, rows.target, rows.probabilities, rows.options
+    count, vocab = input.shape
+    if count == 0:
+        return
+    kind, targets = _targets(rows)
+    block, warps = _block(vocab)
+    slots = min(MAX_SLOTS, triton.next_power_of_2(max(1, targets)))
+    # Of some of these kernels ptxas spills two registers to fit into 32, 48 or 64, unless it is given another limit.
+    forward = kernel is _forward and (options.softcap > 0 or options.label_smoothing > 0)
+    spilling = forward or (kind == "slots" and sums.dtype == torch.float64)
+    limit = {"maxnreg": MAX_REGISTERS} if spilling and torch.version.hip is None else {}
+    slot_gradients = None
+    if kind == "slots" and dlogits is not None:
+        slot_gradients = torch.empty(count * targets, dtype=sums.dtype, device=input.device)
+    with torch.cuda.device(input.device) if input.is_cuda else contextlib.nullcontext():
+        kernel[(count,)](
+            input, target, probabilities, rows.weight, vocab, targets, rows.first_class, rows.classes or vocab,
+            input.stride(0), 0 if target is None else target.stride(0),
+            0 if probabilities is None else probabilities.stride(0), options.ignore_index,
+            *(option(x, input) for x in (options.label_smoothing, options.softcap, options.scale, options.z_loss)),
+            sums, dlogits, 0 if dlogits is None else dlogits.stride(0),
+            scale, scale.stride(0) if scale is not None and scale.numel() > 1 else 0, slot_gradients,
+            TARGETS=kind, TRANSFORM="softcap" if options.softcap else "scale" if options.scale != 1 else "none",
+            SMOOTH=options.label_smoothing > 0 and kind != "dense", **constants,
+            OPMATH=tl.float64 if sums.dtype == torch.float64 else tl.float32,
+            # As many comparisons of slots at a time as a block has classes.
+            BLOCK=block, SLOTS=slots, OTHERS=max(1, min(slots, block // slots)), num_warps=warps, **limit,
+        )  # fmt: skip
 
 
 def _block(vocab: int) -> tuple[int, int]:
     """Classes per iteration and warps for a vocabulary."""
     block = min(MAX_BLOCK, triton.next_power_of_2(vocab))
     return block, max(1, block // WARP_BLOCK)
-
-
-def _opmath(input: Tensor) -> tl.dtype:
-    return tl.float64 if input.dtype == torch.float64 else tl.float32
-
-
-def _scale_stride(scale: Tensor | None) -> int:
-    return scale.stride(0) if scale is not None and scale.numel() > 1 else 0
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device; the interpreter on none."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _check(
-    op: str,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    label_smoothing: float,
-    dlogits: Tensor | None,
-    scale: Tensor | None,
-) -> None:
-    if input.dim() != 2 or input.dtype not in DTYPE_CODES or not 1 <= input.shape[1] <= 2**30:
-        reject(op, "input", input, "floating-point logits of shape (rows, vocab), vocab from 1 to 2^30")
-    rows, vocab = input.shape
-    device, opmath = input.device, opmath_dtype(input.dtype)
-    name = str(opmath).removeprefix("torch.")
-    if input.stride(1) != 1 and vocab > 1:
-        reject(op, "input.stride()", input.stride(), "adjacent classes: stride(1) equal to 1")
-    if target.shape != (rows,) or target.dtype not in (torch.int32, torch.int64) or target.device != device:
-        reject(op, "target", target, f"int64 or int32 ({rows},) on {device}")
-    if not 0 <= label_smoothing <= 1:
-        reject(op, "label_smoothing", label_smoothing, "a number in [0, 1]")
-    if weight is not None:
-        fits = weight.shape == (vocab,) and weight.dtype == opmath and weight.device == device
-        if not (fits and weight.is_contiguous()):
-            reject(op, "weight", weight, f"dense {name} ({vocab},) on {device}")
-    if dlogits is None:
-        return
-    if dlogits.shape != input.shape or dlogits.dtype != input.dtype or dlogits.device != device:
-        reject(op, "dlogits", dlogits, f"a tensor like input: {describe(input)}")
-    if vocab > 1 and dlogits.stride(1) != 1:
-        reject(op, "dlogits.stride()", dlogits.stride(), "adjacent classes: stride(1) equal to 1")
-    fits = scale is not None and scale.shape in ((), (1,), (rows,))
-    if scale is None or not (fits and scale.dtype == opmath and scale.device == device):
-        reject(op, "scale", scale, f"{name}, one value or ({rows},), on {device}")
