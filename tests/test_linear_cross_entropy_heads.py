@@ -61,7 +61,9 @@ def test_options_over_tiles_are_those_of_float64(dtype, kind, backend):
         )
         tensors = [wide(t) for t in (x, w, b)]
         expected = by_formula(F.linear(*tensors), target, weight, **options)
-        loss_scale = 1024.0 if dtype == torch.float16 else 1.0  # as in training: small gradients have few digits
+        loss_scale = (
+            1024.0 if dtype == torch.float16 else 1.0
+        )  # as in training: small gradients have few digits
         found, expected = gradients(loss * loss_scale, [x, w, b]), gradients(expected * loss_scale, tensors)
         assert_close(found, expected, 2 * TOLERANCE[dtype])
 
