@@ -11,6 +11,7 @@ from torch import Tensor
 
 from superfine_kernels import _backends
 from superfine_kernels import _cross_entropy_backends as backends
+from superfine_kernels._library import reject
 from superfine_kernels._losses import PART_STATISTICS, Options, Rows, counted, denominator
 
 # On a CPU a tile stays in the caches between the product that makes it and those that use it; on a GPU it is large
@@ -18,6 +19,16 @@ from superfine_kernels._losses import PART_STATISTICS, Options, Rows, counted, d
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 # A narrower tile would make the product with it wait for memory.
 LEAST_CLASSES = 1024
+
+
+def checked_tile_bytes(op: str, tile_bytes: int | None, input: Tensor) -> int:
+    """Of the tile of logits of a checked input."""
+    if tile_bytes is None:
+        return TILE_BYTES.get(input.device.type, TILE_BYTES["cpu"])
+    least = max(1, input.numel() // input.shape[-1]) * input.element_size()
+    if not isinstance(tile_bytes, int) or tile_bytes < least:
+        reject(op, "tile_bytes", tile_bytes, f"at least {least}, the logits of one class")
+    return tile_bytes
 
 
 # --- union of parts -----------------------------------------------------------------------------------------
@@ -56,7 +67,7 @@ def row_results(part: Tensor, target: Tensor | None, options: Options) -> Tensor
         weighted, at_target, best = part[4:]
         shift = torch.where(maximum == -torch.inf, 0.0, maximum)
         results += [at_target - shift - log_sum, log_sum - weighted / total]
-        results.append((best == cast(Tensor, target)).to(part.dtype))
+        results.append(((best == cast(Tensor, target)) & ~total.isnan()).to(part.dtype))
     stacked = torch.stack(results)
     return stacked if target is None else torch.where(counted(target, options.ignore_index), stacked, 0.0)
 
@@ -183,7 +194,7 @@ class Problem:
         maxima, sums = parts[:, 0], parts[:, 1]
         masses, order = (sums * (maxima - lse).exp()).sort(0)
         needed = torch.empty_like(order, dtype=torch.bool)
-        needed.scatter_(0, order, masses.cumsum(0) > self.skip_mass)
+        needed.scatter_(0, order, ~(masses.cumsum(0) <= self.skip_mass))  # NaN is needed
         target = self.target if self.target is None or self.target.dim() == 2 else self.target[:, None]
         if target is not None:
             tiles = ((target.long() - self.first_class) // self.step).clamp(0, len(parts) - 1)

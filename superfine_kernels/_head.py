@@ -25,6 +25,16 @@ class TrainableRows(NamedTuple):
     weight: Tensor  # (few, features)
 
 
+def parts_of(op: str, name: str, value: Any, count: int) -> Any:
+    """`lora` or `rows`, which may be any sequence of their parts; None where there is none."""
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != count:
+        found = f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (tuple, list)) else "")
+        reject(op, name, found, f"None or a tuple of {count}", TypeError)
+    return value
+
+
 class Head(NamedTuple):
     """Input and all tensors of the layer, None for what it has not."""
 

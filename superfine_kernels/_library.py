@@ -61,7 +61,7 @@ def warn_once(message: str) -> None:
 
 
 def in_functional_transform() -> bool:
-    """Whether torch.func (grad, vmap, ...) or forward-mode AD is at work. Dynamo inlines those by itself."""
+    """Whether torch.func (grad, vmap, ...) or forward-mode AD is at work, outside of a compiler."""
     return not torch.compiler.is_compiling() and (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0

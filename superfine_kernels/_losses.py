@@ -32,6 +32,8 @@ class Options(NamedTuple):
         return torch.tanh(x / self.softcap) * self.softcap if self.softcap else x
 
 
+#: Of `softcap` and `scale`, and 1 / this the largest: float32 holds them and their quotient.
+LEAST_SCALE = 1e-18
 OPTIONS_SCHEMA = "int ignore_index, float label_smoothing, float z_loss, float softcap, float scale"
 
 
@@ -107,6 +109,13 @@ def counted(target: Tensor, ignore_index: int) -> Tensor:
     return counts if target.dim() == 1 else counts.any(1)
 
 
+def without_ignored(input: Tensor, target: Tensor | None, ignore_index: int) -> Tensor:
+    """Zeros for rows that do not count, which may hold NaN: products over all rows would spread it."""
+    if target is None:
+        return input
+    return torch.where(counted(target, ignore_index)[:, None], input, 0.0)
+
+
 def denominator(
     target: Tensor | None,
     probabilities: Tensor | None,
@@ -151,22 +160,24 @@ def flat_targets(
 
 def _next(x: Tensor, fill: float, dims: int) -> Tensor:
     """Moves the last of the first `dims` dimensions one to the left."""
-    behind = (0, 0) * (x.dim() - dims)
-    return torch.nn.functional.pad(x.narrow(dims - 1, 1, x.shape[dims - 1] - 1), (*behind, 0, 1), value=fill)
+    dim, size = dims - 1, x.shape[dims - 1]
+    if size == 0:
+        return x
+    return torch.cat([x.narrow(dim, 1, size - 1), torch.full_like(x.narrow(dim, 0, 1), fill)], dim)
 
 
 # --- reference ------------------------------------------------------------------------------------------
 
 
 def reference_rows(
-    y: Tensor, target: Tensor | None, probabilities: Tensor | None, weight: Tensor | None, options: Options
+    x: Tensor, target: Tensor | None, probabilities: Tensor | None, weight: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """The unreduced losses of logits (rows, classes) in eager torch, and which rows count."""
     cross_entropy = torch.nn.functional.cross_entropy
-    counts = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    counts = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if target is not None:
         counts = counted(target, options.ignore_index)
-        y = torch.where(counts[:, None], y, 0.0)  # what is ignored may be NaN
+    y = options.transform(without_ignored(x, target, options.ignore_index))
     lse = torch.logsumexp(y, 1) if options.z_loss else None
     settings: dict[str, Any] = {"reduction": "none", "label_smoothing": options.label_smoothing}
     if target is None:
@@ -190,9 +201,10 @@ def reference_rows(
 
 
 @torch.no_grad()
-def reference_statistics(y: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def reference_statistics(x: Tensor, target: Tensor, options: Options) -> Tensor:
     """(3, rows): logprob, entropy, correct as 0 or 1, of logits (rows, classes)."""
-    counts = counted(target, ignore_index)
+    counts = counted(target, options.ignore_index)
+    y = options.transform(x)
     log_p = torch.log_softmax(y, 1)
     label = torch.where(counts, target.long(), 0)
     logprob = log_p.gather(1, label[:, None])[:, 0]
@@ -209,7 +221,11 @@ def times_upstream(dlogits: Tensor, grad: Tensor, op: str) -> Tensor:
     # Reading the value is free on the CPU only, and only where nothing traces or batches.
     batched = in_functional_transform() or torch._C._functorch.is_legacy_batchedtensor(grad)
     readable = type(grad) is Tensor and not batched
-    if not readable or grad.device.type != "cpu" or grad.item() != 1:
+    if not readable or grad.device.type != "cpu":
+        dlogits = dlogits * grad
+    elif not math.isfinite(value := grad.item()):
+        dlogits = torch.where(dlogits == 0, dlogits, dlogits * grad)  # ignored rows have none
+    elif value != 1:
         dlogits = dlogits * grad
     elif _graph_is_kept():
         dlogits = dlogits.clone()  # a later backward needs it as it is, whatever the caller does
@@ -249,6 +265,8 @@ def check_targets(
         few = f"int64 or int32 classes of shape {(*shape, 'K')}, beside probabilities"
         if target.dtype not in _INTEGERS or target.dim() != len(shape) + 1 or target.shape[:-1] != shape:
             reject(op, "target", target, few)
+        if target.shape[-1] == 0:
+            reject(op, "target", target, "at least one class a row")
         fits = probabilities.shape == target.shape and probabilities.is_floating_point()
         if not fits or probabilities.device != target.device:
             reject(op, "probabilities", probabilities, f"as many as classes: float {tuple(target.shape)}")
@@ -270,8 +288,9 @@ def check_targets(
 
 def as_softcap(op: str, softcap: float | None) -> float:
     """As kernels take it: 0 for none."""
-    if softcap is not None and not 0 < softcap < math.inf:
-        reject(op, "softcap", softcap, "None or a finite number above 0")
+    if softcap is not None and not LEAST_SCALE <= softcap <= 1 / LEAST_SCALE:
+        expected = f"None or a number above 0, from {LEAST_SCALE:g} to {1 / LEAST_SCALE:g}"
+        reject(op, "softcap", softcap, expected)
     return float(softcap or 0)
 
 
@@ -321,8 +340,12 @@ def check_options(
         reject(op, "label_smoothing", options.label_smoothing, "a number in [0, 1]")
     if not 0 <= options.z_loss < math.inf:
         reject(op, "z_loss", options.z_loss, "a finite number, 0 or above")
-    if not 0 < options.scale < math.inf:
-        reject(op, "scale", options.scale, "a finite number above 0")
+    if not LEAST_SCALE <= options.scale <= 1 / LEAST_SCALE:
+        reject(op, "scale", options.scale, f"a number above 0, from {LEAST_SCALE:g} to {1 / LEAST_SCALE:g}")
+    if isinstance(options.ignore_index, bool) or not isinstance(options.ignore_index, int):
+        reject(op, "ignore_index", options.ignore_index, "an int", TypeError)
+    if not -(2**63) <= options.ignore_index < 2**63:
+        reject(op, "ignore_index", options.ignore_index, "64 bits")
     if num_items is None:
         return
     check_num_items(op, device, reduction, num_items)
@@ -337,5 +360,8 @@ def check_num_items(op: str, device: torch.device, reduction: str, num_items: fl
             reject(op, "num_items", num_items, f"a number, or a tensor of one element on {device}")
         if num_items.requires_grad:
             reject(op, "num_items", "a tensor that requires grad", "a constant")
-    if not (isinstance(num_items, Tensor) and num_items.device != _CPU) and not 0 < num_items < math.inf:
+    on_host = not isinstance(num_items, Tensor) or (
+        num_items.device == _CPU and not torch.compiler.is_compiling()
+    )
+    if on_host and not 0 < num_items < math.inf:
         reject(op, "num_items", num_items, "a finite number above 0")

@@ -190,9 +190,7 @@ def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
         scale = scale / (ctx.num_items or denominator(*counted))
     if torch.is_grad_enabled() and input.requires_grad:  # backward(create_graph=True)
         warn_once("cross_entropy: a second derivative is asked for; eager torch computes the gradient")
-        losses, _ = reference_rows(
-            options.transform(input.to(out.dtype)), target, probabilities, weight, options
-        )
+        losses, _ = reference_rows(input.to(out.dtype), target, probabilities, weight, options)
         return torch.autograd.grad(losses, input, scale.expand_as(losses), create_graph=True)[0]
     sums = out[1:ROW_RESULTS]
     arguments = (input, target, probabilities, weight, *options, sums, scale, ctx.backend)
@@ -312,7 +310,7 @@ def cross_entropy(
     labels, probabilities = flat_targets(wanted, probabilities, ignore_index, shift, dtype)
     logits = _rows(input)
     divide_by = None
-    if isinstance(num_items, Tensor) and num_items.device.type != "cpu":
+    if isinstance(num_items, Tensor) and (num_items.device.type != "cpu" or torch.compiler.is_compiling()):
         divide_by, num_items, reduction = num_items.reshape(()), None, "sum"
     backend = _without_kernel(input.device, probabilities) or backend or ""
     eager = backend == "reference"
@@ -353,20 +351,22 @@ def _without_kernel(device: torch.device, probabilities: Tensor | None) -> str |
 
 
 def _by_reference(logits, labels, probabilities, weight, options, reduction, num_items, statistics):
-    y = options.transform(logits.to(opmath_dtype(logits.dtype)))
-    loss, _ = reference_rows(y, labels, probabilities, weight, options)
-    stats = reference_statistics(y, labels, options.ignore_index) if statistics else ()
+    x = logits.to(opmath_dtype(logits.dtype))
+    loss, _ = reference_rows(x, labels, probabilities, weight, options)
+    stats = reference_statistics(x, labels, options) if statistics else ()
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":
         counted = (labels, probabilities, weight, options.ignore_index, loss.dtype)
-        loss = loss / (denominator(*counted) if num_items is None else num_items)
+        loss = loss / (denominator(*counted) if num_items is None else torch.as_tensor(num_items).reshape(()))
     return loss, stats
 
 
 def _by_kernel(
     logits, labels, probabilities, weight, options, reduction, num_items, statistics, inplace, backend
 ):
+    if not torch.compiler.is_compiling() and logits.is_neg():
+        logits = logits.resolve_neg()
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         logits = logits.contiguous()
     numbers = (REDUCTIONS[reduction], float(num_items or 0), statistics)
@@ -419,8 +419,14 @@ def _check_inplace(input: Tensor, reduction: str) -> None:
     op = "cross_entropy"
     if reduction == "none":
         reject(op, "reduction", reduction, "'mean' or 'sum' with inplace=True")
-    if input.requires_grad and input.is_leaf:
-        reject(op, "input", "a leaf that requires grad", "the output of an op: inplace=True overwrites it")
+    base = input._base if input._is_view() else input
+    if input.requires_grad and base is not None and base.requires_grad and base.is_leaf:
+        reject(
+            op,
+            "input",
+            "a leaf that requires grad, or a view of one",
+            "the output of an op: inplace=True overwrites it",
+        )
     if _overlaps_itself(input):
         strides = f"a tensor with strides {input.stride()}"
         reject(op, "input", strides, "memory of its own for every element with inplace=True")

@@ -18,15 +18,16 @@ Memory beside inputs and gradients: one tile of logits, and the float32 sum of t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from superfine_kernels import _backends
-from superfine_kernels._class_tiles import TILE_BYTES, TRAINABLE, Problem, join, row_results
+from superfine_kernels._class_tiles import TRAINABLE, Problem, checked_tile_bytes, join, row_results
 from superfine_kernels._class_tiles import gradients as tile_gradients
-from superfine_kernels._head import Head
+from superfine_kernels._head import Head, parts_of
 from superfine_kernels._library import (
     LIBRARY,
     Cost,
@@ -48,11 +49,11 @@ from superfine_kernels._losses import (
     check_labels,
     check_options,
     check_targets,
-    counted,
     flat_targets,
     reference_rows,
     reference_statistics,
     with_statistics,
+    without_ignored,
 )
 
 
@@ -80,9 +81,7 @@ def reference(input: Tensor, linear_weight: Tensor, target: Tensor, **options: A
 
 
 def _reference_logits(p: Problem) -> Tensor:
-    input = p.input
-    if p.target is not None:  # what is ignored may be NaN
-        input = torch.where(counted(p.target, p.options.ignore_index)[:, None], input, 0.0)
+    input = without_ignored(p.input, p.target, p.options.ignore_index)
     logits = torch.nn.functional.linear(input, p.linear_weight)
     if p.low_rank_input is not None and p.low_rank_weight is not None:
         logits = logits + p.low_rank_input @ p.low_rank_weight.t()
@@ -90,7 +89,7 @@ def _reference_logits(p: Problem) -> Tensor:
         logits = logits.index_copy(1, p.column_classes.to(logits.device), p.columns)
     if p.linear_bias is not None:
         logits = logits + p.linear_bias
-    return p.options.transform(logits.to(opmath_dtype(logits.dtype)))
+    return logits.to(opmath_dtype(logits.dtype))
 
 
 # --- ops and autograd -------------------------------------------------------------------------------------
@@ -297,7 +296,8 @@ def linear_cross_entropy(
             return_stats, check: as in `superfine_kernels.cross_entropy`.
         lora: `LoRA(a, b, scale)`: the head's weight is linear_weight + scale * b @ a, which is never formed.
         rows: `TrainableRows(indices, weight)`: the rows of linear_weight at `indices` count as those in `weight`,
-            whose gradient has their number of rows. Indices on the CPU are not waited for.
+            whose gradient has their number of rows; `lora` adds nothing to them. Indices on the CPU are not
+            waited for.
         accumulate_into: (classes, features), of the weight's dtype or float32: backward adds the gradient of
             `linear_weight` there instead of returning it (hooks of the weight see None); several losses, or steps of
             accumulation, then need no buffer of their own. Each product is rounded to the inputs' dtype before it
@@ -306,7 +306,7 @@ def linear_cross_entropy(
             classes make a tile.
         skip_mass: backward leaves out tiles of a row, never those of its targets, whose classes have together at most
             this much of the probability; 0 leaves out nothing. The gradient of a row's logits then differs by at most
-            skip_mass * g * scale in sum of absolute values, with g the upstream gradient of the row's loss times
+            skip_mass * |g| * scale in sum of absolute values, with g the upstream gradient of the row's loss times
             (sum_c v_c + 2 z lse), and that of its input by as much times the norm of the longest row of the weight.
             Waits for a GPU.
         backend: None for the best one; see `superfine_kernels.backends()`.
@@ -321,16 +321,13 @@ def linear_cross_entropy(
             [0, classes), named with its position.
     """
     op, original = "linear_cross_entropy", linear_weight
-    a, b, lora_scale = lora or (None, None, 1.0)
-    head = Head(input, linear_weight, linear_bias, a, b, *(rows or (None, None)))
+    a, b, lora_scale = parts_of(op, "lora", lora, 3) or (None, None, 1.0)
+    head = Head(input, linear_weight, linear_bias, a, b, *(parts_of(op, "rows", rows, 2) or (None, None)))
     head.check_tensors(op)
     head = head.autocast()
     head.check_shapes(op)
     input, linear_weight, linear_bias, a, b, index, row_weight = head
-    tile_bytes = TILE_BYTES.get(input.device.type, TILE_BYTES["cpu"]) if tile_bytes is None else tile_bytes
-    least = max(1, input.numel() // input.shape[-1]) * input.element_size()
-    if not isinstance(tile_bytes, int) or tile_bytes < least:
-        reject(op, "tile_bytes", tile_bytes, f"at least {least}, the logits of one class")
+    tile_bytes = checked_tile_bytes(op, tile_bytes, input)
     ignore_index = -100 if ignore_index is None else ignore_index
     options = Options(
         ignore_index, float(label_smoothing), float(z_loss), as_softcap(op, softcap), float(scale)
@@ -343,6 +340,8 @@ def linear_cross_entropy(
     if target.device != input.device:
         reject(op, "target", target, f"a tensor on {input.device}")
     check_options(op, classes, input.device, weight, reduction, options, num_items)
+    if not math.isfinite(lora_scale):
+        reject(op, "lora.scale", lora_scale, "a finite number")
     if not 0 <= skip_mass < 1:
         reject(op, "skip_mass", skip_mass, "a number in [0, 1)")
     if skip_mass > 0 and (label_smoothing > 0 or target.is_floating_point()):
@@ -356,8 +355,9 @@ def linear_cross_entropy(
     labels, probabilities = flat_targets(target, probabilities, ignore_index, shift, dtype)
     if weight is not None:
         weight = weight.to(dtype).contiguous()
-    low_rank = None if a is None else torch.nn.functional.linear(flat, a) * lora_scale
-    columns = None if row_weight is None else torch.nn.functional.linear(flat, row_weight)
+    counting = without_ignored(flat, labels, ignore_index) if lora or rows else flat
+    low_rank = None if a is None else torch.nn.functional.linear(counting, a) * lora_scale
+    columns = None if row_weight is None else torch.nn.functional.linear(counting, row_weight)
     fields = (
         flat, linear_weight, linear_bias, low_rank, b, columns, None if index is None else index.cpu(),
         labels, probabilities, weight, *options, tile_bytes, float(skip_mass),
@@ -405,11 +405,11 @@ def _without_kernel(
 
 
 def _by_reference(p: Problem, reduction: int, statistics: bool) -> tuple[Tensor, Any]:
-    y = _reference_logits(p)
-    loss, _ = reference_rows(y, p.target, p.probabilities, p.weight, p.options)
+    x = _reference_logits(p)
+    loss, _ = reference_rows(x, p.target, p.probabilities, p.weight, p.options)
     stats: Any = ()
     if statistics and p.target is not None:
-        stats = reference_statistics(y, p.target, p.options.ignore_index)
+        stats = reference_statistics(x, p.target, p.options)
     if reduction != NONE:
         loss = loss.sum()
     if reduction == MEAN:
@@ -421,6 +421,11 @@ def _check_accumulation(accumulate_into: Any, linear_weight: Tensor) -> None:
     like = f"shape {tuple(linear_weight.shape)}, of the weight's dtype or float32, that requires no gradient"
     if not isinstance(accumulate_into, Tensor):
         reject("linear_cross_entropy", "accumulate_into", accumulate_into, "a torch.Tensor", TypeError)
+    if is_plain((accumulate_into, linear_weight)) and accumulate_into.data_ptr() == linear_weight.data_ptr():
+        reject("linear_cross_entropy", "accumulate_into", "memory of linear_weight", "memory of its own")
+    if 0 in accumulate_into.stride():
+        strides = f"a tensor with strides {accumulate_into.stride()}"
+        reject("linear_cross_entropy", "accumulate_into", strides, "memory of its own for every element")
     fits = accumulate_into.shape == linear_weight.shape and accumulate_into.device == linear_weight.device
     fits = fits and accumulate_into.dtype in (linear_weight.dtype, torch.float32)
     if not fits or accumulate_into.requires_grad:

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from superfine_kernels import _backends
 from superfine_kernels import _cross_entropy_backends as backends
-from superfine_kernels._class_tiles import TILE_BYTES, TRAINABLE, Problem, gradients, join, row_results
+from superfine_kernels._class_tiles import (
+    TRAINABLE,
+    Problem,
+    checked_tile_bytes,
+    gradients,
+    join,
+    row_results,
+)
 from superfine_kernels._head import Head
 from superfine_kernels._library import DTYPE_CODES, opmath_dtype, reject
 from superfine_kernels._losses import (
@@ -112,7 +119,7 @@ def vocab_parallel_linear_cross_entropy(
     head = head.autocast()
     head.check_shapes(op)
     input, linear_weight, linear_bias = head.input, head.weight, head.bias
-    tile_bytes = TILE_BYTES.get(input.device.type, TILE_BYTES["cpu"]) if tile_bytes is None else tile_bytes
+    tile_bytes = checked_tile_bytes(op, tile_bytes, input)
     classes = linear_weight.shape[0]
     call = _Call(op, input, classes, group, weight, ignore_index, reduction, label_smoothing, **options)
     call.take_targets(target)
@@ -157,6 +164,8 @@ class _Call:
         check_options(op, self.classes, input.device, weight, reduction, self.options, num_items)
         if _backends.only_reference(input.device):
             reject(op, "input", input, "a device with kernels: see superfine_kernels.backends()")
+        if probabilities is not None and isinstance(probabilities, Tensor) and probabilities.requires_grad:
+            reject(op, "probabilities", "a tensor that requires grad", "constants")
         self.op, self.input, self.reduction, self.num_items = op, input, reduction, num_items
         self.shift, self.statistics, self.check = shift, return_stats, check
         self.weight = None if weight is None else weight.to(opmath_dtype(input.dtype)).contiguous()
@@ -167,6 +176,8 @@ class _Call:
         shape = self.input.shape[:-1]
         if not isinstance(target, Tensor):
             reject(self.op, "target", target, "a torch.Tensor", TypeError)
+        if target.requires_grad:
+            reject(self.op, "target", "a tensor that requires grad", "constants")
         dense = (*shape, self.classes)
         flags = {"shift": self.shift, "return_stats": self.statistics}
         check_targets(self.op, target, self.probabilities, shape, dense, **flags)
@@ -187,7 +198,7 @@ class _Call:
         elif self.reduction == "sum":
             loss = losses.sum()
         elif self.num_items is not None:
-            loss = losses.sum() / self.num_items
+            loss = losses.sum() / torch.as_tensor(self.num_items).reshape(())
         else:
             counts = (self.labels, self.probabilities, self.weight, self.options.ignore_index, losses.dtype)
             loss = losses.sum() / denominator(*counts)
@@ -201,23 +212,28 @@ def _of_all(part: Tensor, target: Tensor | None, options: Options, group: dist.P
     return row_results(join(parts), target, options)
 
 
+def _refuse_second_derivatives(op: str) -> None:
+    if torch.is_grad_enabled():  # backward(create_graph=True)
+        raise RuntimeError(f"{op}: a second derivative is asked for; expected create_graph=False")
+
+
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, targets, statistics, group):
         rows = Rows(input, *targets)
         backend = _backends.choose("vocab_parallel_cross_entropy", input.device)
         results = _of_all(backends.part(rows, statistics, backend), rows.target, rows.options, group)
-        ctx.save_for_backward(input, results[1:ROW_RESULTS].contiguous())
-        ctx.targets, ctx.backend = targets, backend
+        ctx.save_for_backward(input, results[1:ROW_RESULTS].contiguous(), *targets[:3])
+        ctx.rest, ctx.backend = targets[3:], backend
         ctx.mark_non_differentiable(statistic := results[ROW_RESULTS:].clone())
         return results[0].clone(), statistic
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        input, sums = ctx.saved_tensors
+        _refuse_second_derivatives("vocab_parallel_cross_entropy")
+        input, sums, *targets = ctx.saved_tensors
         dlogits = backends.new_gradient(input)
-        backends.gradient_to(Rows(input, *ctx.targets), sums, grad.contiguous(), dlogits, ctx.backend)
+        backends.gradient_to(Rows(input, *targets, *ctx.rest), sums, grad.contiguous(), dlogits, ctx.backend)
         return dlogits, None, None, None
 
 
@@ -228,18 +244,19 @@ class _LinearLoss(torch.autograd.Function):
         p, rows = whole.without_ignored()
         part = join(p.parts(statistics)[0])
         results = _of_all(part, p.target, p.options, group)
-        ctx.save_for_backward(input, linear_weight, linear_bias, results[1:ROW_RESULTS].contiguous())
-        ctx.rest, ctx.group = rest, group
+        sums = results[1:ROW_RESULTS].contiguous()
+        ctx.save_for_backward(input, linear_weight, linear_bias, sums, *rest[:7])
+        ctx.rest, ctx.group = rest[7:], group
         if rows is not None:
             results = results.new_zeros(len(results), len(input)).index_copy_(1, rows, results)
         ctx.mark_non_differentiable(statistic := results[ROW_RESULTS:].clone())
         return results[0].clone(), statistic
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        input, linear_weight, linear_bias, sums = ctx.saved_tensors
-        whole = Problem(input, linear_weight, linear_bias, *ctx.rest)
+        _refuse_second_derivatives("vocab_parallel_linear_cross_entropy")
+        input, linear_weight, linear_bias, sums, *rest = ctx.saved_tensors
+        whole = Problem(input, linear_weight, linear_bias, *rest, *ctx.rest)
         p, rows = whole.without_ignored()
         scale = (grad if rows is None else grad[rows]).contiguous()
         wants = dict.fromkeys(TRAINABLE, False) | dict(zip(TRAINABLE, ctx.needs_input_grad[:3], strict=False))

@@ -311,6 +311,75 @@ def test_large_logits_are_capped_without_losing_the_slope():
             torch.testing.assert_close(f.double(), w, rtol=2e-6 if dtype == torch.float32 else 1e-9, atol=0)
 
 
+def test_ignored_rows_of_nan_under_a_softcap_by_eager_torch():
+    x = torch.randn(3, 5, dtype=torch.float64)
+    x[1] = math.nan
+    target = torch.tensor([0, -100, 2])
+    loss, gradient = loss_and_gradient(cross_entropy, x, target, softcap=5.0, backend="reference")
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    assert not gradient[1].any()
+
+
+@pytest.mark.parametrize("upstream", [math.inf, math.nan])
+def test_an_ignored_row_has_no_gradient_whatever_the_upstream_one(upstream):
+    x = torch.randn(3, 5, requires_grad=True)
+    loss = cross_entropy(x, torch.tensor([0, -100, 2]), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, x, torch.tensor(upstream))
+    assert not gradient[1].any()
+    assert not gradient[[0, 2]].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_row_of_nan_is_not_correct(backend):
+    x = torch.tensor([[math.nan, 1.0, 2.0]])
+    assert not cross_entropy(x, torch.tensor([2]), return_stats=True, backend=backend)[1].correct.any()
+    w = torch.eye(3)
+    assert not linear_cross_entropy(x, w, torch.tensor([2]), return_stats=True, backend=backend)[
+        1
+    ].correct.any()
+
+
+def test_a_shift_of_nothing_and_with_an_ignore_index_that_no_double_holds():
+    assert cross_entropy(torch.randn(2, 5, 0), torch.zeros(2, 0).long(), shift=True, reduction="sum") == 0
+    x, target = torch.randn(2, 5, 3), torch.randint(0, 5, (2, 3))
+    ignored = 2**53 + 1
+    found = cross_entropy(x, target, shift=True, ignore_index=ignored)
+    torch.testing.assert_close(found, cross_entropy(x, target, shift=True))
+
+
+def test_lazily_negated_logits_are_read_as_they_are():
+    x, target = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    lazy = torch._neg_view(x).detach().requires_grad_()
+    torch.testing.assert_close(cross_entropy(lazy, target), F.cross_entropy(-x, target))
+
+
+def test_a_view_of_a_leaf_is_not_overwritten():
+    p = torch.nn.Parameter(torch.randn(2, 3, 5))
+    with pytest.raises(ValueError, match="input is 'a leaf that requires grad, or a view of one'"):
+        cross_entropy(p.view(-1, 5), torch.zeros(6).long(), inplace=True)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_num_items_of_one_element_gives_a_scalar(backend):
+    x, target = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    for items in (torch.tensor([2]), torch.tensor(2.0), 2):
+        loss = cross_entropy(x, target, num_items=items, backend=backend)
+        assert loss.shape == ()
+        torch.testing.assert_close(loss, F.cross_entropy(x, target, reduction="sum") / 2)
+
+
+@pytest.mark.filterwarnings("default")  # the compiler gives warnings of its own
+def test_num_items_of_a_tensor_compiles():
+    x, w, target = torch.randn(3, 5), torch.randn(5, 5), torch.tensor([0, 4, 2])
+
+    def loss(x, items):
+        return cross_entropy(x, target, num_items=items) + linear_cross_entropy(x, w, target, num_items=items)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, torch.tensor(4)), loss(x, 4))
+
+
 def test_gradients_of_probabilities_by_eager_torch_with_a_warning():
     x, q = torch.randn(3, 5, requires_grad=True), torch.rand(3, 5, requires_grad=True)
     with pytest.warns(UserWarning, match="probabilities that require grad have no kernel"):
@@ -361,10 +430,19 @@ def test_compiles_into_one_graph(kind):
     [
         ({"z_loss": -1.0}, ValueError, "z_loss is -1.0 .* expected a finite number, 0 or above"),
         ({"z_loss": math.inf}, ValueError, "z_loss is inf"),
-        ({"softcap": 0.0}, ValueError, "softcap is 0.0 .* expected None or a finite number above 0"),
+        ({"softcap": 0.0}, ValueError, "softcap is 0.0 .* expected None or a number above 0"),
         ({"softcap": -2.0}, ValueError, "softcap is -2.0"),
         ({"softcap": math.nan}, ValueError, "softcap is nan"),
-        ({"scale": 0.0}, ValueError, "scale is 0.0 .* expected a finite number above 0"),
+        ({"softcap": 1e-50}, ValueError, "softcap is 1e-50"),
+        ({"scale": 1e39}, ValueError, "scale is 1e[+]39"),
+        ({"ignore_index": 1.0}, TypeError, "ignore_index is 1.0"),
+        ({"ignore_index": 2**63}, ValueError, "ignore_index is 9223372036854775808 .* expected 64 bits"),
+        (
+            {"target": torch.zeros(3, 0).long(), "probabilities": torch.rand(3, 0)},
+            ValueError,
+            "target is .* expected at least one class a row",
+        ),
+        ({"scale": 0.0}, ValueError, "scale is 0.0 .* expected a number above 0"),
         (
             {"weight": torch.tensor([1.0, -1, 1, 1, 1])},
             ValueError,

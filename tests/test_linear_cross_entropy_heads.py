@@ -186,6 +186,31 @@ def test_rows_alone_take_one_narrow_product_for_their_gradient():
     assert profiled(lambda: loss[0].backward())[0] == 3 + 1  # the logits again, and rows x few
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_what_ignored_rows_hold_reaches_no_part_that_trains(backend):
+    x, w, _, target = problem()
+    with torch.no_grad():
+        x[::5] = torch.nan
+    a, b = torch.randn(2, FEATURES, requires_grad=True), torch.randn(CLASSES, 2, requires_grad=True)
+    rows = torch.randn(1, FEATURES, requires_grad=True)
+    head = {"lora": (a, b, 1.0), "rows": (torch.tensor([0]), rows), "softcap": 5.0}
+    loss = linear_cross_entropy(x, w, target, backend=backend, **head)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (a, b, rows, w)))
+    assert not torch.autograd.grad(linear_cross_entropy(x, w, target, backend=backend, **head), x)[0][
+        ::5
+    ].any()
+
+
+def test_accumulation_is_noticed_by_autograd():
+    x, w, _, target = problem()
+    into = torch.zeros(CLASSES, FEATURES)
+    version = into._version
+    linear_cross_entropy(x, w, target, accumulate_into=into).backward()
+    assert into._version > version
+    with pytest.raises(ValueError, match="accumulate_into is 'memory of linear_weight'"):
+        linear_cross_entropy(x, w, target, accumulate_into=w.detach())
+
+
 def test_lora_and_rows_together_with_all_that_trains():
     x, w, bias, target = problem(torch.float64)
     a, b = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((3, FEATURES), (CLASSES, 3)))
@@ -320,10 +345,44 @@ def test_nothing_is_skipped_by_default_and_most_products_where_allowed():
     assert counts == [3 * 8, 3]
 
 
+def test_skipping_with_parts_that_train():
+    x, w, target = peaked()
+    index = torch.tensor([3, 2 * LEAST_CLASSES + 1, 7 * LEAST_CLASSES])
+    rows = w.detach()[index].requires_grad_()
+    a = torch.randn(2, FEATURES, dtype=torch.float64).requires_grad_()
+    b = (torch.randn(len(w), 2, dtype=torch.float64) / 9).requires_grad_()
+    tensors, head = [x, w, a, b, rows], {"lora": (a, b, 0.5), "rows": (index, rows)}
+    target[::5] = -100
+    found = linear_cross_entropy(x, w, target, tile_bytes=len(x) * 8, skip_mass=1e-9, **head)
+    full = (w + 0.5 * b @ a).index_copy(0, index, rows)
+    expected = F.cross_entropy(x @ full.t(), target)
+    assert_close(gradients(found, tensors), gradients(expected, tensors), 1e-7)
+
+
+def test_a_row_of_nan_is_not_skipped():
+    x, w, target = peaked(torch.float32)
+    with torch.no_grad():
+        x[5] = torch.nan
+    loss = linear_cross_entropy(x, w, target, tile_bytes=len(x) * 4, skip_mass=0.2)
+    assert torch.autograd.grad(loss, w)[0].isnan().any(1).all()
+
+
+def test_a_tile_far_below_the_others_has_no_entropy():
+    x, w, b, target = problem(classes=2 * LEAST_CLASSES)
+    with torch.no_grad():
+        b[LEAST_CLASSES:] = torch.finfo(torch.float32).min
+    target = target.clamp(max=LEAST_CLASSES - 1)
+    stats = linear_cross_entropy(x, w, target, linear_bias=b, tile_bytes=TILE_BYTES, return_stats=True)[1]
+    p = F.linear(x, w, b).detach()[:, :LEAST_CLASSES].double().softmax(1)
+    expected = torch.where(target >= 0, torch.special.entr(p).sum(1), 0.0)
+    torch.testing.assert_close(stats.entropy.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_skipping_with_ignored_rows_and_classes_by_index():
     x, w, _ = peaked()
     target = torch.randint(0, w.shape[0], (len(x), 3))
     target[::3] = -100
+    target[1, 2] = -100  # one place of a row that counts
     options = {"probabilities": torch.rand(target.shape), "tile_bytes": len(x) * 8}
     exact = gradients(linear_cross_entropy(x, w, target, **options), [x, w])
     skipped = gradients(linear_cross_entropy(x, w, target, skip_mass=1e-4, **options), [x, w])
@@ -350,6 +409,14 @@ def test_skipping_with_ignored_rows_and_classes_by_index():
             ValueError,
             r"rows.weight is float32 \(3, 16\)",
         ),
+        ({"rows": (torch.tensor([1, 2]),)}, TypeError, r"rows is .* expected None or a tuple of 2"),
+        (
+            {"lora": (torch.ones(2, 16), torch.ones(50, 2))},
+            TypeError,
+            r"lora is .* expected None or a tuple of 3",
+        ),
+        ({"lora": (torch.ones(2, 16), torch.ones(50, 2), float("nan"))}, ValueError, "lora.scale is nan"),
+        ({"accumulate_into": torch.zeros(1, 16).expand(50, 16)}, ValueError, "accumulate_into is .* strides"),
         ({"rows": (torch.tensor([1.0, 2]), torch.ones(2, 16))}, TypeError, "rows.indices is float32"),
     ],
 )

@@ -100,6 +100,12 @@ def main() -> None:
         expected = rf"{message}; expected a class in \[0, {classes}\)"
         with pytest.raises(ValueError, match=f"^vocab_parallel_cross_entropy: {expected}"):
             vocab_parallel_cross_entropy(part[:2], target)
+    x = part.detach()[:2].requires_grad_()
+    loss = vocab_parallel_cross_entropy(x, torch.tensor([0, 1]))
+    with pytest.raises(RuntimeError, match="vocab_parallel_cross_entropy: a second derivative is asked for"):
+        torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(ValueError, match="target is 'a tensor that requires grad'"):
+        vocab_parallel_cross_entropy(part[:2], torch.rand(2, classes, requires_grad=True))
     # A group of some of the processes.
     some = dist.new_group([0, world - 1])
     if rank in (0, world - 1):

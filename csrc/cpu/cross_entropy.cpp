@@ -164,8 +164,10 @@ class Wanted {
   void for_each_target(std::int64_t i, const Body& body) const {
     if (dense()) return;
     for (std::int64_t k = 0; k < args_.targets; ++k) {
-      const std::int64_t c = label(i, k), column = c - args_.first_class;
-      if (c == args_.ignore_index || column < 0 || column >= args_.vocab) continue;
+      const std::int64_t c = label(i, k);
+      if (c == args_.ignore_index) continue;
+      const std::int64_t column = c - args_.first_class;
+      if (column < 0 || column >= args_.vocab) continue;
       const T q = probabilities_ ? probabilities_[i * args_.probabilities_stride + k] : T(1);
       body(column, (T(1) - smoothing_) * (weight_ ? weight_[c] : T(1)) * q);
     }
@@ -234,7 +236,8 @@ class Rows {
     if (statistics) {
       out[kLogprob * args_.rows + i] = (at_target(i) - sums.shift()) - log_sum;
       out[kEntropy * args_.rows + i] = log_sum - weighted(i, sums.shift()) / sums.sum;
-      out[kCorrect * args_.rows + i] = first_best(i, sums) == wanted_.column(i) ? T(1) : T(0);
+      const bool known = !std::isnan(sums.sum);
+      out[kCorrect * args_.rows + i] = known && first_best(i, sums) == wanted_.column(i) ? T(1) : T(0);
     }
     if (!dlogits) return;
     const T normalizer = scale * slope_ * (mass.sum + T(2) * z_loss_ * lse) / sums.sum;
