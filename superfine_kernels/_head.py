@@ -30,7 +30,9 @@ def parts_of(op: str, name: str, value: Any, count: int) -> Any:
     if value is None:
         return None
     if not isinstance(value, (tuple, list)) or len(value) != count:
-        found = f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (tuple, list)) else "")
+        found = f"a {type(value).__name__}" + (
+            f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+        )
         reject(op, name, found, f"None or a tuple of {count}", TypeError)
     return value
 

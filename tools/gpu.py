@@ -133,6 +133,7 @@ def run_all(runner: Runner) -> None:
                 "cuda_step",
                 "cuda_optim",
                 "cuda_cross_entropy",
+                "cuda_cross_entropy_options",
                 "cuda_elementwise_loss",
             )
         ),

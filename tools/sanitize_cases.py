@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -75,6 +76,14 @@ def cross_entropy_cases(backend: str) -> Iterator[tuple[str, Callable[[], float]
         {"weight": True},
         {"inplace": True},
         {"weight": True, "label_smoothing": 0.1},
+        {"z_loss": 0.1, "softcap": 3.0, "scale": 0.5, "label_smoothing": 0.1},
+        {"return_stats": True},
+        {"targets": "few", "reduction": "none"},
+        {"targets": "few", "softcap": 3.0, "inplace": True},
+        {"targets": "all", "weight": True},
+        {"behind_a_layer": True},
+        {"behind_a_layer": True, "targets": "few", "label_smoothing": 0.1},
+        {"behind_a_layer": True, "targets": "all", "softcap": 3.0},
     )
     for option in options:
         yield (
@@ -91,6 +100,8 @@ def _cross_entropy(
     *,
     weight: bool = False,
     inplace: bool = False,
+    targets: str = "labels",
+    behind_a_layer: bool = False,
     **options: object,
 ) -> float:
     generator = torch.Generator().manual_seed(0)
@@ -99,17 +110,39 @@ def _cross_entropy(
     if n > 2:
         target[1] = -100
     class_weight = torch.rand(v, generator=generator) + 0.5 if weight else None
+    probabilities = None
+    if targets == "few":
+        target, probabilities = (
+            torch.randint(v, (n, 3), generator=generator),
+            torch.rand(n, 3, generator=generator),
+        )
+        target[1] = target[2, 0] = -100
+    elif targets == "all":
+        target = torch.rand(n, v, generator=generator)
+    layer = torch.randn(3 * v, v, generator=generator).to(dtype) / v if behind_a_layer else None
+    if behind_a_layer and targets == "all":
+        target = torch.rand(n, 3 * v, generator=generator)
     outcomes = []
     for device, chosen in ((torch.device("cpu"), "reference"), (DEVICE, backend)):
         leaf = logits.to(device).requires_grad_()
-        loss = superfine_kernels.cross_entropy(
-            leaf * 1,  # in place needs the output of an op
-            target.to(device),
-            weight=None if class_weight is None else class_weight.to(device),
-            inplace=inplace and chosen == backend,
-            backend=chosen,
-            **options,  # type: ignore[arg-type]
-        )
+        more: dict[str, Any] = {"backend": chosen, **options}
+        if probabilities is not None:
+            more["probabilities"] = probabilities.to(device)
+        if layer is not None:
+            head = layer.to(device)
+            loss = superfine_kernels.linear_cross_entropy(
+                leaf, head, target.to(device), tile_bytes=n * 8, **more
+            )
+        else:
+            loss = superfine_kernels.cross_entropy(
+                leaf * 1,  # in place needs the output of an op
+                target.to(device),
+                weight=None if class_weight is None else class_weight.to(device),
+                inplace=inplace and chosen == backend,
+                **more,
+            )
+        if isinstance(loss, tuple):
+            loss = loss[0] + loss[1].logprob.sum() + loss[1].entropy.sum()
         loss.float().sum().backward()
         outcomes.append((loss.detach(), leaf.grad))
     (expected_loss, expected_grad), (loss, grad) = outcomes
