@@ -97,7 +97,8 @@ RowSums<Opmath<E>> reduce_row(const Logits<E>& logits, const E* x, std::int64_t 
   T sums[kLanes] = {};
   for (std::int64_t begin = 0; begin < vocab; begin += kBlock) {
     const std::int64_t count = least(kBlock, vocab - begin);
-    const T* y = logits.values(x + begin, count, scratch.block());
+    T* const exponentials = kKeep ? scratch.exponentials() + begin : scratch.block();
+    const T* y = logits.values(x + begin, count, exponentials);
     const T maximum = max_of_block(y, count, row.maximum);
     if (maximum > row.maximum) {
       const T rescale = exp_nonpositive(row.maximum - maximum);
@@ -108,7 +109,7 @@ RowSums<Opmath<E>> reduce_row(const Logits<E>& logits, const E* x, std::int64_t 
     if (kKeep) scratch.maximum(begin) = row.maximum;
     // A block of -inf only adds exp(-inf) = 0.
     sum_block<E, kKeep>(y, count, row.shift(), reinterpret_cast<std::uintptr_t>(x + begin) + kBlock * sizeof(E),
-                        scratch.exponentials() + (kKeep ? begin : 0), sums);
+                        exponentials, sums);
   }
   row.sum = tree(sums, false);
   return row;
