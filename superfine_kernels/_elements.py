@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from superfine_kernels._library import DTYPE_CODES, is_plain, reject
-from superfine_kernels._losses import REDUCTIONS, check_num_items
-from superfine_kernels.cross_entropy import _overlaps_itself
+from superfine_kernels._losses import REDUCTIONS, check_inplace, check_num_items
 
 #: Codes of the losses, as in csrc/math/elementwise_loss.h.
 CODES = {"bce_with_logits": 0, "mse": 1}
@@ -147,14 +146,9 @@ def check(
     if num_items is not None:
         check_num_items(loss, input.device, reduction, num_items)
     if inplace:
-        expect(reduction != "none", "reduction", reduction, "'mean' or 'sum' with inplace=True")
+        check_inplace(loss, input, reduction)
         expect(
-            not (input.requires_grad and input.is_leaf), "input", "a leaf that requires grad",
-            "the output of an op: inplace=True overwrites it",
-        )  # fmt: skip
-        own = not _overlaps_itself(input) and tuple(input.shape) == shape
-        expect(
-            own, "input", f"a tensor with strides {input.stride()}",
+            tuple(input.shape) == shape, "input", f"a tensor with strides {input.stride()}",
             "memory of its own for every element with inplace=True",
         )  # fmt: skip
         for name, other in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):

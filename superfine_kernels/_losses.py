@@ -286,6 +286,29 @@ def check_targets(
         reject(op, "shift", shift, "False beside a target that is no sequence of classes")
 
 
+def check_inplace(op: str, input: Tensor, reduction: str) -> None:
+    """That the gradient may overwrite `input`."""
+    if reduction == "none":
+        reject(op, "reduction", reduction, "'mean' or 'sum' with inplace=True")
+    if overlaps_itself(input):
+        strides = f"a tensor with strides {input.stride()}"
+        reject(op, "input", strides, "memory of its own for every element with inplace=True")
+    base = input._base if input._is_view() else input
+    if input.requires_grad and base is not None and base.requires_grad and base.is_leaf:
+        leaf = "a leaf that requires grad, or a view of one"
+        reject(op, "input", leaf, "the output of an op: inplace=True overwrites it")
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements may share memory: each stride must step over all that the smaller ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
 def as_softcap(op: str, softcap: float | None) -> float:
     """As kernels take it: 0 for none."""
     if softcap is not None and not LEAST_SCALE <= softcap <= 1 / LEAST_SCALE:

@@ -49,6 +49,7 @@ from superfine_kernels._losses import (
     Options,
     Rows,
     as_softcap,
+    check_inplace,
     check_labels,
     check_options,
     check_targets,
@@ -299,7 +300,7 @@ def cross_entropy(
     )
     _check(input, target, probabilities, weight, reduction, options, num_items, shift, return_stats)
     if inplace:
-        _check_inplace(input, reduction)
+        check_inplace("cross_entropy", input, reduction)
     dtype, shape = (
         opmath_dtype(input.dtype),
         input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size(),
@@ -413,30 +414,3 @@ def _check(
     )
     expect(target.device == input.device, "target", target, f"a tensor on {input.device}")
     check_options("cross_entropy", classes, input.device, weight, reduction, options, num_items)
-
-
-def _check_inplace(input: Tensor, reduction: str) -> None:
-    op = "cross_entropy"
-    if reduction == "none":
-        reject(op, "reduction", reduction, "'mean' or 'sum' with inplace=True")
-    base = input._base if input._is_view() else input
-    if input.requires_grad and base is not None and base.requires_grad and base.is_leaf:
-        reject(
-            op,
-            "input",
-            "a leaf that requires grad, or a view of one",
-            "the output of an op: inplace=True overwrites it",
-        )
-    if _overlaps_itself(input):
-        strides = f"a tensor with strides {input.stride()}"
-        reject(op, "input", strides, "memory of its own for every element with inplace=True")
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether elements may share memory: each stride must step over all that the smaller ones reach."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return True
-        reach += (size - 1) * stride
-    return False

@@ -33,7 +33,7 @@ def run(
 ):
     """Loss and gradient of `input`, a leaf of its own."""
     leaf = input.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    loss = function(leaf if not options.get("inplace") else leaf.view_as(leaf), target, *arguments, **options)
+    loss = function(leaf if not options.get("inplace") else leaf * 1, target, *arguments, **options)
     loss.backward(torch.ones_like(loss) if upstream is None else upstream)
     return loss.detach(), leaf.grad
 

@@ -49,7 +49,7 @@ BROADCASTS = [
 def run(loss: str, input: Tensor, target: Tensor, *, upstream: Tensor | None = None, **options):
     """Loss and gradient of `input`, a leaf of its own."""
     leaf = input.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    x = leaf.view_as(leaf) if options.get("inplace") else leaf
+    x = leaf * 1 if options.get("inplace") else leaf
     value = elementwise_loss(loss, x, target, **options)
     value.backward(torch.ones_like(value) if upstream is None else upstream)
     return value.detach(), leaf.grad
