@@ -11,18 +11,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 #include "core/parallel_for.h"
 #include "cpu/logits.h"
+#include "cpu/stream.h"
 
 namespace superfine::cpu::SF_ISA {
 namespace {
-
-// Gradients larger than this pass the caches by: they would push out the rows still to come.
-constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
 
 // What one thread keeps of a row between the passes: exponentials relative to the maximum up to their
 // block, and those maxima.
@@ -113,24 +108,6 @@ RowSums<Opmath<E>> reduce_row(const Logits<E>& logits, const E* x, std::int64_t 
   }
   row.sum = tree(sums, false);
   return row;
-}
-
-// Copies `count` finished gradients past the caches; what does not fill 16 aligned bytes goes the usual way.
-template <class E>
-inline void stream_out(E* out, const E* staged, std::int64_t count) {
-#if defined(__SSE2__)
-  constexpr std::int64_t kPack = 16 / sizeof(E);
-  const auto misaligned = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out) % 16 / sizeof(E));
-  std::int64_t i = misaligned == 0 ? 0 : least(kPack - misaligned, count);
-  std::memcpy(out, staged, static_cast<std::size_t>(i) * sizeof(E));
-  for (; i + kPack <= count; i += kPack) {
-    const __m128i pack = _mm_loadu_si128(reinterpret_cast<const __m128i*>(staged + i));
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), pack);
-  }
-  std::memcpy(out + i, staged + i, static_cast<std::size_t>(count - i) * sizeof(E));
-#else
-  std::memcpy(out, staged, static_cast<std::size_t>(count) * sizeof(E));
-#endif
 }
 
 // The v_c of math/cross_entropy.h.
@@ -377,7 +354,7 @@ class Rows {
     alignas(64) E staged[kStage];
     E* const to = stream ? staged : out;
     for (std::int64_t j = 0; j < count; ++j) store(&to[j], p[j]);
-    if (stream) stream_out(out, staged, count);
+    if (stream) stream_out(out, staged, count * static_cast<std::int64_t>(sizeof(E)));
   }
 
   const CrossEntropy& args_;
