@@ -117,7 +117,7 @@ def load_splits(config: DataConfig, loss: str, *, labelled: bool = True) -> Spli
     groups = parts["train"].labels if classes else [""] * len(parts["train"])
     whole = parts["train"]
     if plain:
-        drawn_parts = cut(whole, *fractions, config.seed)
+        drawn_parts = cut(whole, fractions[0], fractions[1], config.seed)
     else:
         indices = stratified_split(groups, fractions[0], fractions[1], config.seed)
         drawn_parts = (whole.take(indices[0]), whole.take(indices[1]), whole.take(indices[2]))

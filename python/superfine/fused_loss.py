@@ -101,7 +101,7 @@ class _Loss:
 
     def __init__(self, logits: bool | None) -> None:
         self.logits = logits
-        self.without_cache = False  # with labels, the model returns no past_key_values, though its configuration asks
+        self.without_cache = False  # the model returns no past_key_values where it sees labels
 
     def install(self, model: Any) -> None:
         vars(model)["_fused_loss"] = self
@@ -425,7 +425,8 @@ def _check(model: Any, state: _Loss) -> None:
     try:
         with in_eval_mode(model):
             own = model(**inputs)
-            asked = getattr(model.config, "use_cache", False) and "use_cache" in inspect.signature(model.forward).parameters
+            asked = getattr(model.config, "use_cache", False)
+            asked = asked and "use_cache" in inspect.signature(model.forward).parameters
             state.without_cache = bool(asked) and own.get("past_key_values") is None
             state.install(model)
             try:

@@ -87,9 +87,9 @@ def _boundary(text: str, low: int, position: int, step: int) -> int:
         found = text.find(mark, position, end)
         if found >= 0:
             return found + len(mark)
-    start = max(text.rfind(mark, low, position) for mark in "\n ") + 1 or low
+    start = max(text.rfind(mark, 0, position) for mark in "\n ") + 1
     stop = min([length, *(found for mark in "\n " if (found := text.find(mark, position)) >= 0)])
-    return start if stop - start <= _WORD else position
+    return max(low, start) if stop - start <= _WORD else position
 
 
 def blocks(

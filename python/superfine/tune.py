@@ -250,8 +250,9 @@ def _counts(splits: Splits, encoded: dict[str, hf.Encoded]) -> dict[str, Any]:
 
 def _describe(splits: Splits, listener: Listener) -> None:
     what = "text" if splits.train.labels[0] is None else "sample"
+    what += "s" if len(splits.train) != 1 else ""
     listener.note(
-        f"{len(splits.train):,} {what}{'s' if len(splits.train) != 1 else ''} to train on, {len(splits.validation):,} for validation,"
+        f"{len(splits.train):,} {what} to train on, {len(splits.validation):,} for validation,"
         f" {len(splits.test):,} for the test"
     )
     if splits.labels:
