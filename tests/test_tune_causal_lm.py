@@ -307,7 +307,7 @@ def test_scores_weigh_every_token_alike(llama, tmp_path):
 def test_what_is_no_text_for_a_task_names_the_other(llama, text, data, tmp_path):
     done = superfine("tune", "--data", text, "--model", llama, "--output", tmp_path / "run")
     assert done.exit_code == 2
-    assert "expected .csv, .tsv or .jsonl, or model.task = 'causal-lm' (--task causal-lm)" in done.stderr
+    assert "is plain text; expected .csv, .tsv or .jsonl, or model.task = 'causal-lm'" in done.stderr
     told = Recorder()
     tune(settings(llama, text, tmp_path / "run", data__text="label", train__epochs=1), listener=told)
     assert any(note.startswith("1 text to train on") for note in told.notes)

@@ -75,7 +75,12 @@ def load_splits(config: DataConfig, loss: str, *, labelled: bool = True) -> Spli
     from superfine.text import cut, is_plain_text, read_text  # which imports this module
 
     numeric = loss == "mse"
-    plain = not labelled and config.path is not None and is_plain_text(config.path)
+    plain = config.path is not None and is_plain_text(config.path)
+    if plain and labelled:
+        raise ValueError(
+            f"data: {config.path} is plain text; expected .csv, .tsv or .jsonl, or model.task = 'causal-lm'"
+            " (--task causal-lm)"
+        )
     if plain and config.limit is not None and not Path(config.path or "").is_dir():
         raise ValueError(
             f"data: limit is {config.limit}; expected none with a plain text file, which is one long text"
@@ -165,12 +170,8 @@ def read_rows(
     if path.suffix.lower() not in readers:
         from superfine.text import PLAIN
 
-        more = "" if label is None else ", or model.task = 'causal-lm' (--task causal-lm)"
-        raise ValueError(
-            f"data: {path} has the suffix {path.suffix!r}; expected "
-            + (f"{', '.join(PLAIN)}, .csv, .tsv or .jsonl" if label is None else ".csv, .tsv or .jsonl")
-            + (more if path.suffix.lower() in PLAIN else "")
-        )
+        known = ".csv, .tsv or .jsonl" if label is not None else f"{', '.join(PLAIN)}, .csv, .tsv or .jsonl"
+        raise ValueError(f"data: {path} has the suffix {path.suffix!r}; expected {known}")
     content = decode(path, encoding)
     if not content.strip():
         wanted = " and ".join(filter(None, (", ".join(text), label)))
