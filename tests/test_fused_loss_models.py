@@ -30,6 +30,10 @@ def mbart() -> nn.Module:
     return transformers.MBartForConditionalGeneration(transformers.MBartConfig(**BART))
 
 
+def m2m100() -> nn.Module:
+    return transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**BART))
+
+
 def esm() -> nn.Module:
     config = transformers.EsmConfig(
         vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
@@ -64,10 +68,11 @@ class Cropped(transformers.LlamaForCausalLM):
         (bart, "expected .* nothing added to the logits"),  # a buffer, which is zero
         (mbart, "expected .* nothing added to the logits"),
         (esm, "expected .* nothing added to the logits"),  # a parameter, which is zero
+        (m2m100, "the encoder-decoder is 'M2M100ForConditionalGeneration'"),
         (prophetnet, "labels is of shape"),
         (lambda: Cropped(small_models.llama().config), "logits are changed between head and loss"),
     ],
-    ids=["bart", "mbart", "esm", "prophetnet", "cropped"],
+    ids=["bart", "mbart", "esm", "m2m100", "prophetnet", "cropped"],
 )
 def test_other_models_are_refused_and_left_as_they_are(make, message):
     model = make()

@@ -72,6 +72,10 @@ def use_fused_loss(model: nn.Module, *, logits: bool | None = None) -> FusedLoss
         if type(head) is not nn.Linear or hooks:
             reject("use_fused_loss", "the model's head", type(head).__name__, "torch.nn.Linear without hooks")
         inside = _look_between_head_and_loss(model, head)
+        shifts = hasattr(model, "prepare_decoder_input_ids_from_labels")
+        if inside is None and model.config.is_encoder_decoder and not shifts:  # M2M100
+            wanted = "one with prepare_decoder_input_ids_from_labels"
+            reject("use_fused_loss", "the encoder-decoder", type(model).__name__, wanted)
         state = _LanguageModel(logits, head, inside, _transform(model))
     _check(model, state)
     state.install(model)
