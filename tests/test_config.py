@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from superfine.config import Config, differing_keys, load_config, parse_override, to_toml
+from superfine.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OutputConfig,
+    TrainConfig,
+    differing_keys,
+    load_config,
+    parse_override,
+    to_toml,
+)
 
 MINIMAL = """
 [data]
@@ -127,6 +137,16 @@ def test_contradictory_data_settings_are_errors(data, message):
         load_config(overrides={"model.name": "b", "output.directory": "o", "data.seed": 0, **values})
     assert str(caught.value).startswith("config: data: ")
     assert message in str(caught.value)
+
+
+def test_sections_given_as_objects_take_the_task_s_defaults():
+    model = ModelConfig(name="m", task="causal-lm")
+    given = {"data": DataConfig(path="x", text="label"), "output": OutputConfig(directory="o")}
+    config = Config(model=model, train=TrainConfig(epochs=7), **given)
+    assert (config.data.max_length, config.train.batch_size, config.train.epochs) == (512, 8, 7)
+    assert config.select.parameters == ["last:2"]
+    assert Config(model=model, train=TrainConfig(batch_size=32), **given).train.batch_size == 32
+    assert Config.model_validate(config) == config
 
 
 def test_several_problems_are_counted(tmp_path):

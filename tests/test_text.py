@@ -22,10 +22,10 @@ def joined(part: Rows) -> str:
 # --- reading --------------------------------------------------------------------------------------------------
 
 
-def test_a_text_file_is_one_text_as_it_stands(tmp_path):
-    (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\r\ntwo, naïve\n".encode())
+def test_a_text_file_is_one_text_with_lines_that_end_alike(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\r\ntwo, naïve\rthree\n".encode())
     found = read_text(tmp_path / "a.txt", "text")
-    assert found.texts == [("one\r\n\r\ntwo, naïve\n",)]
+    assert found.texts == [("one\n\ntwo, naïve\nthree\n",)]
     assert found.labels == [None]
 
 
@@ -61,7 +61,7 @@ def test_tables_have_a_text_column_and_need_no_label(tmp_path):
         ("a.txt", b"one\n\xff", ValueError, "is not utf-8: line 2 has the byte 0xff"),
         ("a.csv", b"", ValueError, "is empty; expected rows with text$"),
         ("a.csv", b"body\nx\n", ValueError, "has no column 'text'"),
-        ("a.pdf", b"x", ValueError, "has the suffix '.pdf'"),
+        ("a.rst", b"x", ValueError, r"suffix '.rst'; expected \.txt, \.text, \.md, \.csv, \.tsv or \.jsonl$"),
     ],
 )
 def test_what_cannot_be_read_is_an_error_that_says_where(tmp_path, name, content, error, message):
@@ -87,6 +87,56 @@ def test_a_text_is_cut_at_blank_lines_in_order():
     assert joined(validation).endswith("\n\n")
     assert len(joined(validation)) == pytest.approx(0.1 * len(text), rel=0.2)
     assert len(joined(test)) == pytest.approx(0.2 * len(text), rel=0.1)
+
+
+def test_lines_of_windows_are_cut_at_blank_lines_too(tmp_path):
+    (tmp_path / "a.txt").write_bytes(story(100).replace("\n", "\r\n").encode())
+    for part in cut(read_text(tmp_path / "a.txt", "text"), 0.1, 0.1)[:2]:
+        assert joined(part).endswith(".\n\n")
+
+
+@pytest.mark.parametrize(
+    "length", range(2000, 2020)
+)  # whether the end is within a part's share, rounding decides
+def test_the_end_of_a_text_is_no_place_to_cut(length):
+    text = ("word " * 500)[: length - 200] + "x" * 199 + "\n"
+    train, validation, test = cut(rows(text), 0.1, 0.1)
+    assert len(train) == len(validation) == len(test) == 1
+    assert joined(train) + joined(validation) + joined(test) == text
+
+
+@pytest.mark.parametrize("gap", [99, 101])  # a part is 100 characters
+def test_a_cut_moves_on_by_no_more_than_a_part(gap):
+    text = ("a " * 400 + "b " * (gap // 2) + "b" * (gap % 2) + "\n").ljust(1000, "c")
+    train = joined(cut(rows(text), 0.1, 0.1)[0])
+    assert train == ("a " * 400 + "b " if gap > 100 else text[: text.index("\n") + 1])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("note number 1: buy flour and milk", ["note number 1: buy flour and ", "", "milk"]),
+        ("note number 1: buy some milk", ["note number 1: buy some ", "", "milk"]),
+        # As in a script without spaces.
+        ("1234567890" * 12, ["1234567890" * 9 + "123456", "789012345678", "901234567890"]),
+    ],
+)
+def test_a_part_shorter_than_a_word_is_cut_before_it(text, parts):
+    assert [joined(part) for part in cut(rows(text), 0.1, 0.1)] == parts
+
+
+def test_of_many_short_files_whole_ones_are_drawn():
+    texts = [f"note number {i}: buy some milk\n" for i in range(10)]
+    long = story(100)
+    parts = cut(rows(*texts[:5], long, *texts[5:]), 0.2, 0.1)
+    assert sorted(text for part in parts for (text,) in part.texts if text in texts) == sorted(texts)
+    assert [len(part) for part in parts] == [8, 3, 2], "each has its part of the long one, too"
+    assert parts == cut(rows(*texts[:5], long, *texts[5:]), 0.2, 0.1)
+    assert parts != cut(rows(*texts[:5], long, *texts[5:]), 0.2, 0.1, seed=1)
+
+
+def test_without_held_out_shares_a_text_stays_whole():
+    assert [part.texts for part in cut(rows(story(9)), 0.0, 0.0)] == [[(story(9),)], [], []]
 
 
 def test_every_file_is_in_every_part():
@@ -129,8 +179,14 @@ def test_splits_of_rows_draw_whole_rows_without_duplicates(tmp_path):
 
 def test_a_text_too_short_to_be_cut_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("word\n")
-    with pytest.raises(ValueError, match=r"data: the (train|validation) split is empty"):
+    with pytest.raises(ValueError, match=r"data: the \w+ split is empty; expected more text"):
         load_splits(DataConfig(path=str(tmp_path / "a.txt")), "cross_entropy", labelled=False)
+
+
+def test_a_limit_does_not_go_with_one_long_text(tmp_path):
+    (tmp_path / "a.txt").write_text(story(40))
+    with pytest.raises(ValueError, match="data: limit is 3; expected none with a plain text file"):
+        load_splits(DataConfig(path=str(tmp_path / "a.txt"), limit=3), "cross_entropy", labelled=False)
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------

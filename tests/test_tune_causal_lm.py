@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ from superfine import hf
 from superfine._memory import PeakMemory
 from superfine.cli import app
 from superfine.config import load_config
-from superfine.evaluate import evaluate_saved, load_run
+from superfine.evaluate import evaluate, evaluate_saved, load_run
 from superfine.tune import tune
 from tiny_models import story, tiny_llama, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -250,6 +251,72 @@ def test_a_model_that_cannot_do_without_logits_says_how_to_go_on(llama, text, tm
         tune(settings(llama, text, tmp_path / "run"))
     assert evaluate_saved(llama, text)["rows"] == 1  # by its own loss
     tune(settings(llama, text, tmp_path / "eager", train__fused_loss=False, train__epochs=1))
+
+
+def test_a_model_whose_loss_is_of_the_current_token_is_refused(llama, text, tmp_path):
+    from transformers import BartConfig, BartForCausalLM
+
+    base = tmp_path / "bart"
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    config = BartConfig(
+        vocab_size=len(tokenizer), d_model=8, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8,
+        encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=8, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=1, decoder_start_token_id=1,
+    )  # fmt: skip
+    BartForCausalLM(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    message = (
+        r"is a BartForCausalLM, which compares logits with the current token; expected a causal .* shifts"
+    )
+    with pytest.raises(ValueError, match=message):
+        tune(settings(base, text, tmp_path / "run", select__parameters=["all"]))
+    with pytest.raises(ValueError, match=message):
+        evaluate_saved(base, text)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_end_token_trains_though_it_pads(llama, text, tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl", [{"text": story(1, seed=i)[:60]} for i in range(20)])
+    tune(settings(llama, data, tmp_path / "run", select__parameters=["all"], train__epochs=1))
+    tuned = load_run(tmp_path / "run")[0].get_input_embeddings().weight
+    base = AutoModelForCausalLM.from_pretrained(llama).get_input_embeddings().weight
+    end = AutoTokenizer.from_pretrained(llama).eos_token_id
+    assert (tuned[end] - base[end]).abs().max() > 1e-3
+
+
+def test_scores_weigh_every_token_alike(llama, tmp_path):
+    from superfine.data import Rows
+    from superfine.task import Task
+
+    task = Task("cross_entropy", max_length=32, kind="causal-lm", pack=False)
+    texts = [(story(1, seed=i)[: 12 + 15 * i],) for i in range(7)]  # batches of 2: short and long ones apart
+    encoded = hf.encode(Rows(texts, [None] * 7), hf.load_tokenizer(str(llama)), task)
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # so that losses of tokens differ
+    exact, total, count = copy.deepcopy(model).double(), 0.0, 0
+    for ids in map(torch.tensor, encoded.features["input_ids"]):
+        logp = exact(ids[None]).logits[0, :-1].log_softmax(-1)
+        total -= logp.gather(1, ids[1:, None]).sum().item()
+        count += len(ids) - 1
+    scores = evaluate(model, encoded, task, batch_size=2)
+    assert scores["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_what_is_no_text_for_a_task_names_the_other(llama, text, data, tmp_path):
+    done = superfine("tune", "--data", text, "--model", llama, "--output", tmp_path / "run")
+    assert done.exit_code == 2
+    assert "is plain text; expected .csv, .tsv or .jsonl, or model.task = 'causal-lm'" in done.stderr
+    told = Recorder()
+    tune(settings(llama, text, tmp_path / "run", data__text="label", train__epochs=1), listener=told)
+    assert any(note.startswith("1 text to train on") for note in told.notes)
+
+
+def test_another_kind_of_model_is_refused_before_its_text_is_read(base, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "encode", None)
+    with pytest.raises(ValueError, match="is a BertModel; expected a causal language model"):
+        tune(settings(base, text, tmp_path / "run"))
 
 
 def test_a_tied_head_is_an_error_that_names_the_embeddings(text, tmp_path):

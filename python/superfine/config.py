@@ -58,8 +58,6 @@ class DataConfig(_Section):
             raise ValueError("expected one of path (a file) and dataset (a name)")
         if len(self.text_columns) not in (1, 2) or len(set(self.text_columns)) != len(self.text_columns):
             raise ValueError(f"text is {self.text!r}; expected one column, or two different ones")
-        if self.label in self.text_columns:
-            raise ValueError(f"label and text are both {self.label!r}; expected different columns")
         try:
             codecs.lookup(self.encoding)
         except LookupError:
@@ -180,16 +178,22 @@ class Config(_Section):
     @model_validator(mode="before")
     @classmethod
     def _task_defaults(cls, values: Any) -> Any:
-        task = values.get("model", {}).get("task") if isinstance(values.get("model"), dict) else None
+        if not isinstance(values, dict):
+            return values
+        task = _given(values.get("model")).get("task")
         for section, table in TASK_DEFAULTS.get(task, {}).items() if isinstance(task, str) else ():
             given = values.get(section, {})
-            if isinstance(given, dict):
-                values = values | {section: table | given}
+            if isinstance(given, (dict, _Section)):
+                values = values | {section: table | _given(given)}
         return values
 
     @model_validator(mode="after")
     def _check_task(self) -> Config:
         if self.model.task == "classification":
+            if self.data.label in self.data.text_columns:
+                raise ValueError(
+                    f"data: label and text are both {self.data.label!r}; expected different columns"
+                )
             if not self.train.fused_loss:
                 raise ValueError("train.fused_loss is false; expected it with model.task = 'causal-lm' only")
             if not self.data.pack:
@@ -206,6 +210,13 @@ class Config(_Section):
         if len(self.data.text_columns) != 1:
             raise ValueError(f"data.text is {self.data.text!r}; expected one column with {self.model.task}")
         return self
+
+
+def _given(section: Any) -> dict[str, Any]:
+    """The keys that a section, an object or a table, was given."""
+    if isinstance(section, _Section):
+        return {key: getattr(section, key) for key in section.model_fields_set}
+    return section if isinstance(section, dict) else {}
 
 
 def load_config(

@@ -75,6 +75,16 @@ def load_splits(config: DataConfig, loss: str, *, labelled: bool = True) -> Spli
     from superfine.text import cut, is_plain_text, read_text  # which imports this module
 
     numeric = loss == "mse"
+    plain = config.path is not None and is_plain_text(config.path)
+    if plain and labelled:
+        raise ValueError(
+            f"data: {config.path} is plain text; expected .csv, .tsv or .jsonl, or model.task = 'causal-lm'"
+            " (--task causal-lm)"
+        )
+    if plain and config.limit is not None and not Path(config.path or "").is_dir():
+        raise ValueError(
+            f"data: limit is {config.limit}; expected none with a plain text file, which is one long text"
+        )
 
     def read(name: str, split: str) -> Rows:
         if config.path is not None and not labelled:
@@ -111,8 +121,8 @@ def load_splits(config: DataConfig, loss: str, *, labelled: bool = True) -> Spli
     classes = labelled and not numeric
     groups = parts["train"].labels if classes else [""] * len(parts["train"])
     whole = parts["train"]
-    if not labelled and config.path is not None and is_plain_text(config.path):
-        drawn_parts = cut(whole, *fractions)
+    if plain:
+        drawn_parts = cut(whole, fractions[0], fractions[1], config.seed)
     else:
         indices = stratified_split(groups, fractions[0], fractions[1], config.seed)
         drawn_parts = (whole.take(indices[0]), whole.take(indices[1]), whole.take(indices[2]))
@@ -128,7 +138,8 @@ def load_splits(config: DataConfig, loss: str, *, labelled: bool = True) -> Spli
     labels = _class_names(parts, config.label, loss) if classes else ()
     for name, rows in parts.items():
         if not rows:
-            raise ValueError(f"data: the {name} split is empty; expected more rows, or other fractions")
+            more = "text" if plain else "rows"
+            raise ValueError(f"data: the {name} split is empty; expected more {more}, or other fractions")
     return Splits(
         **parts, labels=labels, skipped=skipped, duplicates=duplicates, conflicts=conflicts, notes=notes
     )
@@ -157,7 +168,10 @@ def read_rows(
         ".ndjson": _jsonl_records,
     }
     if path.suffix.lower() not in readers:
-        raise ValueError(f"data: {path} has the suffix {path.suffix!r}; expected .csv, .tsv or .jsonl")
+        from superfine.text import PLAIN
+
+        known = ".csv, .tsv or .jsonl" if label is not None else f"{', '.join(PLAIN)}, .csv, .tsv or .jsonl"
+        raise ValueError(f"data: {path} has the suffix {path.suffix!r}; expected {known}")
     content = decode(path, encoding)
     if not content.strip():
         wanted = " and ".join(filter(None, (", ".join(text), label)))

@@ -62,22 +62,16 @@ def evaluate(
     device = torch.device(device)
     lengths = data.lengths()
     order = sorted(range(len(data)), key=lengths.__getitem__)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     total, logits = 0.0, []
-    try:
-        with torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                between_batches()
-                indices = order[start : start + batch_size]
-                inputs, targets = data.batch(indices, device)
-                with autocast(device, precision):
-                    output = task.outputs(model, inputs, targets)
-                total += task.loss_of(output, targets).item() * data.terms(indices)
-                logits.append(output.float().cpu())
-    finally:
-        for module, training in modes:
-            module.training = training
+    with hf.in_eval_mode(model), torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            between_batches()
+            indices = order[start : start + batch_size]
+            inputs, targets = data.batch(indices, device)
+            with autocast(device, precision):
+                output = task.outputs(model, inputs, targets)
+            total += task.loss_of(output, targets).item() * data.terms(indices)
+            logits.append(output.float().cpu())
     loss = total / data.terms(order)
     if data.next_token:
         return {"loss": loss, "perplexity": perplexity(loss)}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def use_fused_loss(model: nn.Module, *, logits: bool | None = None) -> FusedLoss
     Raises:
         TypeError: not a Hugging Face model.
         ValueError: neither a classifier nor a model with a linear head (without hooks), or not one of tokens; the
-            loss is another one; the model changes its logits in a way that the configuration does not state.
+            loss is another one; the model changes its logits in a way that the configuration does not state, or adds
+            a bias to them that is not the head's, whatever it holds (BART, ESM).
     """
     from transformers import PreTrainedModel
 
@@ -70,6 +72,10 @@ def use_fused_loss(model: nn.Module, *, logits: bool | None = None) -> FusedLoss
         if type(head) is not nn.Linear or hooks:
             reject("use_fused_loss", "the model's head", type(head).__name__, "torch.nn.Linear without hooks")
         inside = _look_between_head_and_loss(model, head)
+        shifts = hasattr(model, "prepare_decoder_input_ids_from_labels")
+        if inside is None and model.config.is_encoder_decoder and not shifts:  # M2M100
+            wanted = "one with prepare_decoder_input_ids_from_labels"
+            reject("use_fused_loss", "the encoder-decoder", type(model).__name__, wanted)
         state = _LanguageModel(logits, head, inside, _transform(model))
     _check(model, state)
     state.install(model)
@@ -99,6 +105,7 @@ class _Loss:
 
     def __init__(self, logits: bool | None) -> None:
         self.logits = logits
+        self.without_cache = False  # the model returns no past_key_values where it sees labels
 
     def install(self, model: Any) -> None:
         vars(model)["_fused_loss"] = self
@@ -112,6 +119,13 @@ class _Loss:
     def output(self, model: Any, forward: Callable[..., Any], arguments: dict[str, Any], logits: bool) -> Any:
         """The model's output for arguments with labels."""
         raise NotImplementedError
+
+    def take_labels(self, arguments: dict[str, Any]) -> Tensor:
+        """Removes the labels, and what the model itself does without where it sees labels."""
+        if self.without_cache:
+            arguments["use_cache"] = False
+        labels: Tensor = arguments.pop("labels")
+        return labels
 
 
 class _LanguageModel(_Loss):
@@ -136,6 +150,11 @@ class _LanguageModel(_Loss):
         del vars(self.head)["_fused_loss"]
 
     def output(self, model: Any, forward: Callable[..., Any], arguments: dict[str, Any], logits: bool) -> Any:
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                "use_fused_loss: the model is a replica of torch.nn.DataParallel, whose threads share one state; "
+                "expected DistributedDataParallel, or remove() before"
+            )
         if model.get_output_embeddings() is not self.head:
             raise RuntimeError(
                 "use_fused_loss: the model's head is another one than when it was called; expected remove() before "
@@ -148,10 +167,15 @@ class _LanguageModel(_Loss):
                 for name in ("num_items_in_batch", "ignore_index", "shift_labels")
                 if name in arguments
             }
-            labels = arguments.pop("labels")
+            labels = self.take_labels(arguments)
             decoder = ("decoder_input_ids", "decoder_inputs_embeds")
             if model.config.is_encoder_decoder and all(arguments.get(name) is None for name in decoder):
                 arguments["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        if not logits and (self.head._forward_hooks or self.head._forward_pre_hooks):
+            raise RuntimeError(
+                "use_fused_loss: the model's head has hooks, which see no logits; expected a head without hooks, or "
+                "output_logits=True"
+            )
         self.quiet = not logits
         try:
             output = forward(model, **arguments)
@@ -179,10 +203,16 @@ class _LanguageModel(_Loss):
         elif self.inside == "ForCausalLMLoss":
             labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         scores = self.hidden if self.quiet else logits
-        if scores is None or scores.shape[:-1] != labels.shape:
+        # A bias added to the stand-in, which has one class, would have made it as wide as itself.
+        if scores is None or (self.quiet and logits.shape[-1] != 1):
             raise RuntimeError(
                 "use_fused_loss: the loss was computed from other logits than the head's of this forward; "
-                "expected one forward at a time, with logits of all positions"
+                "expected one forward at a time, and nothing added to the logits"
+            )
+        if scores.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"use_fused_loss: labels is of shape {tuple(labels.shape)}; expected {tuple(scores.shape[:-1])}, "
+                "a label for each position with logits"
             )
         labels = labels.to(scores.device)
         if not self.quiet:
@@ -211,7 +241,7 @@ class _Classifier(_Loss):
         num_items = arguments.pop("num_items_in_batch", None)
         if not self.tokens and config.problem_type != "single_label_classification":
             return forward(model, **arguments)
-        del arguments["labels"]
+        self.take_labels(arguments)
         output = forward(model, **arguments)
         scores = output[0] if isinstance(output, tuple) else output.logits
         return _with(output, _loss_of_logits(scores, labels.to(scores.device), -100, num_items), logits=True)
@@ -262,13 +292,15 @@ def _fused_class(original: Any) -> Any:
 
     def forward(self: Any, *args: Any, output_logits: bool | None = None, **kwargs: Any) -> Any:
         arguments = {**dict(zip(positional, args, strict=False)), **kwargs}
-        if arguments.get("labels") is None:
+        # Accelerate keeps this function on the model, also after remove().
+        fused = getattr(self, "_fused_loss", None)
+        if fused is None or arguments.get("labels") is None:
             return original.forward(self, *args, **kwargs)
         if len(arguments) < len(args) + len(kwargs):  # given twice, or too many: let it say so
             return original.forward(self, *args, **kwargs)
-        logits = self._fused_loss.logits if output_logits is None else output_logits
+        logits = fused.logits if output_logits is None else output_logits
         logits = not self.training if logits is None else logits
-        return self._fused_loss.output(self, original.forward, arguments, logits)
+        return fused.output(self, original.forward, arguments, logits)
 
     # Trainer reads the names of the inputs there. Not __wrapped__: accelerate unwraps as far as that goes.
     forward.__signature__ = signature  # type: ignore[attr-defined]
@@ -322,6 +354,18 @@ def _transform(model: Any) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in eval mode; every module is then what it was, as some may have been so before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def _sample(model: Any, device: torch.device) -> dict[str, Tensor]:
     tokens = torch.arange(4, device=device)[None] % model.config.get_text_config().vocab_size
     return {"input_ids": tokens, "labels": tokens}
@@ -335,7 +379,7 @@ def _look_between_head_and_loss(model: Any, head: nn.Linear) -> str | None:
     # Large ones, for caps to be seen: a random model's own lie where a cap changes little.
     probe = torch.linspace(-100, 100, head.out_features, device=head.weight.device, dtype=head.weight.dtype)
     called = False
-    own, before, training = model.loss_function, vars(model).get("_loss_function"), model.training
+    own, before = model.loss_function, vars(model).get("_loss_function")
 
     def listen(*args: Any, **kwargs: Any) -> Tensor:
         nonlocal called
@@ -344,15 +388,14 @@ def _look_between_head_and_loss(model: Any, head: nn.Linear) -> str | None:
 
     handle = head.register_forward_hook(lambda module, inputs, output: probe.expand_as(output))
     model.loss_function = listen
-    model.eval()
     try:
-        output = model(**_sample(model, head.weight.device))
+        with in_eval_mode(model):
+            output = model(**_sample(model, head.weight.device))
     finally:
         handle.remove()
         del vars(model)["_loss_function"]
         if before is not None:
             model.loss_function = before
-        model.train(training)
     if output.loss is None:
         reject("use_fused_loss", "the loss for input_ids and labels", None, "a language model's")
     name = getattr(own, "__name__", repr(own))
@@ -363,7 +406,8 @@ def _look_between_head_and_loss(model: Any, head: nn.Linear) -> str | None:
     if "softcap" in stated:
         expected = stated["softcap"] * torch.tanh(expected / stated["softcap"])
     found, tolerance = output.logits.double(), _TOLERANCE.get(head.weight.dtype, 5e-2)
-    if not torch.allclose(found, expected.expand_as(found), rtol=tolerance, atol=tolerance):
+    whole = found.shape[-1:] == expected.shape
+    if not whole or not torch.allclose(found, expected.expand_as(found), rtol=tolerance, atol=tolerance):
         raise ValueError(
             "use_fused_loss: logits are changed between head and loss otherwise than the configuration states "
             f"({stated or 'nothing'}); expected a model that changes nothing, or scales and caps"
@@ -375,26 +419,32 @@ def _look_between_head_and_loss(model: Any, head: nn.Linear) -> str | None:
 def _check(model: Any, state: _Loss) -> None:
     """That both losses of a few tokens are equal."""
     parameter = next(model.parameters())
-    inputs, problem, training = _sample(model, parameter.device), None, model.training
+    inputs, problem = _sample(model, parameter.device), None
     if isinstance(state, _Classifier):
         problem = model.config.problem_type
         single = model.config.num_labels > 1 and problem in (None, "single_label_classification")
         if not (state.tokens or single):
             return
         inputs["labels"] = torch.zeros_like(inputs["labels"]) if state.tokens else inputs["labels"][:, 0]
-    model.eval()
     try:
-        expected = model(**inputs).loss
-        state.install(model)
-        try:
-            found = model(**inputs, output_logits=False).loss
-        finally:
-            state.uninstall(model)
+        with in_eval_mode(model):
+            own = model(**inputs)
+            asked = getattr(model.config, "use_cache", False)
+            asked = asked and "use_cache" in inspect.signature(model.forward).parameters
+            state.without_cache = bool(asked) and own.get("past_key_values") is None
+            state.install(model)
+            try:
+                found = model(**inputs, output_logits=False).loss
+            except RuntimeError as error:  # which the model's own forward has not raised
+                raise ValueError(
+                    f"{'' if 'use_fused_loss' in str(error) else 'use_fused_loss: without logits, '}{error}"
+                ) from error
+            finally:
+                state.uninstall(model)
     finally:
-        model.train(training)
         if isinstance(state, _Classifier):
             model.config.problem_type = problem  # forward concludes it from labels, and remembers
-    tolerance = _TOLERANCE.get(parameter.dtype, 5e-2)
+    expected, tolerance = own.loss, _TOLERANCE.get(parameter.dtype, 5e-2)
     if not torch.allclose(found.double(), expected.double(), rtol=tolerance, atol=tolerance):
         raise ValueError(
             f"use_fused_loss: the loss of a few tokens is {found.item():.6g} by Superfine and {expected.item():.6g} "

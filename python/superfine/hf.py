@@ -14,16 +14,18 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from superfine.data import Rows
-from superfine.fused_loss import FusedLoss, use_fused_loss
+from superfine.fused_loss import FusedLoss, in_eval_mode, use_fused_loss
 from superfine.task import Task, is_causal_lm
 from superfine.text import blocks
 
 __all__ = [
     "Encoded",
     "FusedLoss",
+    "check_kind",
     "check_model_name",
     "encode",
     "epoch_order",
+    "in_eval_mode",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -86,6 +88,15 @@ def load_config(name: str) -> Any:
         return AutoConfig.from_pretrained(name)
 
 
+def check_kind(name: str, config: Any, task: Task) -> None:
+    """Raise ``ValueError`` where ``task`` needs a causal language model and a configuration is another's."""
+    if task.is_language_model and not is_causal_lm(config):
+        saved = (config.architectures or [type(config).__name__])[0]
+        raise ValueError(
+            f"model: {name} is a {saved}; expected a causal language model with model.task = 'causal-lm'"
+        )
+
+
 def load_model(
     name: str, task: Task, seed: int, pad_token_id: int | None = None
 ) -> tuple[nn.Module, set[str]]:
@@ -93,19 +104,16 @@ def load_model(
 
     Returns the model, in eval mode, and the names of the newly drawn parameters (a head of another size is
     replaced too). The same name, task and seed give the same bits. Raises ``ValueError`` where ``task`` needs a
-    causal language model and the folder holds another.
+    causal language model and the folder holds another, or one whose own loss is that of the current token.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = load_config(name)
-    if task.is_language_model and not is_causal_lm(config):
-        saved = (config.architectures or [type(config).__name__])[0]
-        raise ValueError(
-            f"model: {name} is a {saved}; expected a causal language model with model.task = 'causal-lm'"
-        )
+    check_kind(name, config, task)
     kind: Any = AutoModelForCausalLM if task.is_language_model else AutoModelForSequenceClassification
     task.configure(config)
-    if getattr(config, "pad_token_id", None) is None:
+    # Of a language model it would be the end token, whose embedding many models then leave without a gradient.
+    if not task.is_language_model and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_token_id
     torch.manual_seed(seed)
     with quiet(), _readable("model", name):
@@ -114,7 +122,23 @@ def load_model(
         )
     # Mismatched entries carry shapes beside the name.
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
+    if task.is_language_model:
+        _check_next_token(name, model.eval())
     return model.eval(), set(info["missing_keys"]) | mismatched
+
+
+@torch.no_grad()
+def _check_next_token(name: str, model: Any) -> None:
+    """That the model's own loss is of the next token: nothing then predicts the first, whose loss alone is NaN."""
+    tokens = torch.arange(4)[None] % model.config.get_text_config().vocab_size
+    labels = tokens.masked_fill(torch.arange(4) > 0, -100)
+    loss = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=labels).loss
+    if loss is None or (loss.isfinite() and loss > 0):
+        what = "has no loss" if loss is None else "compares logits with the current token"
+        raise ValueError(
+            f"model: {name} is a {type(model).__name__}, which {what}; expected a causal language model that shifts "
+            "its labels, as GPT-2 and Llama do"
+        )
 
 
 @dataclass

@@ -72,6 +72,7 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
         config.model.task,
         config.data.pack,
     )
+    hf.check_kind(config.model.name, base_config, task)
     tokenizer = hf.load_tokenizer(config.model.name)
     rows = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     encoded = {name: hf.encode(part, tokenizer, task, base_config) for name, part in rows.items()}
@@ -248,7 +249,8 @@ def _counts(splits: Splits, encoded: dict[str, hf.Encoded]) -> dict[str, Any]:
 
 
 def _describe(splits: Splits, listener: Listener) -> None:
-    what = "texts" if splits.train.labels[0] is None else "samples"
+    what = "text" if splits.train.labels[0] is None else "sample"
+    what += "s" if len(splits.train) != 1 else ""
     listener.note(
         f"{len(splits.train):,} {what} to train on, {len(splits.validation):,} for validation,"
         f" {len(splits.test):,} for the test"
