@@ -124,7 +124,7 @@ def _op(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return loss, out, input.new_empty(0) if dlogits is None else dlogits
 
 
-@torch.library.register_fake("superfine::cross_entropy", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "cross_entropy", "Meta")
 def _op_fake(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *settings, gradient, _ = arguments
     rows, reduction, _, statistics = _parse(input, *settings)
@@ -142,7 +142,7 @@ def _op_inplace(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return results
 
 
-@torch.library.register_fake("superfine::cross_entropy_", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "cross_entropy_", "Meta")
 def _op_inplace_fake(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _op_fake(input, *arguments[:-1], False, "")[:2]
 
@@ -153,7 +153,7 @@ def _op_backward(*arguments: Any) -> Tensor:
     return run_backward(Rows(input, target, probabilities, weight, Options(*options)), sums, scale, backend)
 
 
-@torch.library.register_fake("superfine::cross_entropy_backward", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "cross_entropy_backward", "Meta")
 def _op_backward_fake(input: Tensor, *_: Any) -> Tensor:
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 

@@ -225,7 +225,7 @@ def _op(
     return value, input.new_empty(0) if dinput is None else dinput
 
 
-@torch.library.register_fake("superfine::elementwise_loss", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "elementwise_loss", "Meta")
 def _op_fake(
     loss, input, target, weight, repeat, pos_weight, pos_repeat, reduction, denominator, gradient, backend
 ):
@@ -244,7 +244,7 @@ def _op_inplace(loss, input, target, weight, repeat, pos_weight, pos_repeat, den
     return value
 
 
-@torch.library.register_fake("superfine::elementwise_loss_", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "elementwise_loss_", "Meta")
 def _op_inplace_fake(loss, input, target, weight, repeat, pos_weight, pos_repeat, denominator, backend):
     return input.new_empty((), dtype=opmath_dtype(input.dtype))
 
@@ -259,7 +259,7 @@ def _op_backward(loss, input, target, weight, repeat, pos_weight, pos_repeat, sc
     return dinput
 
 
-@torch.library.register_fake("superfine::elementwise_loss_backward", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "elementwise_loss_backward", "Meta")
 def _op_backward_fake(
     loss, input, target, weight, repeat, pos_weight, pos_repeat, scale, denominator, backend
 ):

@@ -148,7 +148,7 @@ def _op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return loss, results, needed, kept
 
 
-@torch.library.register_fake("superfine::linear_cross_entropy", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "linear_cross_entropy", "Meta")
 def _op_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p, (reduction, statistics, keep, _) = _problem(arguments), arguments[_FIELDS:]
     count = p.input.shape[0]
@@ -188,7 +188,7 @@ def _op_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(found.get(name, nothing) for name in TRAINABLE)
 
 
-@torch.library.register_fake("superfine::linear_cross_entropy_backward", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "linear_cross_entropy_backward", "Meta")
 def _op_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     sums, _, _, _, wants, accumulate_into = arguments[_FIELDS:]
     p, found = _problem(arguments), []

@@ -19,7 +19,7 @@ def add_commands(app: typer.Typer) -> None:
     def bench(
         only: Annotated[str | None, typer.Option(help="One op, such as adamw or train_step.")] = None,
         quick: Annotated[
-            bool, typer.Option("--quick", help="Under three minutes; no torch.compile.")
+            bool, typer.Option("--quick", help="A few minutes; no torch.compile.")
         ] = False,
         full: Annotated[bool, typer.Option("--full", help="More turns, narrower intervals.")] = False,
         device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
