@@ -31,6 +31,15 @@ def checked_tile_bytes(op: str, tile_bytes: int | None, input: Tensor) -> int:
     return tile_bytes
 
 
+def spread(x: Tensor, rows: Tensor | None, whole: int, dim: int) -> Tensor:
+    """`x` with all rows, `whole` along `dim`, from those at `rows`: zeros where a row was left out."""
+    if rows is None:
+        return x
+    shape = list(x.shape)
+    shape[dim] = whole
+    return x.new_zeros(shape).index_copy_(dim, rows, x)
+
+
 # --- union of parts -----------------------------------------------------------------------------------------
 
 
@@ -178,10 +187,9 @@ class Problem:
             found.append(backends.part(self.rows_of(logits, tile), statistics, backend))
         return torch.stack(found), logits
 
-    def to_gradient(self, logits: Tensor, tile: slice, sums: Tensor, scale: Tensor) -> None:
-        """Overwrites a tile of logits with scale * dloss/dlogits; `sums` are lse and mass of all classes."""
-        rows = self.rows_of(logits, tile)
-        backends.gradient_to(rows, sums, scale, logits, self.chosen_backend())
+    def to_gradient(self, logits: Tensor, tile: slice, sums: Tensor, scale: Tensor, out: Tensor) -> None:
+        """Writes scale * dloss/dlogits to `out`, which may be the logits; `sums`: lse and mass of all classes."""
+        backends.gradient_to(self.rows_of(logits, tile), sums, scale, out, self.chosen_backend())
 
     def denominator(self, dtype: torch.dtype) -> Tensor:
         return denominator(self.target, self.probabilities, self.weight, self.options.ignore_index, dtype)
@@ -262,12 +270,9 @@ def gradients(
             for gradient in by_class.values():
                 gradient[tile] = 0
             continue
-        if kept is not None:
-            logits = buffer[: kept.numel()].view_as(kept)
-            logits.copy_(kept)
-        else:
-            logits = part.logits(tile, buffer)
-        part.to_gradient(logits, tile, part_sums.contiguous(), part_scale.contiguous())
+        source = part.logits(tile, buffer) if kept is None else kept
+        logits = source if kept is None else buffer[: kept.numel()].view_as(kept)
+        part.to_gradient(source, tile, part_sums.contiguous(), part_scale.contiguous(), logits)
         if "linear_bias" in by_class:
             by_class["linear_bias"][tile] = logits.sum(0, dtype=dtype)
         if d_columns is not None:

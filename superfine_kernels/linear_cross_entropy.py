@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from superfine_kernels import _backends
-from superfine_kernels._class_tiles import TRAINABLE, Problem, checked_tile_bytes, join, row_results
+from superfine_kernels._class_tiles import TRAINABLE, Problem, checked_tile_bytes, join, row_results, spread
 from superfine_kernels._class_tiles import gradients as tile_gradients
 from superfine_kernels._head import Head, parts_of
 from superfine_kernels._library import (
@@ -120,11 +120,6 @@ def _problem(fields: Any) -> Problem:
     return Problem(*arguments)
 
 
-def _spread(x: Tensor, rows: Tensor | None, whole: int) -> Tensor:
-    """(n, rows) to (n, whole): zeros where a row was left out."""
-    return x if rows is None else x.new_zeros(len(x), whole).index_copy_(1, rows, x)
-
-
 @torch.library.impl(LIBRARY, "linear_cross_entropy", "CompositeExplicitAutograd")
 def _op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     reduction, statistics, keep, _ = arguments[_FIELDS:]
@@ -137,11 +132,10 @@ def _op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     nothing = parts.new_empty(0, dtype=torch.bool)
     needed = p.needed(parts, results[1]) if p.skip_mass > 0 else nothing
     kept = logits if keep else logits.new_empty(0)
-    if rows is not None:
-        count = whole.input.shape[0]
-        results = _spread(results, rows, count)
-        needed = _spread(needed, rows, count) if p.skip_mass > 0 else needed
-        kept = _spread(kept.t(), rows, count).t().contiguous() if keep else kept
+    count = whole.input.shape[0]
+    results = spread(results, rows, count, 1)
+    needed = spread(needed, rows, count, 1) if p.skip_mass > 0 else needed
+    kept = spread(kept, rows, count, 0) if keep else kept
     loss = results[0].clone() if reduction == NONE else results[0].sum()
     if reduction == MEAN:
         loss = loss / p.denominator(loss.dtype)
@@ -179,11 +173,8 @@ def _op_backward(*arguments: Any) -> tuple[Tensor, ...]:
         dict(zip(TRAINABLE, wants, strict=True)),
         accumulate_into,
     )
-    if rows is not None:
-        for name in ("input", "low_rank_input", "columns"):
-            if name in found:
-                like = getattr(whole, name)
-                found[name] = torch.zeros_like(like).index_copy_(0, rows, found[name])
+    for name in {"input", "low_rank_input", "columns"} & found.keys():
+        found[name] = spread(found[name], rows, whole.input.shape[0], 0)
     nothing = sums.new_empty(0)
     return tuple(found.get(name, nothing) for name in TRAINABLE)
 

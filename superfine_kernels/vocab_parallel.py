@@ -26,6 +26,7 @@ from superfine_kernels._class_tiles import (
     gradients,
     join,
     row_results,
+    spread,
 )
 from superfine_kernels._head import Head
 from superfine_kernels._library import DTYPE_CODES, opmath_dtype, reject
@@ -247,8 +248,7 @@ class _LinearLoss(torch.autograd.Function):
         sums = results[1:ROW_RESULTS].contiguous()
         ctx.save_for_backward(input, linear_weight, linear_bias, sums, *rest[:7])
         ctx.rest, ctx.group = rest[7:], group
-        if rows is not None:
-            results = results.new_zeros(len(results), len(input)).index_copy_(1, rows, results)
+        results = spread(results, rows, len(input), 1)
         ctx.mark_non_differentiable(statistic := results[ROW_RESULTS:].clone())
         return results[0].clone(), statistic
 
@@ -264,6 +264,6 @@ class _LinearLoss(torch.autograd.Function):
             found = gradients(
                 p, sums, scale, None, None, wants, None, lambda total: dist.all_reduce(total, group=ctx.group)
             )
-        if rows is not None and "input" in found:
-            found["input"] = torch.zeros_like(input).index_copy_(0, rows, found["input"])
+        if "input" in found:
+            found["input"] = spread(found["input"], rows, len(input), 0)
         return *(found.get(name) for name in TRAINABLE[:3]), None, None, None

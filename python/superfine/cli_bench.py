@@ -18,9 +18,7 @@ def add_commands(app: typer.Typer) -> None:
     @app.command()
     def bench(
         only: Annotated[str | None, typer.Option(help="One op, such as adamw or train_step.")] = None,
-        quick: Annotated[
-            bool, typer.Option("--quick", help="A few minutes; no torch.compile.")
-        ] = False,
+        quick: Annotated[bool, typer.Option("--quick", help="A few minutes; no torch.compile.")] = False,
         full: Annotated[bool, typer.Option("--full", help="More turns, narrower intervals.")] = False,
         device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
         out: Annotated[
