@@ -1,7 +1,7 @@
 """Another forward for a module that is there already: its class becomes a subclass of the same name.
 
 What replaces `forward` on an instance holds on to the module, so a copy would run the original's; accelerate, too,
-rebinds it. A class has neither trouble, and `isinstance`, names, hooks, parameters and `state_dict` stay as they were.
+rebinds it. A class has neither trouble; `isinstance`, names, hooks, parameters and `state_dict` stay as they were.
 
     class Detached(Part):
         def forward(self, *args, **kwargs): ... super().forward(...)
