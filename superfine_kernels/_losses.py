@@ -138,6 +138,25 @@ def denominator(
     return torch.where(total == 0, torch.nan, total)
 
 
+def reduced(
+    losses: Tensor,
+    reduction: int,
+    target: Tensor | None,
+    probabilities: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    """Losses of rows, summed and divided as `reduction` says; `num_items` takes the place of `denominator`."""
+    if reduction == NONE:
+        return losses
+    if reduction != MEAN:
+        return losses.sum()
+    if num_items is not None:
+        return losses.sum() / torch.as_tensor(num_items).reshape(())
+    return losses.sum() / denominator(target, probabilities, weight, ignore_index, losses.dtype)
+
+
 # --- targets --------------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,7 @@ from superfine_kernels._losses import (
     check_targets,
     denominator,
     flat_targets,
+    reduced,
     reference_rows,
     reference_statistics,
     times_upstream,
@@ -353,14 +354,10 @@ def _without_kernel(device: torch.device, probabilities: Tensor | None) -> str |
 
 def _by_reference(logits, labels, probabilities, weight, options, reduction, num_items, statistics):
     x = logits.to(opmath_dtype(logits.dtype))
-    loss, _ = reference_rows(x, labels, probabilities, weight, options)
+    losses, _ = reference_rows(x, labels, probabilities, weight, options)
     stats = reference_statistics(x, labels, options) if statistics else ()
-    if reduction != "none":
-        loss = loss.sum()
-    if reduction == "mean":
-        counted = (labels, probabilities, weight, options.ignore_index, loss.dtype)
-        loss = loss / (denominator(*counted) if num_items is None else torch.as_tensor(num_items).reshape(()))
-    return loss, stats
+    counts = (labels, probabilities, weight, options.ignore_index, num_items)
+    return reduced(losses, REDUCTIONS[reduction], *counts), stats
 
 
 def _by_kernel(

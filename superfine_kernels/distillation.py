@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from superfine_kernels._library import reject
-from superfine_kernels._losses import denominator
+from superfine_kernels._losses import REDUCTIONS, reduced
 from superfine_kernels.cross_entropy import cross_entropy
 from superfine_kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -124,14 +124,8 @@ def _teacher(
 def _reduce(
     constant: Tensor, target: Tensor, ignore_index: int, reduction: str, num_items: float | Tensor | None
 ) -> Tensor:
-    if reduction == "none":
-        return constant
-    if reduction == "sum":
-        return constant.sum()
-    if num_items is None:
-        rows = target.reshape(-1, target.shape[-1])
-        return constant.sum() / denominator(rows, constant, None, ignore_index, constant.dtype)
-    return constant.sum() / torch.as_tensor(num_items).reshape(())
+    rows = target.reshape(-1, target.shape[-1])
+    return reduced(constant, REDUCTIONS[reduction], rows, constant, None, ignore_index, num_items)
 
 
 _LINEAR_OPTIONS = {

@@ -50,6 +50,7 @@ from superfine_kernels._losses import (
     check_options,
     check_targets,
     flat_targets,
+    reduced,
     reference_rows,
     reference_statistics,
     with_statistics,
@@ -397,15 +398,11 @@ def _without_kernel(
 
 def _by_reference(p: Problem, reduction: int, statistics: bool) -> tuple[Tensor, Any]:
     x = _reference_logits(p)
-    loss, _ = reference_rows(x, p.target, p.probabilities, p.weight, p.options)
+    losses, _ = reference_rows(x, p.target, p.probabilities, p.weight, p.options)
     stats: Any = ()
     if statistics and p.target is not None:
         stats = reference_statistics(x, p.target, p.options)
-    if reduction != NONE:
-        loss = loss.sum()
-    if reduction == MEAN:
-        loss = loss / p.denominator(loss.dtype)
-    return loss, stats
+    return reduced(losses, reduction, p.target, p.probabilities, p.weight, p.options.ignore_index), stats
 
 
 def _check_accumulation(accumulate_into: Any, linear_weight: Tensor) -> None:

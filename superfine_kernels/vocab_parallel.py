@@ -31,6 +31,7 @@ from superfine_kernels._class_tiles import (
 from superfine_kernels._head import Head
 from superfine_kernels._library import DTYPE_CODES, opmath_dtype, reject
 from superfine_kernels._losses import (
+    REDUCTIONS,
     ROW_RESULTS,
     Options,
     Rows,
@@ -38,8 +39,8 @@ from superfine_kernels._losses import (
     check_labels,
     check_options,
     check_targets,
-    denominator,
     flat_targets,
+    reduced,
     with_statistics,
 )
 
@@ -194,15 +195,9 @@ class _Call:
     def reduce(self, found: tuple[Tensor, Tensor]) -> Any:
         losses, statistics = found
         shape = self.input.shape[:-1]
-        if self.reduction == "none":
-            loss = losses.reshape(shape)
-        elif self.reduction == "sum":
-            loss = losses.sum()
-        elif self.num_items is not None:
-            loss = losses.sum() / torch.as_tensor(self.num_items).reshape(())
-        else:
-            counts = (self.labels, self.probabilities, self.weight, self.options.ignore_index, losses.dtype)
-            loss = losses.sum() / denominator(*counts)
+        counts = (self.labels, self.probabilities, self.weight, self.options.ignore_index, self.num_items)
+        loss = reduced(losses, REDUCTIONS[self.reduction], *counts)
+        loss = loss.reshape(shape) if self.reduction == "none" else loss
         return with_statistics(loss, statistics, shape, self.statistics)
 
 
