@@ -182,12 +182,31 @@ def _elementwise_loss(kernels: Any) -> None:
         kernels.elementwise_loss(short, gradient=gradient, denominator=2.0, total=True)
 
 
+def _layer_norm(kernels: Any) -> None:
+    # Short rows share a program; 768 fills a block but in part; 8192 (float64: 4096) is the longest row.
+    for dtype, size in itertools.product(DTYPES, (64, 768, 8192)):
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        size = min(size, 4096) if dtype == torch.float64 else size
+        x, y, more = (torch.empty(4096, size, dtype=dtype) for _ in range(3))
+        weight, dweight, dbias = (torch.empty(size, dtype=kind) for kind in (dtype, real, real))
+        for rms in (False, True):
+            statistics = torch.empty(2 - rms, 4096, dtype=real)
+            bias = None if rms else weight
+            kernels.layer_norm(rms, x, weight, bias, None, 1e-5, 0.0, rms, None, y, None)
+            kernels.layer_norm(rms, x, weight, bias, more, 1e-5, 1.0, False, more, y, statistics)
+            kept = (x, weight, statistics, 0.0)
+            kernels.layer_norm_gradient(rms, y, None, *kept, x, None, None)
+            kernels.layer_norm_gradient(rms, y, more, *kept, x, dweight, None if rms else dbias)
+        kernels.layer_norm_gradient(True, y, None, None, None, None, 0.0, None, None, dbias)
+
+
 #: For each file of superfine_kernels/triton: calls that launch every kernel in every specialisation that matters.
 CALLS: dict[str, Callable[[Any], None]] = {
     "adamw": _adamw,
     "cross_entropy": _cross_entropy,
     "elementwise_loss": _elementwise_loss,
     "lamb": _lamb,
+    "layer_norm": _layer_norm,
 }
 
 

@@ -8,6 +8,7 @@
     vocab_parallel_*(...)           both, classes on several processes     superfine_kernels/vocab_parallel.py
     bce_with_logits(input, target)  binary cross-entropy                   superfine_kernels/elementwise_loss.py
     mse(input, target)              mean squared error                     superfine_kernels/elementwise_loss.py
+    layer_norm(input, weight)       layer norm of rows, and rms_norm       superfine_kernels/layer_norm.py
 
 `backends()` shows which implementation serves which device here.
 """
@@ -26,6 +27,7 @@ from superfine_kernels._losses import CrossEntropyStats
 from superfine_kernels.adamw import adamw_, adamw_groups_
 from superfine_kernels.cross_entropy import cross_entropy
 from superfine_kernels.lamb import lamb_, lamb_groups_
+from superfine_kernels.layer_norm import layer_norm, rms_norm
 from superfine_kernels.linear_cross_entropy import linear_cross_entropy
 from superfine_kernels.norm import total_norm
 
@@ -43,9 +45,11 @@ __all__ = [
     "isa",
     "lamb_",
     "lamb_groups_",
+    "layer_norm",
     "linear_cross_entropy",
     "linear_topk_kl_div",
     "mse",
+    "rms_norm",
     "topk_kl_div",
     "total_norm",
     "vocab_parallel_cross_entropy",

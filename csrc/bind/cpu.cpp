@@ -13,6 +13,7 @@
 #include "bind/cpu_steps.h"
 #include "bind/cross_entropy_args.h"
 #include "bind/elementwise_loss_args.h"
+#include "bind/layer_norm_args.h"
 #include "bind/moment_plan.h"
 #include "bind/tensor_list.h"
 #include "cpu/dispatch.h"
@@ -173,6 +174,8 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("pos_weight_length"), py::arg("pos_weight_repeat"), py::arg("scale"), py::arg("scale_stride"),
       py::arg("denominator"), py::arg("losses"), py::arg("gradient"), py::arg("sum"), py::arg("threads"),
       py::arg("isa"));
+
+  define_layer_norm(m);
 
   m.def(
       "advise_huge_pages",

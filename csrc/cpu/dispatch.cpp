@@ -13,6 +13,8 @@ namespace {
    &isa::cross_entropy_part,     \
    &isa::elementwise_loss,       \
    &isa::lamb,                   \
+   &isa::layer_norm,             \
+   &isa::layer_norm_gradient,    \
    &isa::sums_of_squares},
 #ifdef SF_X86
 constexpr Kernels kTable[] = {SF_FOR_EACH_ISA(SF_ROW)};

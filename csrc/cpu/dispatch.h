@@ -6,6 +6,7 @@
 #include "cpu/elementwise_loss.h"
 #include "cpu/isa.h"
 #include "cpu/lamb.h"
+#include "cpu/layer_norm.h"
 #include "cpu/norm.h"
 
 namespace superfine::cpu {
@@ -18,6 +19,8 @@ struct Kernels {
   decltype(&baseline::cross_entropy_part) cross_entropy_part;
   decltype(&baseline::elementwise_loss) elementwise_loss;
   decltype(&baseline::lamb) lamb;
+  decltype(&baseline::layer_norm) layer_norm;
+  decltype(&baseline::layer_norm_gradient) layer_norm_gradient;
   decltype(&baseline::sums_of_squares) sums_of_squares;
 };
 
