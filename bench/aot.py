@@ -182,8 +182,23 @@ def _elementwise_loss(kernels: Any) -> None:
         kernels.elementwise_loss(short, gradient=gradient, denominator=2.0, total=True)
 
 
+def _activation(kernels: Any) -> None:
+    op = importlib.import_module("superfine_kernels.activation")
+    layouts: list[tuple[torch.dtype, Any]] = [(dtype, torch.empty) for dtype in DTYPES]
+    layouts.append((torch.float32, _unaligned))
+    for (dtype, empty), function in itertools.product(layouts, op.CODES):
+        gate, up = empty(64, 8192, dtype=dtype).chunk(2, -1)
+        grad, out, dup = (empty(64 * 4096, dtype=dtype).view(64, 4096) for _ in range(3))
+        kernels.activation(function, op.Layout.of(gate.contiguous(), None, None), out, None)
+        kernels.activation(function, op.Layout.of(gate.contiguous(), None, grad), out, None)
+        kernels.activation(function, op.Layout.of(gate, up, None), out, None)
+        kernels.activation(function, op.Layout.of(gate, up, grad), out, dup)
+        kernels.activation(function, op.Layout.of(gate, None, grad), None, dup)
+
+
 #: For each file of superfine_kernels/triton: calls that launch every kernel in every specialisation that matters.
 CALLS: dict[str, Callable[[Any], None]] = {
+    "activation": _activation,
     "adamw": _adamw,
     "cross_entropy": _cross_entropy,
     "elementwise_loss": _elementwise_loss,

@@ -8,6 +8,8 @@
     vocab_parallel_*(...)           both, classes on several processes     superfine_kernels/vocab_parallel.py
     bce_with_logits(input, target)  binary cross-entropy                   superfine_kernels/elementwise_loss.py
     mse(input, target)              mean squared error                     superfine_kernels/elementwise_loss.py
+    gelu(input), silu(input)        activations                            superfine_kernels/activation.py
+    swiglu(gate, up), geglu(...)    gated linear units                     superfine_kernels/activation.py
 
 `backends()` shows which implementation serves which device here.
 """
@@ -40,12 +42,16 @@ __all__ = [
     "backends",
     "bce_with_logits",
     "cross_entropy",
+    "geglu",
+    "gelu",
     "isa",
     "lamb_",
     "lamb_groups_",
     "linear_cross_entropy",
     "linear_topk_kl_div",
     "mse",
+    "silu",
+    "swiglu",
     "topk_kl_div",
     "total_norm",
     "vocab_parallel_cross_entropy",
@@ -54,8 +60,12 @@ __all__ = [
 
 _WHEN_ASKED_FOR = {
     "bce_with_logits": "elementwise_loss",
+    "geglu": "activation",
+    "gelu": "activation",
     "linear_topk_kl_div": "distillation",
     "mse": "elementwise_loss",
+    "silu": "activation",
+    "swiglu": "activation",
     "topk_kl_div": "distillation",
     "vocab_parallel_cross_entropy": "vocab_parallel",
     "vocab_parallel_linear_cross_entropy": "vocab_parallel",
