@@ -200,8 +200,23 @@ def _layer_norm(kernels: Any) -> None:
         kernels.layer_norm_gradient(True, y, None, None, None, None, 0.0, None, None, dbias)
 
 
+def _activation(kernels: Any) -> None:
+    op = importlib.import_module("superfine_kernels.activation")
+    layouts: list[tuple[torch.dtype, Any]] = [(dtype, torch.empty) for dtype in DTYPES]
+    layouts.append((torch.float32, _unaligned))
+    for (dtype, empty), function in itertools.product(layouts, op.CODES):
+        gate, up = empty(64, 8192, dtype=dtype).chunk(2, -1)
+        grad, out, dup = (empty(64 * 4096, dtype=dtype).view(64, 4096) for _ in range(3))
+        kernels.activation(function, op.Layout.of(gate.contiguous(), None, None), out, None)
+        kernels.activation(function, op.Layout.of(gate.contiguous(), None, grad), out, None)
+        kernels.activation(function, op.Layout.of(gate, up, None), out, None)
+        kernels.activation(function, op.Layout.of(gate, up, grad), out, dup)
+        kernels.activation(function, op.Layout.of(gate, None, grad), None, dup)
+
+
 #: For each file of superfine_kernels/triton: calls that launch every kernel in every specialisation that matters.
 CALLS: dict[str, Callable[[Any], None]] = {
+    "activation": _activation,
     "adamw": _adamw,
     "cross_entropy": _cross_entropy,
     "elementwise_loss": _elementwise_loss,

@@ -47,6 +47,9 @@ OP_NAMES = {
     "linear_cross_entropy": "linear + cross-entropy, forward + backward",
     "bce_with_logits": "binary cross-entropy, forward + backward",
     "mse": "mean squared error, forward + backward",
+    "gelu": "GELU, forward + backward",
+    "swiglu": "SwiGLU, forward + backward",
+    "geglu": "GEGLU, forward + backward",
     "train_step": "whole training step",
 }
 

@@ -9,6 +9,8 @@
     bce_with_logits(input, target)  binary cross-entropy                   superfine_kernels/elementwise_loss.py
     mse(input, target)              mean squared error                     superfine_kernels/elementwise_loss.py
     layer_norm(input, weight)       layer norm of rows, and rms_norm       superfine_kernels/layer_norm.py
+    gelu(input), silu(input)        activations                            superfine_kernels/activation.py
+    swiglu(gate, up), geglu(...)    gated linear units                     superfine_kernels/activation.py
 
 `backends()` shows which implementation serves which device here.
 """
@@ -42,6 +44,8 @@ __all__ = [
     "backends",
     "bce_with_logits",
     "cross_entropy",
+    "geglu",
+    "gelu",
     "isa",
     "lamb_",
     "lamb_groups_",
@@ -50,6 +54,8 @@ __all__ = [
     "linear_topk_kl_div",
     "mse",
     "rms_norm",
+    "silu",
+    "swiglu",
     "topk_kl_div",
     "total_norm",
     "vocab_parallel_cross_entropy",
@@ -58,8 +64,12 @@ __all__ = [
 
 _WHEN_ASKED_FOR = {
     "bce_with_logits": "elementwise_loss",
+    "geglu": "activation",
+    "gelu": "activation",
     "linear_topk_kl_div": "distillation",
     "mse": "elementwise_loss",
+    "silu": "activation",
+    "swiglu": "activation",
     "topk_kl_div": "distillation",
     "vocab_parallel_cross_entropy": "vocab_parallel",
     "vocab_parallel_linear_cross_entropy": "vocab_parallel",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import types
 import typing
-__all__: list[str] = ['CrossEntropy', 'MomentPlan', 'TensorReader', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'cross_entropy_part', 'elementwise_loss', 'isas', 'lamb', 'lamb_groups', 'sum_of_squares']
+__all__: list[str] = ['CrossEntropy', 'MomentPlan', 'TensorReader', 'activation', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'cross_entropy_part', 'elementwise_loss', 'isas', 'lamb', 'lamb_groups', 'sum_of_squares']
 class TensorReader:
     """
     Reads torch tensors natively; made once from the torch module.
@@ -34,6 +34,10 @@ class CrossEntropy:
     """
     def __init__(self, input: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, row_stride: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_is_int64: bool, target_stride: typing.SupportsInt | typing.SupportsIndex, targets: typing.SupportsInt | typing.SupportsIndex, probabilities: typing.SupportsInt | typing.SupportsIndex, probabilities_stride: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, ignore_index: typing.SupportsInt | typing.SupportsIndex, label_smoothing: typing.SupportsFloat | typing.SupportsIndex, z_loss: typing.SupportsFloat | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, scale: typing.SupportsFloat | typing.SupportsIndex, first_class: typing.SupportsInt | typing.SupportsIndex, classes: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
+def activation(function: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, gate: typing.SupportsInt | typing.SupportsIndex, gate_stride: typing.SupportsInt | typing.SupportsIndex, up: typing.SupportsInt | typing.SupportsIndex, up_stride: typing.SupportsInt | typing.SupportsIndex, grad: typing.SupportsInt | typing.SupportsIndex, grad_stride: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex, dup: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> None:
+    """
+    f(gate) * up to `out`; with `grad` the gradients of gate and up to `out` and `dup`, unless these are 0.
+    """
 def adamw(reader: TensorReader, lists: collections.abc.Sequence[list], hyper: dict, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[int]:
     """
     lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, anchors, remainders, scales, steps. Returns the positions that it left alone.

@@ -13,7 +13,7 @@ from support import run_python
 ROOT = Path(__file__).resolve().parent.parent
 CUDA_OPS = ["adamw", "cross_entropy", "elementwise_loss", "lamb"]
 #: On a GPU these are Triton's alone: docs/kernels.md.
-OPS = [*CUDA_OPS, "layer_norm"]
+OPS = [*CUDA_OPS, "activation", "layer_norm"]
 
 KERNELS, PACKAGE, NATIVE = ROOT / "superfine_kernels", ROOT / "python" / "superfine", ROOT / "csrc"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pytest
 import torch
 from support import ISAS, one_warning, run_python
@@ -100,11 +101,15 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason(backend, device, r
 
 
 def test_ops_are_registered_under_one_namespace_with_their_mutations():
+    for name in ("activation", "elementwise_loss"):  # imported when asked for
+        importlib.import_module(f"superfine_kernels.{name}")
     schemas = {
         name: getattr(torch.ops.superfine, name).default._schema
         for name in (
             "adamw_",
             "lamb_",
+            "activation",
+            "activation_backward",
             "cross_entropy",
             "cross_entropy_",
             "cross_entropy_backward",
@@ -120,6 +125,8 @@ def test_ops_are_registered_under_one_namespace_with_their_mutations():
     assert written == {
         "adamw_": written_lists,
         "lamb_": written_lists,
+        "activation": [],
+        "activation_backward": [],
         "cross_entropy": [],
         "cross_entropy_": ["input"],
         "cross_entropy_backward": [],

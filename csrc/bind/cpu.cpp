@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "bind/activation_args.h"
 #include "bind/cpu_steps.h"
 #include "bind/cross_entropy_args.h"
 #include "bind/elementwise_loss_args.h"
@@ -107,6 +108,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("sum_of_squares", &sum_of_squares,
         "Of all elements of all tensors; None where one of them is not dense on the CPU, or has no kernel.",
         py::arg("reader"), py::arg("tensors"), py::kw_only(), py::arg("threads"), py::arg("isa"));
+
+  define_activation(m);
 
   define_cross_entropy_arguments(m);
   m.def("check_labels", &check_labels,

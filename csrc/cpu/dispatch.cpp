@@ -7,6 +7,7 @@ namespace {
 
 #define SF_ROW(isa)              \
   {#isa,                         \
+   &isa::activation,             \
    &isa::adamw,                  \
    &isa::cross_entropy_forward,  \
    &isa::cross_entropy_backward, \

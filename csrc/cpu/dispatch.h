@@ -1,6 +1,7 @@
 // The table of CPU kernels: one row per instruction set, one column per op.
 #pragma once
 
+#include "cpu/activation.h"
 #include "cpu/adamw.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/elementwise_loss.h"
@@ -13,6 +14,7 @@ namespace superfine::cpu {
 
 struct Kernels {
   const char* isa;
+  decltype(&baseline::activation) activation;
   decltype(&baseline::adamw) adamw;
   decltype(&baseline::cross_entropy_forward) cross_entropy_forward;
   decltype(&baseline::cross_entropy_backward) cross_entropy_backward;
