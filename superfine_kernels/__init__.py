@@ -6,6 +6,7 @@
     linear_cross_entropy(...)       the same behind a linear layer         superfine_kernels/linear_cross_entropy.py
     topk_kl_div(...)                distillation, and linear_topk_kl_div   superfine_kernels/distillation.py
     vocab_parallel_*(...)           both, classes on several processes     superfine_kernels/vocab_parallel.py
+    rows_linear, rows_embedding, cols_linear    of a weight, only these train    superfine_kernels/slices.py
     bce_with_logits(input, target)  binary cross-entropy                   superfine_kernels/elementwise_loss.py
     mse(input, target)              mean squared error                     superfine_kernels/elementwise_loss.py
 
@@ -39,6 +40,7 @@ __all__ = [
     "adamw_groups_",
     "backends",
     "bce_with_logits",
+    "cols_linear",
     "cross_entropy",
     "isa",
     "lamb_",
@@ -46,6 +48,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_topk_kl_div",
     "mse",
+    "rows_embedding",
+    "rows_linear",
     "topk_kl_div",
     "total_norm",
     "vocab_parallel_cross_entropy",
@@ -54,8 +58,11 @@ __all__ = [
 
 _WHEN_ASKED_FOR = {
     "bce_with_logits": "elementwise_loss",
+    "cols_linear": "slices",
     "linear_topk_kl_div": "distillation",
     "mse": "elementwise_loss",
+    "rows_embedding": "slices",
+    "rows_linear": "slices",
     "topk_kl_div": "distillation",
     "vocab_parallel_cross_entropy": "vocab_parallel",
     "vocab_parallel_linear_cross_entropy": "vocab_parallel",

@@ -85,7 +85,7 @@ def test_file_holds_the_selection_buffers_and_metadata(tmp_path):
     assert load_file(tmp_path / "delta.safetensors").keys() == {"2.weight", "2.bias"} | statistics
     with safe_open(tmp_path / "delta.safetensors", framework="pt") as file:
         metadata = file.metadata()
-    assert (metadata["format"], metadata["version"], metadata["task"]) == ("superfine-delta", "1", "{}")
+    assert (metadata["format"], metadata["version"], metadata["task"]) == ("superfine-delta", "2", "{}")
     assert json.loads(metadata["names"]) == ["2.weight", "2.bias"]
     assert json.loads(metadata["selectors"]) == ["2.*"]
     assert json.loads(metadata["versions"])["torch"] == torch.__version__
