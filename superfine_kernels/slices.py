@@ -44,6 +44,9 @@ __all__ = ["cols_linear", "cost", "reference", "rows_embedding", "rows_linear"]
 
 ROWS, COLS = 0, 1
 
+#: Where it costs nothing to wait for the number of tokens that hit a slice of an embedding.
+_HITS_ON = ("cpu",)
+
 
 def cost(
     tokens: int,
@@ -121,10 +124,15 @@ def _linear_input_grad_fake(grad: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
 
 
+def _matrix(tensor: Tensor) -> Tensor:
+    """(tokens, features), which may be none of either."""
+    return tensor[None] if tensor.dim() == 1 else tensor.flatten(0, -2)
+
+
 def _linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     input, weight, _, indices, values, selected, ctx.dim = inputs
     for_input, _, ctx.for_bias, _, for_slice = ctx.needs_input_grad[:5]
-    ctx.of_slice = (values.dtype, indices.numel())
+    ctx.of_slice = values.dtype
     ctx.set_materialize_grads(False)
     factor = None  # what the gradient of the slice multiplies with
     if for_slice:
@@ -150,11 +158,10 @@ def _linear_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]
             else:
                 of_input = torch.ops.superfine.slice_linear_input_grad(grad, weight, indices, values, ctx.dim)
         if ctx.for_bias:
-            of_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+            of_bias = _matrix(grad).sum(0)
         if factor is not None:
             rows = grad.index_select(-1, indices) if ctx.dim == ROWS else grad
-            of_slice = rows.reshape(-1, rows.shape[-1]).t() @ factor.reshape(-1, factor.shape[-1])
-            of_slice = of_slice.to(ctx.of_slice[0])
+            of_slice = (_matrix(rows).t() @ _matrix(factor)).to(ctx.of_slice)
     return of_input, None, of_bias, None, of_slice, None, None
 
 
@@ -178,7 +185,7 @@ def _embedding(ids: Tensor, weight: Tensor, slots: Tensor, rows: Tensor, padding
     if rows.shape[0] == 0 or ids.numel() == 0:
         return out
     slot = slots[ids.reshape(-1)]
-    if out.device.type == "cpu":
+    if out.device.type in _HITS_ON:
         hits = (slot >= 0).nonzero().squeeze(1)
         out.view(-1, out.shape[-1]).index_copy_(0, hits, rows.index_select(0, slot[hits]))
         return out
@@ -203,7 +210,7 @@ def _embedding_grad(
     grad: Tensor, ids: Tensor, slots: Tensor, count: int, dtype: torch.dtype, padding_idx: int
 ) -> Tensor:
     slot, grad = _slots_of(ids, slots, padding_idx), grad.reshape(-1, grad.shape[-1])
-    if grad.device.type == "cpu":  # in float32 and in the order of the tokens
+    if grad.device.type in _HITS_ON:  # in float32 and in the order of the tokens
         hits = (slot >= 0).nonzero().squeeze(1)
         found = grad.new_zeros((count, grad.shape[-1]), dtype=opmath_dtype(grad.dtype))
         return found.index_add_(0, slot[hits], grad.index_select(0, hits).to(found.dtype)).to(dtype)
