@@ -146,11 +146,11 @@ def _linear_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]
     if grad is None:
         return (None,) * 7
     indices, factor, weight, values = ctx.saved_tensors
-    again = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (grad, factor, values)
-    )
+    again = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (grad, factor, values))
     if again:
-        warn_once("rows_linear, cols_linear: a second derivative is asked for; eager torch computes the gradient")
+        warn_once(
+            "rows_linear, cols_linear: a second derivative is asked for; eager torch computes the gradient"
+        )
     with torch.autocast(grad.device.type, enabled=False):  # forward has cast what is to be cast
         if weight is not None:
             if again:
@@ -173,7 +173,9 @@ torch.library.register_autograd(
 # --- embedding ops ----------------------------------------------------------------------------------------
 
 # slots: for every row of the weight its place in `rows`, or -1.
-LIBRARY.define("slice_embedding(Tensor ids, Tensor weight, Tensor slots, Tensor rows, int padding_idx) -> Tensor")
+LIBRARY.define(
+    "slice_embedding(Tensor ids, Tensor weight, Tensor slots, Tensor rows, int padding_idx) -> Tensor"
+)
 LIBRARY.define(
     "slice_embedding_grad(Tensor grad, Tensor ids, Tensor slots, int count, ScalarType dtype, int padding_idx) -> Tensor"
 )

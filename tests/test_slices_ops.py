@@ -60,7 +60,9 @@ def test_values_and_gradients(which, dtype):
     wanted, gradients = expected(which, x, weight, bias, indices, values)
     assert out.dtype == dtype
     close(out, wanted, dtype)
-    for found, want in zip(torch.autograd.grad(out, (x, bias, values), upstream(out)), gradients, strict=True):
+    for found, want in zip(
+        torch.autograd.grad(out, (x, bias, values), upstream(out)), gradients, strict=True
+    ):
         assert found.dtype == dtype
         close(found, want, dtype)
 
@@ -76,7 +78,9 @@ def test_edges(which, shape, count):
     out = OPS[which][0](x, weight, bias, indices, values)
     wanted, gradients = expected(which, x, weight, bias, indices, values)
     close(out, wanted, torch.float64)
-    for found, want in zip(torch.autograd.grad(out, (x, bias, values), upstream(out)), gradients, strict=True):
+    for found, want in zip(
+        torch.autograd.grad(out, (x, bias, values), upstream(out)), gradients, strict=True
+    ):
         close(found, want, torch.float64)
 
 
@@ -90,7 +94,9 @@ def test_any_strides(which):
     out = OPS[which][0](strided, transposed, bias, indices, values)
     wanted, gradients = expected(which, x, weight, bias, indices, values)
     close(out, wanted, torch.float64)
-    of_out = upstream(out).t_() if out.dim() == 2 else upstream(out).transpose(0, 1).contiguous().transpose(0, 1)
+    of_out = (
+        upstream(out).t_() if out.dim() == 2 else upstream(out).transpose(0, 1).contiguous().transpose(0, 1)
+    )
     found = torch.autograd.grad(out, (strided, bias, values), of_out)
     for mine, want in zip(found, gradients, strict=True):
         close(mine, want, torch.float64)
@@ -165,7 +171,9 @@ def test_another_forward_between_forward_and_backward_changes_nothing(which):
     out = op(x, weight, bias, indices, values)
     op(x, weight, bias, indices, other)
     _, gradients = expected(which, x, weight, bias, indices, values)
-    for found, want in zip(torch.autograd.grad(out, (x, bias, values), upstream(out)), gradients, strict=True):
+    for found, want in zip(
+        torch.autograd.grad(out, (x, bias, values), upstream(out)), gradients, strict=True
+    ):
         close(found, want, torch.float64)
 
 
@@ -176,7 +184,11 @@ def test_values_written_past_the_version_counter_are_seen(which):
     op(x, weight, bias, indices, values)
     values.data.mul_(2)
     with torch.no_grad():
-        close(op(x, weight, bias, indices, values), reference(x, weight, bias, indices, values, dim), torch.float64)
+        close(
+            op(x, weight, bias, indices, values),
+            reference(x, weight, bias, indices, values, dim),
+            torch.float64,
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*a second derivative is asked for")
@@ -342,16 +354,41 @@ def refused(op, arguments, message, error=ValueError, **more):
         (0, torch.ones(3, IN).double(), r"input is float64 .*; expected float32, as the weight", TypeError),
         (1, torch.ones(OUT), r"weight is float32 \(20,\) on cpu; expected two dimensions", ValueError),
         (1, torch.ones(OUT, IN, dtype=torch.int64), r"weight is int64 .*; expected float32, bf", TypeError),
-        (1, nn.Parameter(torch.ones(OUT, IN)), r"weight is .*requires a gradient.*; expected a frozen", ValueError),
+        (
+            1,
+            nn.Parameter(torch.ones(OUT, IN)),
+            r"weight is .*requires a gradient.*; expected a frozen",
+            ValueError,
+        ),
         (2, torch.ones(IN), r"bias is float32 \(12,\) on cpu; expected \(20,\)", ValueError),
         (2, torch.ones(OUT).half(), r"bias is float16 .*; expected float32", TypeError),
         (3, torch.tensor([1, 2, 3, 4]).int(), r"indices is int32 \(4,\) on cpu; expected int64", TypeError),
-        (3, torch.tensor([1, 2, 3, OUT]), r"indices is 'from 1 to 20' .*; expected rows in \[0, 20\)", ValueError),
-        (3, torch.tensor([-1, 2, 3, 4]), r"indices is 'from -1 to 4' .*; expected rows in \[0, 20\)", ValueError),
-        (3, torch.tensor([1, 2, 2, 4]), r"indices is 'not unique' .*; expected each of the rows once", ValueError),
+        (
+            3,
+            torch.tensor([1, 2, 3, OUT]),
+            r"indices is 'from 1 to 20' .*; expected rows in \[0, 20\)",
+            ValueError,
+        ),
+        (
+            3,
+            torch.tensor([-1, 2, 3, 4]),
+            r"indices is 'from -1 to 4' .*; expected rows in \[0, 20\)",
+            ValueError,
+        ),
+        (
+            3,
+            torch.tensor([1, 2, 2, 4]),
+            r"indices is 'not unique' .*; expected each of the rows once",
+            ValueError,
+        ),
         (4, torch.ones(3, IN), r"rows is float32 \(3, 12\) on cpu; expected float32 \(4, 12\)", ValueError),
         (4, torch.ones(4, IN).double(), r"rows is float64 .*; expected float32, as the weight", TypeError),
-        (4, torch.ones(4, IN, device="meta"), r"rows is float32 .* on meta; expected a tensor on cpu", ValueError),
+        (
+            4,
+            torch.ones(4, IN, device="meta"),
+            r"rows is float32 .* on meta; expected a tensor on cpu",
+            ValueError,
+        ),
     ],
 )
 def test_bad_input_of_linear_layers(place, value, message, error):
@@ -365,9 +402,20 @@ def test_bad_input_of_columns_and_embeddings():
     arguments[4] = torch.ones(4, OUT)
     refused(cols_linear, arguments, r"cols_linear: cols is .*; expected float32 \(20, 4\)")
     ids, weight, indices, rows = lookup()
-    refused(rows_embedding, (ids.double(), weight, indices, rows), r"ids is float64 .* int64 or int32", TypeError)
-    refused(rows_embedding, (ids, weight, indices, rows, OUT), r"padding_idx is 20 \(int\); expected None or a row")
-    refused(rows_embedding, (ids, weight, indices, rows), r"slots is .*; expected int32", slots=torch.ones(3).int())
+    refused(
+        rows_embedding, (ids.double(), weight, indices, rows), r"ids is float64 .* int64 or int32", TypeError
+    )
+    refused(
+        rows_embedding,
+        (ids, weight, indices, rows, OUT),
+        r"padding_idx is 20 \(int\); expected None or a row",
+    )
+    refused(
+        rows_embedding,
+        (ids, weight, indices, rows),
+        r"slots is .*; expected int32",
+        slots=torch.ones(3).int(),
+    )
     refused(rows_embedding, (ids + OUT, weight, indices, rows), "out of range", IndexError)
 
 

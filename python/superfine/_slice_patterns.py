@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import zlib
 from collections import Counter
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from superfine.slices import Slice, is_served, oriented
+from superfine._swap import unmixed
+from superfine.slices import Slice, is_conv1d, is_served, oriented
 from superfine_kernels.slices import COLS, ROWS
 
 __all__ = ["resolve"]
@@ -108,7 +110,9 @@ def _matching(model: nn.Module, argument: str, dim: int, key: str) -> list[str]:
         close = close or difflib.get_close_matches(key, paths, n=3)
         hint = f"; did you mean {' or '.join(repr(path) for path in close[:3])}?" if close else ""
         kind = "embedding or linear layer" if dim == ROWS else "linear layer"
-        raise ValueError(f"select: {argument}[{key!r}] matches no {kind}{hint or '; expected a name or glob of one'}")
+        raise ValueError(
+            f"select: {argument}[{key!r}] matches no {kind}{hint or '; expected a name or glob of one'}"
+        )
     return found
 
 
@@ -152,11 +156,33 @@ def _check_layers(model: nn.Module, what: str, names: Iterable[str], dim: int) -
             )
         if not is_served(module, dim):
             kind = "an embedding or a linear layer" if dim == ROWS else "a linear layer"
-            raise ValueError(f"select: {what} is a weight of {path!r}, a {type(module).__name__}; expected {kind}")
+            raise ValueError(
+                f"select: {what} is a weight of {path!r}, a {type(module).__name__}; expected {kind}"
+            )
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                f"select: {what} matches {path!r}, which nn.MultiheadAttention reads itself; expected a layer that is "
+                "called"
+            )
+        if not _reaches_its_layer(module):
+            raise ValueError(
+                f"select: {what} matches {path!r}, a {type(module).__name__} with a forward of its own; expected one "
+                "that calls super().forward"
+            )
         if isinstance(module, nn.Embedding):
             for option in ("max_norm", "scale_grad_by_freq", "sparse"):
                 if getattr(module, option):
                     raise ValueError(f"select: {what} is an embedding with {option}; expected one without")
+
+
+def _reaches_its_layer(module: nn.Module) -> bool:
+    """Whether the forward of a subclass of nn.Linear or nn.Embedding goes on to theirs."""
+    layer: type[nn.Module] = nn.Embedding if isinstance(module, nn.Embedding) else nn.Linear
+    own: Any = unmixed(module).forward
+    if is_conv1d(module) or own is layer.forward:
+        return True
+    # What super() without arguments compiles to.
+    return "__class__" in getattr(getattr(inspect.unwrap(own), "__code__", None), "co_freevars", ())
 
 
 def _indices(what: str, value: Any, weight: Tensor, dim: int, seed: int) -> Tensor:
@@ -171,7 +197,9 @@ def _indices(what: str, value: Any, weight: Tensor, dim: int, seed: int) -> Tens
         value = range(size)[value]
     if isinstance(value, Tensor):
         if value.dim() != 1 or value.dtype.is_floating_point or value.dtype in (torch.bool, torch.complex64):
-            raise TypeError(f"select: {what} is a tensor {value.dtype} {tuple(value.shape)}; expected integers, (n)")
+            raise TypeError(
+                f"select: {what} is a tensor {value.dtype} {tuple(value.shape)}; expected integers, (n)"
+            )
         value = value.tolist()
     if isinstance(value, bool) or not isinstance(value, Iterable):
         raise TypeError(f"select: {what} is {value!r}, a {type(value).__name__}; expected {_VALUES}")

@@ -108,7 +108,9 @@ def _bases(original: Any, parts: tuple[type[Part], ...]) -> tuple[Any, ...]:
     """Base classes in the order in which their methods run."""
     outer = [part for part in parts if not part.innermost]
     inner = [part for part in parts if part.innermost]
-    below = [part for part in inner if not issubclass(part, original) and set(part.__mro__[2:]) & _layers(original)]
+    below = [
+        part for part in inner if not issubclass(part, original) and set(part.__mro__[2:]) & _layers(original)
+    ]
     return (*outer, *(part for part in inner if part not in below), original, *below)
 
 

@@ -287,7 +287,9 @@ def _slices(
         sound = dim in (0, 1) and values is not None and indices is not None
         if values is not None and indices is not None:
             sound &= indices.dtype == torch.int64 and indices.dim() == 1 and values.dim() == 2
-            sound = sound and values.shape[dim] == len(indices) > 0 and bool((indices[1:] > indices[:-1]).all())
+            sound = (
+                sound and values.shape[dim] == len(indices) > 0 and bool((indices[1:] > indices[:-1]).all())
+            )
         if not sound or indices is None or name in [other.name for other in pieces]:
             raise ValueError(
                 f"load_delta: path is {path}, whose slice of {name!r} has no fitting values and indices; expected a delta"

@@ -132,9 +132,7 @@ class Plan:
     def num_total(self) -> int:
         """Number of elements in the model, a tied parameter counted once."""
         own = {piece.parameter_name for piece in self.slices}
-        return sum(
-            parameter.numel() for name, parameter in self.model.named_parameters() if name not in own
-        )
+        return sum(parameter.numel() for name, parameter in self.model.named_parameters() if name not in own)
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups in model order: ``weight_decay`` for matrices, none for norms and biases.
@@ -207,7 +205,9 @@ class Plan:
 
     def __repr__(self) -> str:
         trained = f"{self.num_trainable:,} of {self.num_total:,} parameters"
-        pieces = [repr(piece) for piece in self.slices] if len(self.slices) < 4 else [f"{len(self.slices)} slices"]
+        pieces = (
+            [repr(piece) for piece in self.slices] if len(self.slices) < 4 else [f"{len(self.slices)} slices"]
+        )
         return f"Plan({', '.join([*self.selectors, *pieces])}: {trained})"
 
     def __str__(self) -> str:

@@ -313,7 +313,9 @@ def region(model: nn.Module, piece: Slice, op: str = "slices") -> tuple[nn.Modul
 def own_weight(model: nn.Module, piece: Slice) -> Tensor:
     """The weight of a slice, rows first, to be written to; untied before, where the slice asks for it."""
     module, weight = region(model, piece)
-    shared = sum(parameter is module.weight for _, parameter in model.named_parameters(remove_duplicate=False))
+    shared = sum(
+        parameter is module.weight for _, parameter in model.named_parameters(remove_duplicate=False)
+    )
     if piece.untie and shared > 1:
         _untie(model, module)
         return oriented(module)
@@ -368,7 +370,9 @@ def _checked_owners(op: str, model: nn.Module, piece: Slice) -> list[nn.Module]:
     if weight.is_meta:
         raise ValueError(f"{op}: {piece.name!r} is on the meta device; expected a weight with values")
     if not len(piece) or not 0 <= int(piece.indices.min()) <= int(piece.indices.max()) < size:
-        raise ValueError(f"{op}: indices of {piece.name!r} are not in [0, {size}); expected those of the layer")
+        raise ValueError(
+            f"{op}: indices of {piece.name!r} are not in [0, {size}); expected those of the layer"
+        )
     return owners
 
 
