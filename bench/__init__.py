@@ -35,6 +35,9 @@ FILES = {
     "linear_cross_entropy": "linear_cross_entropy",
     "bce_with_logits": "elementwise_loss",
     "mse": "elementwise_loss",
+    "rows_linear": "slices",
+    "cols_linear": "slices",
+    "rows_embedding": "slices",
     "train_step": "train_step",
 }
 OPS = tuple(FILES)

@@ -47,6 +47,9 @@ OP_NAMES = {
     "linear_cross_entropy": "linear + cross-entropy, forward + backward",
     "bce_with_logits": "binary cross-entropy, forward + backward",
     "mse": "mean squared error, forward + backward",
+    "rows_linear": "linear layer, few rows train, forward + backward",
+    "cols_linear": "linear layer, few columns train, forward + backward",
+    "rows_embedding": "embedding, few rows train, forward + backward + step",
     "train_step": "whole training step",
 }
 

@@ -11,12 +11,12 @@ The gradient of a slice costs what the slice does:
 `cols_linear` saves x[..., indices] instead of x; an embedding adds up the gradients of the rows that were looked up.
 What nobody needs (frozen input, frozen slice, no_grad) is neither saved nor computed.
 
-So that one plain product serves all rows or columns, the linear layers write the slice into `weight` before they read
-it. That region of `weight` is thus scratch memory: no value in it reaches a result, and each op writes the values that
-it was given, which also holds where a compiler or a CUDA graph runs it. No version counter decides whether to write:
-`.data`, kernels and replayed graphs change values without one. The write leaves the version of `weight` alone, as
-backward passes that are still to come read the frozen part; `rows` and `cols` are saved beside it, so that torch reports
-a slice that was changed between forward and backward.
+So that one plain product serves all rows or columns, the linear layers write the slice into `weight` before they
+read it. That region of `weight` is thus scratch memory: no value in it reaches a result, and each op writes the
+values that it was given, which also holds where a compiler or a CUDA graph runs it. No version counter decides
+whether to write: `.data`, kernels and replayed graphs change values without one. The write leaves the version of
+`weight` alone, as backward passes that are still to come read the frozen part; `rows` and `cols` are saved beside it,
+so that torch reports a slice that was changed between forward and backward.
 
 A second derivative is computed by eager torch, of a weight put together anew.
 """
@@ -177,7 +177,8 @@ LIBRARY.define(
     "slice_embedding(Tensor ids, Tensor weight, Tensor slots, Tensor rows, int padding_idx) -> Tensor"
 )
 LIBRARY.define(
-    "slice_embedding_grad(Tensor grad, Tensor ids, Tensor slots, int count, ScalarType dtype, int padding_idx) -> Tensor"
+    "slice_embedding_grad(Tensor grad, Tensor ids, Tensor slots, int count, ScalarType dtype, int padding_idx) "
+    "-> Tensor"
 )
 
 
@@ -374,8 +375,8 @@ def rows_embedding(
         does not change from run to run.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, a weight that requires a gradient, indices or
-            padding outside the rows, or not unique.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, a weight that requires a gradient, indices
+            or padding outside the rows, or not unique.
         IndexError: on the CPU, ids outside [0, num).
     """
     op = "rows_embedding"

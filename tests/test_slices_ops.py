@@ -419,6 +419,23 @@ def test_bad_input_of_columns_and_embeddings():
     refused(rows_embedding, (ids + OUT, weight, indices, rows), "out of range", IndexError)
 
 
+def test_the_checks_of_the_benchmark_pass_providers_and_see_an_error():
+    from superfine_bench import slices
+
+    for case in (
+        slices._linear_case(0, 70, 16, 300, 8, torch.float32),
+        slices._linear_case(1, 70, 16, 300, 4, torch.float32),
+        slices._embedding_case(64, 16, 300, 8),
+    ):
+        inputs = case.inputs(torch.device("cpu"))
+        case.redraw(inputs, 1)
+        calls = [provider.build(inputs) for provider in case.providers]
+        assert [case.check(inputs, call) <= 1 for call in calls] == [True] * 3
+        found = calls[-1]()
+        assert case.check(inputs, lambda found=found: tuple(1.01 * gradient for gradient in found)) > 1
+        assert case.cost().bytes > 0
+
+
 def test_cost_counts_what_the_slice_costs():
     whole = cost(100, 30, 40, 0, slice_grad=False)
     rows, cols = cost(100, 30, 40, 4), cost(100, 30, 40, 4, dim=COLS)

@@ -35,8 +35,8 @@ def resolve(
 ) -> tuple[Slice, ...]:
     """The slices that `rows` and `cols` of `select` describe, in model order; `chosen`: parameters that train whole.
 
-    Keys are names or globs of modules or of their weights, from a dot on: `embed_tokens` is `model.embed_tokens`, too. Of
-    what a glob matches, linear layers and, for rows, embeddings are taken that do not train whole.
+    Keys are names or globs of modules or of their weights, from a dot on: `embed_tokens` is `model.embed_tokens`.
+    Of what a glob matches, linear layers and, for rows, embeddings are taken that do not train whole.
 
     Raises `ValueError` or `TypeError`, whose messages begin with `select:`.
     """
@@ -68,8 +68,8 @@ def resolve(
                     )
                 if chosen_of(names):
                     raise ValueError(
-                        f"select: {chosen_of(names)[0]!r} is selected whole, and {argument}[{key!r}] chooses a slice of it; "
-                        "expected one of the two"
+                        f"select: {chosen_of(names)[0]!r} is selected whole, and {argument}[{key!r}] chooses a slice "
+                        "of it; expected one of the two"
                     )
                 module = model.get_submodule(name.rpartition(".")[0])
                 what = f"{argument}[{key!r}]"
@@ -132,8 +132,8 @@ def _whole_ties(
             names.append(aliases[0])
         elif tied == "both":
             raise ValueError(
-                f"select: {what} matches {name!r}, which is tied to {aliases[0]!r}; expected that name, for rows that "
-                "train on both sides, or tied='head', for a head with a weight of its own"
+                f"select: {what} matches {name!r}, which is tied to {aliases[0]!r}; expected that name, for rows "
+                "that train on both sides, or tied='head', for a head with a weight of its own"
             )
         elif aliases[0] in listed:
             raise ValueError(
@@ -161,8 +161,8 @@ def _check_layers(model: nn.Module, what: str, names: Iterable[str], dim: int) -
             )
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             raise ValueError(
-                f"select: {what} matches {path!r}, which nn.MultiheadAttention reads itself; expected a layer that is "
-                "called"
+                f"select: {what} matches {path!r}, which nn.MultiheadAttention reads itself; expected a layer "
+                "that is called"
             )
         if not _reaches_its_layer(module):
             raise ValueError(

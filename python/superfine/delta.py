@@ -1,7 +1,7 @@
 """Delta files: what a selection trained, tied to the exact base it was trained on.
 
-A delta is one safetensors file. Tensors: the full values of the trained parameters; of a slice (`superfine.slices`) its
-values, as ``lm_head.weight_rows``, and int64 ``lm_head.weight_rows.indices``; and the model's persistent buffers
+A delta is one safetensors file. Tensors: the full values of the trained parameters; of a slice (`superfine.slices`)
+its values, as ``lm_head.weight_rows``, and int64 ``lm_head.weight_rows.indices``; and the model's persistent buffers
 (BatchNorm's running statistics move in training without being parameters). Metadata, all strings:
 
 ================ ========================================================================================
@@ -279,7 +279,7 @@ def _slices(
         ]
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"load_delta: path is {path}, without a list of slices; expected a delta") from None
-    pieces = []
+    pieces: list[Slice] = []
     for name, dim, untie in stated:
         piece = Slice(name, dim, torch.empty(0, dtype=torch.int64), untie)
         values = tensors.get(piece.parameter_name)
@@ -292,7 +292,8 @@ def _slices(
             )
         if not sound or indices is None or name in [other.name for other in pieces]:
             raise ValueError(
-                f"load_delta: path is {path}, whose slice of {name!r} has no fitting values and indices; expected a delta"
+                f"load_delta: path is {path}, whose slice of {name!r} has no fitting values and indices; "
+                "expected a delta"
             )
         pieces.append(Slice(name, dim, indices, untie))
     return tuple(pieces)
@@ -346,8 +347,8 @@ def _targets(model: nn.Module, info: DeltaInfo, tensors: Mapping[str, Tensor]) -
         shape[piece.dim] = len(piece)
         if (*values.shape, values.dtype) != (*shape, weight.dtype):
             raise ValueError(
-                f"load_delta: {piece.parameter_name!r} in the delta is {_dtype(values)} {tuple(values.shape)}; expected "
-                f"{_dtype(weight)} {tuple(shape)}, as in the model"
+                f"load_delta: {piece.parameter_name!r} in the delta is {_dtype(values)} {tuple(values.shape)}; "
+                f"expected {_dtype(weight)} {tuple(shape)}, as in the model"
             )
     return found
 

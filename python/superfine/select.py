@@ -144,8 +144,8 @@ class Plan:
 
             if not is_installed(self.model, self.slices):
                 raise ValueError(
-                    "Plan.optimizer: the plan's slices have no parameters yet; expected superfine.prepare(model, plan) "
-                    "before"
+                    "Plan.optimizer: the plan's slices have no parameters yet; expected "
+                    "superfine.prepare(model, plan) before"
                 )
         parameters = list(self.parameters())
         groups = [

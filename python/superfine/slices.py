@@ -4,12 +4,13 @@
     superfine.prepare(model, plan)      # installs plan.slices
     superfine.restore(model)            # puts their values into the weights, and takes everything back
 
-A layer gets a parameter `weight_rows` (n, in) or `weight_cols` (out, n) beside its frozen `weight`, and a forward that
-uses it in place of those rows or columns (superfine_kernels/slices.py). Rows are output features and columns input
-features, also of transformers' Conv1D (GPT-2), which keeps its weight transposed; rows of an embedding are its entries.
+A layer gets a parameter `weight_rows` (n, in) or `weight_cols` (out, n) beside its frozen `weight`, and a forward
+that uses it in place of those rows or columns (superfine_kernels/slices.py). Rows are output features and columns
+input features, also of transformers' Conv1D (GPT-2), which keeps its weight transposed; rows of an embedding are its
+entries.
 
-To everyone who reads or writes `state_dict` the model is what it was: the values are in `weight`, and loading puts them
-back into the slice.
+To everyone who reads or writes `state_dict` the model is what it was: the values are in `weight`, and loading puts
+them back into the slice.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ __all__ = ["Slice", "install", "remove"]
 class Slice:
     """Rows (`dim` 0) or columns (1) of the layer whose weight parameter is `name`.
 
-    `indices`: (n), int64, ascending, on the CPU. `untie`: the weight is shared with an embedding, and the slice is the
-    head's alone, which gets a weight of its own when the slice is installed.
+    `indices`: (n), int64, ascending, on the CPU. `untie`: the weight is shared with an embedding, and the slice is
+    the head's alone, which gets a weight of its own when the slice is installed.
     """
 
     name: str
@@ -203,7 +204,7 @@ def _part_for(module: nn.Module, dim: int) -> type[_Sliced]:
 
 
 def rows_of(head: nn.Module) -> TrainableRows | None:
-    """The rows of a linear layer that train alone, as `linear_cross_entropy` takes them; None where there are none."""
+    """The rows of a linear layer that train alone, as `linear_cross_entropy` takes them, or None."""
     if not isinstance(head, _RowsLinear):
         return None
     return TrainableRows(head.weight_slice.indices, head.weight_rows)
@@ -222,8 +223,8 @@ def weight_of(head: nn.Linear) -> Tensor:
 def install(model: nn.Module, slices: Iterable[Slice]) -> None:
     """Gives each slice a parameter with the values of its rows or columns, and freezes the rest of its weight.
 
-    A weight that several layers share is one parameter in all of them. A slice that unties gives its layer a copy of the
-    weight, and sets `tie_word_embeddings` of the configuration to False, so that both are saved.
+    A weight that several layers share is one parameter in all of them. A slice that unties gives its layer a copy of
+    the weight, and sets `tie_word_embeddings` of the configuration to False, so that both are saved.
 
     Raises `ValueError`, with the model untouched, where a slice does not fit the model, or one is installed already.
     """
