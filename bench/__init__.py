@@ -38,6 +38,9 @@ FILES = {
     "gelu": "activation",
     "swiglu": "activation",
     "geglu": "activation",
+    "rows_linear": "slices",
+    "cols_linear": "slices",
+    "rows_embedding": "slices",
     "train_step": "train_step",
 }
 OPS = tuple(FILES)

@@ -50,6 +50,9 @@ OP_NAMES = {
     "gelu": "GELU, forward + backward",
     "swiglu": "SwiGLU, forward + backward",
     "geglu": "GEGLU, forward + backward",
+    "rows_linear": "linear layer, few rows train, forward + backward",
+    "cols_linear": "linear layer, few columns train, forward + backward",
+    "rows_embedding": "embedding, few rows train, forward + backward + step",
     "train_step": "whole training step",
 }
 

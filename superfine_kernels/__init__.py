@@ -6,6 +6,7 @@
     linear_cross_entropy(...)       the same behind a linear layer         superfine_kernels/linear_cross_entropy.py
     topk_kl_div(...)                distillation, and linear_topk_kl_div   superfine_kernels/distillation.py
     vocab_parallel_*(...)           both, classes on several processes     superfine_kernels/vocab_parallel.py
+    rows_linear, rows_embedding, cols_linear   a part of a weight trains   superfine_kernels/slices.py
     bce_with_logits(input, target)  binary cross-entropy                   superfine_kernels/elementwise_loss.py
     mse(input, target)              mean squared error                     superfine_kernels/elementwise_loss.py
     layer_norm(input, weight)       layer norm of rows, and rms_norm       superfine_kernels/layer_norm.py
@@ -43,6 +44,7 @@ __all__ = [
     "adamw_groups_",
     "backends",
     "bce_with_logits",
+    "cols_linear",
     "cross_entropy",
     "geglu",
     "gelu",
@@ -54,6 +56,8 @@ __all__ = [
     "linear_topk_kl_div",
     "mse",
     "rms_norm",
+    "rows_embedding",
+    "rows_linear",
     "silu",
     "swiglu",
     "topk_kl_div",
@@ -64,10 +68,13 @@ __all__ = [
 
 _WHEN_ASKED_FOR = {
     "bce_with_logits": "elementwise_loss",
+    "cols_linear": "slices",
     "geglu": "activation",
     "gelu": "activation",
     "linear_topk_kl_div": "distillation",
     "mse": "elementwise_loss",
+    "rows_embedding": "slices",
+    "rows_linear": "slices",
     "silu": "activation",
     "swiglu": "activation",
     "topk_kl_div": "distillation",

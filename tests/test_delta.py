@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import bert, gpt2, llama, logits, perturb, roberta, t5
+from small_models import bert, gpt2, llama, logits, mlp, perturb, roberta, t5
 from superfine import delta as delta_module
+from superfine import slices
 from superfine.delta import DeltaInfo, base_hash, load_delta, save_delta
 from superfine.select import select
 from support import contents
@@ -85,7 +86,7 @@ def test_file_holds_the_selection_buffers_and_metadata(tmp_path):
     assert load_file(tmp_path / "delta.safetensors").keys() == {"2.weight", "2.bias"} | statistics
     with safe_open(tmp_path / "delta.safetensors", framework="pt") as file:
         metadata = file.metadata()
-    assert (metadata["format"], metadata["version"], metadata["task"]) == ("superfine-delta", "1", "{}")
+    assert (metadata["format"], metadata["version"], metadata["task"]) == ("superfine-delta", "2", "{}")
     assert json.loads(metadata["names"]) == ["2.weight", "2.bias"]
     assert json.loads(metadata["selectors"]) == ["2.*"]
     assert json.loads(metadata["versions"])["torch"] == torch.__version__
@@ -133,6 +134,109 @@ def test_base_hash_sees_names_dtypes_shapes_and_bits_but_not_the_selection():
     assert base_hash(strided, ["1.weight"]) == start  # strides are not values
     strided[0].weight.data.view(torch.int32)[0, 0] ^= 1
     assert base_hash(strided, ["1.weight"]) != start
+
+
+# ---- slices ----
+
+
+SLICED = [
+    (llama, {"rows": {"lm_head": [3, 30]}, "cols": {"*.down_proj": 0.2}}),
+    (gpt2, {"rows": {"wte": [3, 4, 5]}, "cols": {"*.c_fc": [0, 2]}}),
+    (lambda: llama(tied=True), {"rows": {"lm_head": [3, 5]}, "tied": "head"}),
+]
+
+
+@pytest.mark.parametrize(("build", "chosen"), SLICED)
+def test_base_plus_slices_is_the_tuned_model(tmp_path, build, chosen):
+    base = build()
+    tuned, path = copy.deepcopy(base), tmp_path / "delta.safetensors"
+    plan = select(tuned, "norms", **chosen)
+    start = base_hash(tuned, plan.names, plan.slices)
+    slices.install(tuned, plan.slices)
+    perturb(plan)
+    assert base_hash(tuned, plan.names, plan.slices) == start  # the slice's region does not count
+    save_delta(tuned, plan, path)
+    outputs, saved = logits(tuned), load_file(path)
+    slices.remove(tuned)
+    save_delta(tuned, plan, path)
+    again = load_file(path)  # installed or not
+    assert again.keys() == saved.keys()
+    assert all(torch.equal(again[name], saved[name]) for name in saved)
+
+    info = load_delta(base, path)
+    assert info == DeltaInfo(plan.names, plan.selectors, start, {}, plan.slices)
+    assert torch.equal(logits(base), outputs)
+    load_delta(base, path)  # idempotent
+    assert torch.equal(logits(base), outputs)
+
+
+def test_a_delta_goes_into_a_model_with_slices_of_its_own(tmp_path):
+    base = llama()
+    tuned, whole, path = copy.deepcopy(base), copy.deepcopy(base), tmp_path / "delta.safetensors"
+    plan = select(tuned, rows={"lm_head": [3, 5]})
+    slices.install(tuned, plan.slices)
+    perturb(plan)
+    save_delta(tuned, plan, path)
+    slices.install(base, select(base, rows={"lm_head": [5, 7]}).slices)
+    load_delta(base, path)
+    assert torch.equal(base.lm_head.weight_rows[0], tuned.lm_head.weight_rows[1])
+    assert torch.equal(logits(base), logits(tuned))
+    all_of_it = select(whole, "head")
+    perturb(all_of_it)
+    save_delta(whole, all_of_it, path)
+    load_delta(base, path)
+    assert torch.equal(logits(base), logits(whole))
+
+
+def test_a_delta_of_slices_is_as_small_as_they_are(tmp_path):
+    model = nn.Sequential(nn.Embedding(4000, 64), nn.Linear(64, 4000))
+    plan = select(model, rows={"0": range(40), "1": "random:0.01"})
+    save_delta(model, plan, tmp_path / "delta.safetensors")
+    whole = 4 * plan.num_total
+    share = plan.num_trainable / plan.num_total
+    assert (tmp_path / "delta.safetensors").stat().st_size <= (share + 0.01) * whole
+
+
+def test_the_rest_of_a_sliced_weight_must_be_the_base(tmp_path):
+    base, path = llama(), tmp_path / "delta.safetensors"
+    plan = select(base, rows={"lm_head": [3, 5]})
+    save_delta(base, plan, path)
+    with torch.no_grad():
+        base.lm_head.weight[5] += 1
+    load_delta(base, path)
+    with torch.no_grad():
+        base.lm_head.weight[4] += 1
+    refused(base, path, "belongs to another base")
+    refused(mlp(), path, r"model has no parameter 'lm_head\.weight'")
+    refused(base.double(), path, r"'lm_head\.weight_rows' in the delta is float32 \(2, 8\); expected float64")
+
+
+def test_files_of_version_1_are_read(saved):
+    base, tuned, _, path = saved
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | {"version": "1"}
+    del metadata["content_hash"], metadata["slices"]
+    metadata["content_hash"] = delta_module._content_hash(metadata, tensors)
+    save_file(tensors, path, metadata)
+    assert load_delta(base, path).slices == ()
+    assert torch.equal(base[2].weight, tuned[2].weight)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    ["1", "[1]", "[{}]", '[{"name": "2.weight", "dim": 0, "untie": false}]', '[{"name": "2", "dim": "x"}]'],
+)
+def test_crafted_slices_are_refused(saved, stated):
+    base, _, _, path = saved
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | {"slices": stated}
+    del metadata["content_hash"]
+    tensors |= {"2.weight_rows": torch.ones(2, 4), "2.weight_rows.indices": torch.tensor([1, 1])}
+    metadata["content_hash"] = delta_module._content_hash(metadata, tensors)
+    save_file(tensors, path, metadata)
+    refused(base, path, "without a list of slices|no fitting values and indices")
 
 
 # ---- what loading refuses ----
@@ -188,8 +292,8 @@ def test_missing_and_foreign_files_are_refused(tmp_path, saved):
 
 def test_newer_version_is_refused(saved):
     base, _, _, path = saved
-    path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"2"'))
-    refused(base, path, "a delta of version 2; expected version 1")
+    path.write_bytes(path.read_bytes().replace(b'"version":"2"', b'"version":"3"'))
+    refused(base, path, "a delta of version 3; expected version 1 or 2")
 
 
 @pytest.mark.parametrize("names", [None, "1", "[1]", '{"2.weight": 1}', "["])

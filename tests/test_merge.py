@@ -10,6 +10,7 @@ import torch
 import transformers
 from small_models import bert, gpt2, llama, logits, perturb, t5
 from superfine import delta as delta_module
+from superfine import slices
 from superfine.delta import merge, save_delta
 from superfine.select import select
 from support import contents
@@ -75,6 +76,27 @@ def test_language_models_merge_by_the_bases_architecture(tmp_path, build):
     merge(tmp_path / "base", tmp_path / "d.safetensors", tmp_path / "out")
     merged = type(tuned).from_pretrained(tmp_path / "out").eval()
     assert torch.equal(logits(merged), logits(tuned))
+
+
+@pytest.mark.parametrize(
+    ("tied", "chosen"),
+    [
+        (False, {"rows": {"lm_head": [3, 5]}, "cols": {"*.down_proj": 0.2}}),
+        (True, {"rows": {"embed_tokens": [3, 5]}}),
+        (True, {"rows": {"lm_head": [3, 5]}, "tied": "head"}),
+    ],
+)
+def test_slices_merge_into_whole_weights(tmp_path, tied, chosen):
+    tuned = llama(tied=tied)
+    tuned.save_pretrained(tmp_path / "base")
+    plan = select(tuned, "norms", **chosen)
+    slices.install(tuned, plan.slices)
+    perturb(plan)
+    save_delta(tuned, plan, tmp_path / "d.safetensors")
+    merge(tmp_path / "base", tmp_path / "d.safetensors", tmp_path / "out")
+    merged = type(tuned).from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(merged), logits(tuned))
+    assert merged.config.tie_word_embeddings == (tied and "tied" not in chosen)
 
 
 def test_weights_keep_the_dtype_they_were_trained_in(tmp_path):

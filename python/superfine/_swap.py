@@ -9,7 +9,8 @@ rebinds it. A class has neither trouble; `isinstance`, names, hooks, parameters 
     add_part(module, Detached)
     remove_part(module, Detached)
 
-Several parts stack: what was added last runs first. A part keeps its state in attributes of the module.
+Several parts stack: what was added last runs first, but for those that are `innermost`. A part keeps its state in
+attributes of the module.
 """
 
 from __future__ import annotations
@@ -19,11 +20,18 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Part", "add_part", "has_part", "remove_part"]
+__all__ = ["Part", "add_part", "has_part", "remove_part", "unmixed"]
 
 
 class Part(nn.Module):
-    """What is mixed into a module's class: methods that replace the module's, which `super()` reaches."""
+    """What is mixed into a module's class: methods that replace the module's, which `super()` reaches.
+
+    An `innermost` part takes the place of a layer's own forward, so that all other parts run before it, whichever was
+    added first. Where it derives from the layer's class (`class Rows(Part, nn.Embedding)`), a subclass of that layer
+    runs before it, too: what an embedding multiplies by afterwards it still does.
+    """
+
+    innermost = False
 
 
 _classes: dict[tuple[type, tuple[type[Part], ...]], type] = {}
@@ -51,6 +59,11 @@ def remove_part(module: nn.Module, part: type[Part]) -> None:
 def has_part(module: nn.Module, part: type[Part]) -> bool:
     """Whether `part` is mixed into the module."""
     return part in _split(module)[1]
+
+
+def unmixed(module: nn.Module) -> type[nn.Module]:
+    """The class that the module was made with, without parts."""
+    return _split(module)[0]
 
 
 def _split(module: nn.Module) -> tuple[type[nn.Module], tuple[type[Part], ...]]:
@@ -86,9 +99,24 @@ def _mixed(original: Any, parts: tuple[type[Part], ...]) -> Any:
             forward.__doc__ = original.forward.__doc__
             # A member: transformers' layers wrap the forward of a subclass when it is made.
             members["forward"] = forward
-        made: Any = type(original.__name__, (*parts, original), members)
+        made: Any = type(original.__name__, _bases(original, parts), members)
         _classes[original, parts] = made
     return _classes[original, parts]
+
+
+def _bases(original: Any, parts: tuple[type[Part], ...]) -> tuple[Any, ...]:
+    """Base classes in the order in which their methods run."""
+    outer = [part for part in parts if not part.innermost]
+    inner = [part for part in parts if part.innermost]
+    below = [
+        part for part in inner if not issubclass(part, original) and set(part.__mro__[2:]) & _layers(original)
+    ]
+    return (*outer, *(part for part in inner if part not in below), original, *below)
+
+
+def _layers(original: Any) -> set[Any]:
+    """The classes that `original` derives from, up to nn.Module."""
+    return set(original.__mro__) - set(nn.Module.__mro__)
 
 
 def _new(original: Any, parts: tuple[type[Part], ...]) -> Any:

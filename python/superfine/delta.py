@@ -1,14 +1,15 @@
 """Delta files: what a selection trained, tied to the exact base it was trained on.
 
-A delta is one safetensors file. Tensors: the full values of the trained parameters, and the model's
-persistent buffers (BatchNorm's running statistics move in training without being parameters). Metadata, all
-strings:
+A delta is one safetensors file. Tensors: the full values of the trained parameters; of a slice (`superfine.slices`)
+its values, as ``lm_head.weight_rows``, and int64 ``lm_head.weight_rows.indices``; and the model's persistent buffers
+(BatchNorm's running statistics move in training without being parameters). Metadata, all strings:
 
 ================ ========================================================================================
 ``format``       ``superfine-delta``
-``version``      ``1``
+``version``      ``2``; ``1``, which knew no slices, is read
 ``selectors``    JSON list, as they were given to ``select``
-``names``        JSON list of the trained parameters, in model order
+``names``        JSON list of the parameters that trained whole, in model order
+``slices``       JSON list of ``{"name", "dim", "untie"}``, in model order
 ``base_hash``    :func:`base_hash` of the model
 ``content_hash`` SHA-256 over everything else in the file, so that a damaged file is noticed
 ``versions``     JSON object, library to version
@@ -36,14 +37,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from superfine import slices
 from superfine._files import atomic_folder, atomic_write
 from superfine.select import Plan, uncompiled
+from superfine.slices import Slice
 
 __all__ = ["DeltaInfo", "base_hash", "load_delta", "merge", "save_delta"]
 
 FORMAT = "superfine-delta"
-VERSION = "1"
-RESERVED = ("format", "version", "selectors", "names", "base_hash", "content_hash", "versions")
+VERSION = "2"
+VERSIONS = ("1", VERSION)
+INDICES = ".indices"  # beside the values of a slice
+RESERVED = ("format", "version", "selectors", "names", "slices", "base_hash", "content_hash", "versions")
 
 # What a tokenizer or processor keeps beside a model's weights; weights and config come from the merged model.
 TOKENIZER_FILES = (
@@ -59,12 +64,14 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class DeltaInfo:
-    """What a delta says of itself: trained ``names``, ``selectors``, ``base_hash``, the saver's ``extra``."""
+    """What a delta says of itself: trained ``names`` and ``slices``, ``selectors``, ``base_hash``, the saver's
+    ``extra``."""
 
     names: tuple[str, ...]
     selectors: tuple[str, ...]
     base_hash: str
     extra: dict[str, str]
+    slices: tuple[Slice, ...] = ()
 
 
 def save_delta(
@@ -83,7 +90,7 @@ def save_delta(
     """
     model = uncompiled(model)
     extra = _checked_extra(extra)
-    parameters = dict(model.named_parameters())
+    parameters = _parameters(model)
     missing = [name for name in plan.names if name not in parameters]
     if missing:
         raise ValueError(
@@ -91,7 +98,9 @@ def save_delta(
         )
     if any(parameter.is_meta for parameter in parameters.values()):
         raise ValueError("save_delta: model is on the meta device; expected parameters with values")
-    tensors = {name: parameters[name] for name in plan.names} | _persistent_buffers(model)
+    slices.write_values(model)
+    tensors = {name: parameters[name] for name in plan.names} | _slice_tensors(model, plan.slices)
+    tensors |= _persistent_buffers(model)
     seen: set[int] = set()
     tensors = {name: _own_contiguous(tensor, seen) for name, tensor in tensors.items()}
     metadata = {
@@ -99,7 +108,8 @@ def save_delta(
         "version": VERSION,
         "selectors": json.dumps(list(plan.selectors)),
         "names": json.dumps(list(plan.names)),
-        "base_hash": base_hash(model, plan.names),
+        "slices": json.dumps([{"name": p.name, "dim": p.dim, "untie": p.untie} for p in plan.slices]),
+        "base_hash": base_hash(model, plan.names, plan.slices),
         "versions": json.dumps(_versions()),
         **extra,
     }
@@ -124,7 +134,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> DeltaInfo:
     model = uncompiled(model)
     info, tensors = _read(path)
     targets = _targets(model, info, tensors)
-    found = base_hash(model, info.names)
+    found = base_hash(model, info.names, info.slices)
     if found != info.base_hash:
         raise ValueError(
             f"load_delta: expected base {info.base_hash}, got {found}: this delta belongs to another base. "
@@ -132,9 +142,15 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> DeltaInfo:
             "One that the base checkpoint lacks is initialised at random on every load: train it as well, "
             "so that the delta holds it"
         )
+    slices.write_values(model)
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            targets[name].copy_(tensor)
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+        for piece in info.slices:
+            values = tensors[piece.parameter_name]
+            weight = slices.own_weight(model, piece)
+            weight.index_copy_(piece.dim, piece.indices.to(weight.device), values.to(weight.device))
+    slices.read_values(model)  # a model with slices of its own holds what was loaded there, too
     return info
 
 
@@ -169,21 +185,43 @@ def merge(base: str | os.PathLike[str], delta: str | os.PathLike[str], out: str 
                 shutil.copyfile(path, temporary / path.name)
 
 
-def base_hash(model: nn.Module, trained: Iterable[str]) -> str:
+def base_hash(model: nn.Module, trained: Iterable[str], pieces: Iterable[Slice] = ()) -> str:
     """SHA-256 over the parameters outside ``trained``, as hex: what must be equal for a delta to fit.
 
-    For each, sorted by name: name, dtype, shape, then the bytes in C order. A tied parameter counts once,
-    under its first name. Buffers do not count: persistent ones travel in the delta, the others follow from
-    the config.
+    For each, sorted by name: name, dtype, shape, then the bytes in C order; the slices ``pieces`` count as zeros. A
+    tied parameter counts once, under its first name, and once more under that of a head that a slice unties. Buffers
+    do not count: persistent ones travel in the delta, the others follow from the config.
     """
+    model = uncompiled(model)
+    slices.write_values(model)
     names = set(trained)
-    frozen = {
-        name: parameter for name, parameter in uncompiled(model).named_parameters() if name not in names
+    frozen: dict[str, Tensor] = {
+        name: parameter for name, parameter in _parameters(model).items() if name not in names
     }
+    of_slices = {piece.name: piece for piece in pieces}
+    frozen |= {name: model.get_parameter(name) for name in of_slices}
     digest = hashlib.sha256()
     for name in sorted(frozen):
-        _update(digest, name, frozen[name])
+        tensor = frozen[name].detach()
+        if name in of_slices:
+            tensor = slices.without(model, of_slices[name])
+        _update(digest, name, tensor)
     return digest.hexdigest()
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's parameters without those that slices have of their own."""
+    own = slices.own_names(model)
+    return {name: parameter for name, parameter in model.named_parameters() if name not in own}
+
+
+def _slice_tensors(model: nn.Module, pieces: Iterable[Slice]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for piece in pieces:
+        weight = slices.region(model, piece, "save_delta")[1]
+        tensors[piece.parameter_name] = weight.index_select(piece.dim, piece.indices.to(weight.device))
+        tensors[piece.parameter_name + INDICES] = piece.indices
+    return tensors
 
 
 def _content_hash(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -212,10 +250,10 @@ def _read(path: str | os.PathLike[str]) -> tuple[DeltaInfo, dict[str, Tensor]]:
                 raise ValueError(
                     f"load_delta: path is {path}, a safetensors file of another kind; expected a delta"
                 )
-            if metadata.get("version") != VERSION:
+            if metadata.get("version") not in VERSIONS:
                 raise ValueError(
                     f"load_delta: path is {path}, a delta of version {metadata.get('version')}; "
-                    f"expected version {VERSION}, or a newer Superfine"
+                    f"expected version {' or '.join(VERSIONS)}, or a newer Superfine"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
@@ -226,7 +264,39 @@ def _read(path: str | os.PathLike[str]) -> tuple[DeltaInfo, dict[str, Tensor]]:
         )
     names, selectors = (_strings(path, metadata, key) for key in ("names", "selectors"))
     extra = {key: value for key, value in metadata.items() if key not in RESERVED}
-    return DeltaInfo(names, selectors, metadata.get("base_hash", ""), extra), tensors
+    pieces = _slices(path, metadata, tensors)
+    return DeltaInfo(names, selectors, metadata.get("base_hash", ""), extra, pieces), tensors
+
+
+def _slices(
+    path: str | os.PathLike[str], metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> tuple[Slice, ...]:
+    """The slices that the metadata states and whose tensors fit them; the file can be a stranger's."""
+    try:
+        stated = [
+            (str(each["name"]), int(each["dim"]), bool(each["untie"]))
+            for each in json.loads(metadata.get("slices", "[]"))
+        ]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"load_delta: path is {path}, without a list of slices; expected a delta") from None
+    pieces: list[Slice] = []
+    for name, dim, untie in stated:
+        piece = Slice(name, dim, torch.empty(0, dtype=torch.int64), untie)
+        values = tensors.get(piece.parameter_name)
+        indices = tensors.get(piece.parameter_name + INDICES)
+        sound = dim in (0, 1) and values is not None and indices is not None
+        if values is not None and indices is not None:
+            sound &= indices.dtype == torch.int64 and indices.dim() == 1 and values.dim() == 2
+            sound = (
+                sound and values.shape[dim] == len(indices) > 0 and bool((indices[1:] > indices[:-1]).all())
+            )
+        if not sound or indices is None or name in [other.name for other in pieces]:
+            raise ValueError(
+                f"load_delta: path is {path}, whose slice of {name!r} has no fitting values and indices; "
+                "expected a delta"
+            )
+        pieces.append(Slice(name, dim, indices, untie))
+    return tuple(pieces)
 
 
 def _strings(path: str | os.PathLike[str], metadata: Mapping[str, str], key: str) -> tuple[str, ...]:
@@ -242,12 +312,14 @@ def _strings(path: str | os.PathLike[str], metadata: Mapping[str, str], key: str
 
 def _targets(model: nn.Module, info: DeltaInfo, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Where each tensor goes in the model; ``ValueError`` unless all fit."""
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(_parameters(model))
     buffers = _persistent_buffers(model)
     trained = set(info.names)
+    of_slices = {piece.parameter_name + end for piece in info.slices for end in ("", INDICES)}
     targets = {
         name: (parameters if name in trained else buffers).get(name)
         for name in dict.fromkeys([*info.names, *tensors])
+        if name not in of_slices
     }
     unknown = [name for name, target in targets.items() if target is None]
     if unknown:
@@ -268,6 +340,15 @@ def _targets(model: nn.Module, info: DeltaInfo, tensors: Mapping[str, Tensor]) -
             raise ValueError(
                 f"load_delta: {what} of {_listed(differ)} is {describe(found[name])} in the model; expected "
                 f"{describe(tensors[name])}, as in the delta"
+            )
+    for piece in info.slices:
+        weight, values = slices.region(model, piece, "load_delta")[1], tensors[piece.parameter_name]
+        shape = [*weight.shape]
+        shape[piece.dim] = len(piece)
+        if (*values.shape, values.dtype) != (*shape, weight.dtype):
+            raise ValueError(
+                f"load_delta: {piece.parameter_name!r} in the delta is {_dtype(values)} {tuple(values.shape)}; "
+                f"expected {_dtype(weight)} {tuple(shape)}, as in the model"
             )
     return found
 
@@ -294,7 +375,8 @@ def _load_base(folder: Path, info: DeltaInfo, tensors: Mapping[str, Tensor]) -> 
             f"merge: model class is {named[0] if named else 'not stated'}; expected a transformers class, "
             "stated by the delta's extra['model_class'] or by architectures in the base's config.json"
         )
-    dtypes = {tensors[name].dtype for name in info.names}
+    of_slices = {piece.parameter_name for piece in info.slices}
+    dtypes = {tensors[name].dtype for name in (*info.names, *of_slices)}
     with hf.quiet(), hf._readable("model", str(folder)):
         model, loading = model_class.from_pretrained(
             folder,
@@ -303,7 +385,8 @@ def _load_base(folder: Path, info: DeltaInfo, tensors: Mapping[str, Tensor]) -> 
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a head for another number of labels: the delta holds the new one
         )
-    unknown = sorted(tensors.keys() - model.state_dict().keys())
+    of_slices |= {name + INDICES for name in of_slices}
+    unknown = sorted(tensors.keys() - of_slices - model.state_dict().keys())
     if unknown and "model_class" not in info.extra:
         raise ValueError(
             f"merge: model class is {named[0]}, from the base's config.json, which has no {_listed(unknown)} of the "

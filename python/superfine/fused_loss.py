@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from superfine._swap import Part, add_part, remove_part, unmixed
+from superfine.slices import rows_of, weight_of
 from superfine_kernels import cross_entropy, linear_cross_entropy
 from superfine_kernels._library import reject
 
@@ -66,10 +68,8 @@ def use_fused_loss(model: nn.Module, *, logits: bool | None = None) -> FusedLoss
         state: _Loss = _Classifier(logits, tokens=model.loss_type == "ForTokenClassification")
     else:
         head = model.get_output_embeddings()
-        hooks = type(head) is nn.Linear and (
-            head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
-        )
-        if type(head) is not nn.Linear or hooks:
+        linear = isinstance(head, nn.Linear) and unmixed(head) is nn.Linear
+        if not linear or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
             reject("use_fused_loss", "the model's head", type(head).__name__, "torch.nn.Linear without hooks")
         inside = _look_between_head_and_loss(model, head)
         shifts = hasattr(model, "prepare_decoder_input_ids_from_labels")
@@ -141,12 +141,12 @@ class _LanguageModel(_Loss):
 
     def install(self, model: Any) -> None:
         super().install(model)
-        self.head.__class__ = _Head
+        add_part(self.head, _Head)
         vars(self.head)["_fused_loss"] = self
 
     def uninstall(self, model: Any) -> None:
         super().uninstall(model)
-        self.head.__class__ = nn.Linear
+        remove_part(self.head, _Head)
         del vars(self.head)["_fused_loss"]
 
     def output(self, model: Any, forward: Callable[..., Any], arguments: dict[str, Any], logits: bool) -> Any:
@@ -219,9 +219,10 @@ class _LanguageModel(_Loss):
             return _loss_of_logits(logits, labels, ignore_index, num_items_in_batch)
         return linear_cross_entropy(
             scores,
-            self.head.weight,
+            weight_of(self.head),
             labels,
             linear_bias=self.head.bias,
+            rows=rows_of(self.head),
             ignore_index=ignore_index,
             num_items=num_items_in_batch,
             **self.transform,
@@ -269,19 +270,16 @@ def _with(output: Any, loss: Tensor | None, logits: bool) -> Any:
 # --- classes ----------------------------------------------------------------------------------------------
 
 
-class _Head(nn.Linear):
-    """A head that, within a forward that needs no logits, keeps its input in place of them."""
+class _Head(Part):
+    """A linear head that, within a forward that needs no logits, keeps its input in place of them."""
 
     _fused_loss: _LanguageModel
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
         if not self._fused_loss.quiet:
             return super().forward(input)
         self._fused_loss.hidden = input
         return input.new_zeros(()).expand(*input.shape[:-1], 1)  # so that scaling or casting it costs nothing
-
-    def _get_name(self) -> str:
-        return "Linear"
 
 
 @functools.cache

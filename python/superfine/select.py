@@ -10,10 +10,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,20 +22,37 @@ from torch.nn.parameter import is_lazy
 from superfine._first_step import watch_first_step
 from superfine.selectors import layer_stacks, match
 
+if TYPE_CHECKING:
+    from superfine.slices import Slice
+
 __all__ = ["Plan", "select"]
 
 OPTIMIZERS = ("adamw", "adam", "lamb", "sgd")
 
 
-def select(model: nn.Module, *selectors: str) -> Plan:
-    """Freeze everything but the union of ``selectors`` and return the plan.
+def select(
+    model: nn.Module,
+    *selectors: str,
+    rows: Mapping[str, Any] | None = None,
+    cols: Mapping[str, Any] | None = None,
+    tied: str = "both",
+    seed: int = 0,
+) -> Plan:
+    """Freeze everything but the union of ``selectors`` and of single rows and columns, and return the plan.
+
+    ``rows`` and ``cols`` map names or globs of layers (``"embed_tokens"``, ``"*.down_proj"``) to the output features
+    (entries of an embedding) or input features that train: integers, a range or slice, a tensor; a fraction such as
+    ``0.05``, those of the largest norm; ``"norm:0.05"``, ``"random:0.05"`` (by ``seed``); ``"new:32000"``, all from
+    32000 on. They become parameters of their own by ``superfine.prepare``. Rows of an embedding that a head shares
+    train on both sides; with ``tied="head"`` the head alone, which is named then, gets rows of its own.
 
     Sets ``requires_grad`` on exactly the selected parameters and drops the gradients of the others. Selecting
     again replaces the selection: make a new optimizer from the new plan, the earlier one no longer fits. Select
     before wrapping the model for data parallelism, which fixes what is synchronised.
 
     Raises ``TypeError`` or ``ValueError``, with the model untouched, when a selector matches nothing or
-    counts layers that are not there; when the selection holds one name of a tied parameter but not the
+    counts layers that are not there; when rows or columns are outside their layer, named twice, or part of a weight
+    that is selected whole; when the selection holds one name of a tied parameter but not the
     others, a view that overlaps another parameter, or a tensor that cannot train (integer, 8-bit,
     uninitialised).
     """
@@ -43,14 +60,24 @@ def select(model: nn.Module, *selectors: str) -> Plan:
         raise TypeError(f"select: model is {type(model).__name__}; expected a torch.nn.Module")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f"select: model is {type(model).__name__}; expected the model before it is wrapped")
-    if not selectors:
+    if not (selectors or rows or cols):
         raise ValueError("select: no selector given; expected at least one, as 'last:2' or 'head'")
     model = uncompiled(model)
-    chosen = set().union(*(match(model, selector) for selector in selectors))
+    if any("weight_slice" in vars(module) for module in model.modules()):
+        raise ValueError(
+            "select: model holds the slices of an earlier plan; expected superfine.restore(model) before"
+        )
+    chosen: set[str] = set().union(*(match(model, selector) for selector in selectors))
+    slices: tuple[Slice, ...] = ()
+    if rows or cols:
+        from superfine._slice_patterns import resolve
+
+        slices = resolve(model, rows, cols, chosen, tied=tied, seed=seed)
+    sliced = {piece.name for piece in slices}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    _check_trainable({name: parameters[name] for name in parameters if name in chosen})
+    _check_trainable({name: parameters[name] for name in parameters if name in chosen | sliced})
     _check_tied(parameters, chosen)
-    _check_overlap(dict(model.named_parameters()), chosen)
+    _check_overlap(dict(model.named_parameters()), chosen | sliced)
 
     names = []
     for name, parameter in model.named_parameters():
@@ -60,24 +87,31 @@ def select(model: nn.Module, *selectors: str) -> Plan:
             parameter.grad = None
         if parameter.requires_grad != (name in chosen):
             parameter.requires_grad_(name in chosen)
-    return Plan(model, tuple(names), tuple(selectors))
+    return Plan(model, tuple(names), tuple(selectors), slices)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """What trains in a model, made by :func:`select`. ``print(plan)`` shows a table of it.
 
-    ``names``: trained parameters in model order, a tied parameter once. ``selectors``: as they were given.
+    ``names``: parameters that train whole, in model order, a tied parameter once. ``selectors``: as they were given.
+    ``slices``: rows and columns that train alone, each in a parameter of its own after ``superfine.prepare``.
     """
 
     model: nn.Module
     names: tuple[str, ...]
     selectors: tuple[str, ...]
+    slices: tuple[Slice, ...] = ()
+
+    @property
+    def trained_names(self) -> tuple[str, ...]:
+        """Names of the parameters that train whole or in part."""
+        return (*self.names, *(piece.name for piece in self.slices))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that train, in model order."""
-        parameters = dict(self.model.named_parameters())
-        return ((name, parameters[name]) for name in self.names)
+        """Names and parameters that train, in model order; of slices once they are installed."""
+        names = {*self.names, *(piece.parameter_name for piece in self.slices)}
+        return ((name, parameter) for name, parameter in self.model.named_parameters() if name in names)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that train, in model order."""
@@ -85,16 +119,34 @@ class Plan:
 
     @property
     def num_trainable(self) -> int:
-        """Number of elements that train."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Number of elements that train, those of slices included."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        whole = sum(parameters[name].numel() for name in self.names)
+        if not self.slices:
+            return whole
+        from superfine.slices import numel
+
+        return whole + sum(numel(self.model, piece) for piece in self.slices)
 
     @property
     def num_total(self) -> int:
         """Number of elements in the model, a tied parameter counted once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        own = {piece.parameter_name for piece in self.slices}
+        return sum(parameter.numel() for name, parameter in self.model.named_parameters() if name not in own)
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups in model order: ``weight_decay`` for matrices, none for norms and biases."""
+        """Optimizer groups in model order: ``weight_decay`` for matrices, none for norms and biases.
+
+        Raises ``ValueError`` where the plan has slices that are not installed.
+        """
+        if self.slices:
+            from superfine.slices import is_installed
+
+            if not is_installed(self.model, self.slices):
+                raise ValueError(
+                    "Plan.optimizer: the plan's slices have no parameters yet; expected "
+                    "superfine.prepare(model, plan) before"
+                )
         parameters = list(self.parameters())
         groups = [
             {
@@ -148,12 +200,15 @@ class Plan:
             kind = {"adamw": AdamW, "adam": Adam, "lamb": LAMB}[name]
             optimizer = kind(groups, lr=lr, weight_decay=weight_decay, **kwargs)
         if first_step_check:
-            watch_first_step(self.model, self.names, optimizer)
+            watch_first_step(self.model, (name for name, _ in self.named_parameters()), optimizer)
         return optimizer
 
     def __repr__(self) -> str:
         trained = f"{self.num_trainable:,} of {self.num_total:,} parameters"
-        return f"Plan({', '.join(self.selectors)}: {trained})"
+        pieces = (
+            [repr(piece) for piece in self.slices] if len(self.slices) < 4 else [f"{len(self.slices)} slices"]
+        )
+        return f"Plan({', '.join([*self.selectors, *pieces])}: {trained})"
 
     def __str__(self) -> str:
         return _table(self)
