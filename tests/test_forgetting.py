@@ -10,6 +10,8 @@ from small_models import bert, gpt2, mlp, t5
 from superfine.config import load_config
 from superfine.forgetting import EWC, fisher, load_fisher, save_fisher
 from superfine.select import select
+from superfine.trainer import Trainer
+from superfine.tune import tune
 from torch import nn
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
@@ -99,6 +101,41 @@ def test_config_reaches_anchor_and_layer_decay():
     for bad in ({"optimizer.name": "sgd"}, {"optimizer.weight_decay": 0.0}):
         with pytest.raises(ValueError, match="anchor is true with"):
             load_config(overrides=values | {"optimizer.anchor": True} | bad)
+
+
+@pytest.mark.usefixtures("no_report", "one_thread")
+def test_a_run_with_anchor_and_layer_decay_schedules_every_group_and_resumes_to_the_same_bits(
+    base, data, tmp_path
+):
+    from tune_runs import At, CrashError, assert_same_run, crash, of_kind, settings
+
+    options = {
+        "optimizer__anchor": True,
+        "optimizer__layer_decay": 0.5,
+        "train__epochs": 1,
+        "train__warmup": 2,
+        "train__schedule": "constant",
+        "train__checkpoint_every": 4,
+    }
+    rates = {}
+
+    def keep(trainer, *args):
+        rates[trainer.progress.step] = [group["lr"] for group in trainer.optimizer.param_groups]
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = Trainer._log
+        patch.setattr(
+            Trainer, "_log", lambda self, *args, **values: (keep(self), original(self, *args, **values))
+        )
+        tune(settings(base, data, tmp_path / "whole", **options))
+    assert rates[1] == pytest.approx([lr / 2 for lr in (1.5e-3, 1.5e-3, 3e-3, 3e-3)])  # warming up
+    assert rates[10] == pytest.approx([1.5e-3, 1.5e-3, 3e-3, 3e-3])  # the last block, then pooler and head
+    assert of_kind(tmp_path / "whole", "train")[-1]["lr"] == 3e-3
+    config = settings(base, data, tmp_path / "broken", **options)
+    with pytest.raises(CrashError):
+        tune(config, listener=At(6, crash))
+    tune(config, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_anchor_pulls_a_plan_toward_where_it_began():
