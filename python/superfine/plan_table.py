@@ -80,7 +80,8 @@ def plan_table(
         if flops or saved:
             lines.append(("loss and the rest", "-", "", "", "", _giga(flops), _size(saved), "", ""))
     total = _Row("total", None, 0, 0, *(sum(getattr(row, name) for row in blocks) for name in _SUMS))
-    full = [p for p in plan.model.parameters() if _can_train(p)]
+    own = _slice_names(plan)
+    full = [p for name, p in plan.model.named_parameters() if _can_train(p) and name not in own]
     full_bytes = sum(p.nbytes for p in full)
     summary = [
         _totals("total", total.elements, total.trained, total.nbytes, costs.plan, total.trained_bytes),
@@ -93,12 +94,19 @@ def plan_table(
             full_bytes,
         ),
     ]
-    share = 100 * total.trained / max(total.elements, 1)
+    share = 100 * plan.num_trainable / max(total.elements, 1)
+    pieces = [repr(piece) for piece in getattr(plan, "slices", ())]
+    chosen = [*plan.selectors, *(pieces if len(pieces) < 4 else [f"{len(pieces)} slices"])]
     closing = [
-        f"trains {share:.2f}% ({', '.join(plan.selectors)})",
+        f"trains {share:.2f}% ({', '.join(chosen)})",
         f"gradients    {_size(total.trained_bytes)}, full fine-tuning {_size(full_bytes)}",
         f"AdamW state  {_size(2 * total.trained_bytes)}, full fine-tuning {_size(2 * full_bytes)}",
     ]
+    waiting = plan.num_trainable - total.trained
+    if waiting:
+        closing.append(
+            f"without {waiting:,} elements of rows and columns, which superfine.prepare gives parameters"
+        )
     return "\n".join([*_aligned(lines, summary), *closing, *_notes(costs), *_warnings(plan, costs)])
 
 
@@ -187,6 +195,7 @@ def _rows(plan: Plan) -> list[_Row]:
     place = block_finder(plan.model)
     trained = dict(plan.named_parameters())
     counted = dict(plan.model.named_parameters())
+    own = _slice_names(plan)
     members: dict[str, list[str]] = {}
     for name, _ in plan.model.named_parameters(remove_duplicate=False):
         members.setdefault(place(name), []).extend([name] if name in counted else [])
@@ -200,14 +209,19 @@ def _rows(plan: Plan) -> list[_Row]:
                 int(tail) if tail.isdecimal() else None,
                 len(inside),
                 len(chosen),
-                sum(counted[name].numel() for name in inside),
+                sum(counted[name].numel() for name in inside if name not in own),
                 sum(p.numel() for p in chosen),
-                sum(_nbytes(counted[name]) for name in inside),
+                sum(_nbytes(counted[name]) for name in inside if name not in own),
                 sum(_nbytes(p) for p in chosen),
                 2 * sum(_nbytes(p) for p in chosen),
             )
         )
     return rows
+
+
+def _slice_names(plan: Plan) -> set[str]:
+    """Names of the parameters that rows and columns have of their own, beside the weights that they are part of."""
+    return {piece.parameter_name for piece in getattr(plan, "slices", ())}
 
 
 def _runs(block: str, costs: StepCosts | None) -> bool:
