@@ -71,6 +71,36 @@ def llama(tied=False):
     return transformers.LlamaForCausalLM(config)
 
 
+def _decoder(name, **settings):
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=VOCAB,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        max_position_embeddings=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **settings,
+    )
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+def qwen():
+    return _decoder("Qwen3")
+
+
+def mistral():
+    return _decoder("Mistral")
+
+
+def gemma():
+    return _decoder("Gemma")
+
+
 def t5():
     config = transformers.T5Config(
         vocab_size=VOCAB,

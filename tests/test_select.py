@@ -8,7 +8,21 @@ import warnings
 
 import pytest
 import torch
-from small_models import bert, distilbert, gpt2, llama, mlp, roberta, starting, step, t5, trained
+from small_models import (
+    bert,
+    distilbert,
+    gemma,
+    gpt2,
+    llama,
+    mistral,
+    mlp,
+    qwen,
+    roberta,
+    starting,
+    step,
+    t5,
+    trained,
+)
 from superfine.optim import LAMB, Adam
 from superfine.select import select
 from superfine.selectors import WORDS, layer_stacks, match
@@ -29,6 +43,10 @@ transformers = pytest.importorskip("transformers")
         (bert, "head", ("bert.pooler.", "classifier.")),
         (roberta, "last:1", ("roberta.encoder.layer.2.",)),
         (roberta, "head", ("classifier.",)),  # two linears, and no pooler below
+        (qwen, "last:1", ("model.layers.2.",)),
+        (mistral, "head", ("lm_head.",)),
+        (gemma, "layers:0", ("model.layers.0.",)),
+        (bert, "norms&last:1", None),
         (distilbert, "last:1", ("distilbert.transformer.layer.2.",)),
         (distilbert, "head", ("pre_classifier.", "classifier.")),
         (gpt2, "last:2", ("transformer.h.1.", "transformer.h.2.")),
@@ -48,7 +66,9 @@ def test_selector_trains_exactly(build, selector, prefixes):
     model = build()
     plan = select(model, selector)
     if prefixes is None:
-        expected = {name for name, _ in model.named_parameters() if ".attention.self." in name}
+        part = ".attention.self." if "*" in selector else ".3.attention.output.LayerNorm."
+        other = part.replace("attention.output", "output")
+        expected = {name for name, _ in model.named_parameters() if part in name or other in name}
     else:
         expected = starting(model, *prefixes)
     assert expected
@@ -184,6 +204,10 @@ def test_hybrid_stack_of_alternating_blocks_counts():
         ("", "matches no parameter"),
         ("re:layer[", "expected a regular expression"),
         ("re:nothing", "matches no parameter"),
+        ("norms&classifier.*", "the parts of selector 'norms&classifier.\\*' have no parameter in common"),
+        ("norms&heads", "did you mean 'head'"),
+        ("last:1&", "selector '' matches no parameter"),
+        ("adapters", "BertForSequenceClassification has no adapters; expected a model of PEFT's"),
     ],
 )
 def test_bad_selector_is_an_error_that_helps_and_changes_nothing(selector, message):
@@ -206,6 +230,8 @@ def test_bad_arguments():
         select(nn.DataParallel(mlp()), "all")
     with pytest.raises(ValueError, match="no stack of repeated layers"):
         select(nn.Bilinear(2, 2, 2), "last:1")
+    with pytest.raises(ValueError, match=r"count: no nn.ModuleList .* such as 'body.\*' or 'out.\*'"):
+        select(nn.ModuleDict({"body": nn.Bilinear(2, 2, 2), "out": nn.Linear(2, 2)}), "last:1")
 
 
 @pytest.mark.parametrize("selector", ["head", "embeddings", "lm_head.weight"])

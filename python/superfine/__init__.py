@@ -18,25 +18,39 @@ from superfine_kernels import __version__
 if TYPE_CHECKING:
     from superfine import losses, optim
     from superfine.delta import DeltaInfo, load_delta, merge, save_delta
+    from superfine.deltas import Deltas
+    from superfine.forgetting import EWC, fisher, load_fisher, save_fisher
+    from superfine.rotate import Rotation
 
 __all__ = [
+    "EWC",
     "DeltaInfo",
+    "Deltas",
     "Plan",
+    "Rotation",
     "__version__",
+    "fisher",
     "load_delta",
+    "load_fisher",
     "losses",
     "merge",
     "optim",
     "save_delta",
+    "save_fisher",
     "select",
 ]
 
-_FROM_DELTA = ("DeltaInfo", "load_delta", "merge", "save_delta")
+_FROM = {
+    **dict.fromkeys(("DeltaInfo", "load_delta", "merge", "save_delta"), "delta"),
+    **dict.fromkeys(("EWC", "fisher", "load_fisher", "save_fisher"), "forgetting"),
+    "Deltas": "deltas",
+    "Rotation": "rotate",
+}
 
 
 def __getattr__(name: str) -> Any:  # submodules load on first use: `import superfine` stays cheap
     if name in ("optim", "losses"):
         return importlib.import_module(f"superfine.{name}")
-    if name in _FROM_DELTA:
-        return getattr(importlib.import_module("superfine.delta"), name)
+    if name in _FROM:
+        return getattr(importlib.import_module(f"superfine.{_FROM[name]}"), name)
     raise AttributeError(f"module 'superfine' has no attribute {name!r}")

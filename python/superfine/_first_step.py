@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["watch_first_step"]
+__all__ = ["FirstStep", "watch_first_step"]
 
 
-def watch_first_step(model: nn.Module, names: Iterable[str], optimizer: torch.optim.Optimizer) -> None:
+def watch_first_step(model: nn.Module, names: Iterable[str], optimizer: torch.optim.Optimizer) -> FirstStep:
     """Check the next step of ``optimizer`` that is not skipped, then leave no trace.
 
     Raises from ``optimizer.step()``, before anything moves, a ``ValueError`` that names the parameter: a
@@ -28,11 +28,14 @@ def watch_first_step(model: nn.Module, names: Iterable[str], optimizer: torch.op
     ``UserWarning`` only: a zero-initialised neighbour, as in LoRA, makes it legitimate.
 
     A step that a ``GradScaler`` skips does not count. With a closure, gradients are checked after the step.
+    ``remove()`` of what is returned calls the check off.
     """
-    _FirstStep(model, frozenset(names), optimizer)
+    return FirstStep(model, frozenset(names), optimizer)
 
 
-class _FirstStep:
+class FirstStep:
+    """The hooks of a check that has not been passed yet."""
+
     def __init__(self, model: nn.Module, names: frozenset[str], optimizer: torch.optim.Optimizer) -> None:
         self.model = model
         self.names = names
@@ -64,6 +67,9 @@ class _FirstStep:
             "frozen parameter {} moved in the first step",
             "only selected parameters to move",
         )
+        self.remove()
+
+    def remove(self) -> None:
         self.pre_hook.remove()
         if self.post_hook is not None:
             self.post_hook.remove()

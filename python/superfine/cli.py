@@ -163,6 +163,9 @@ def merge(
     tuned: Annotated[Path, typer.Argument(help="Run directory, or a delta file.")],
     out: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the delta names.")] = None,
+    weight: Annotated[
+        float, typer.Option(help="Below 1: part of the way from the base, (1 - w) base + w tuned.")
+    ] = 1.0,
     debug: Debug = False,
 ) -> None:
     """Put a delta on its base: an ordinary Hugging Face folder that from_pretrained loads."""
@@ -176,7 +179,7 @@ def merge(
         if name is None:
             raise ValueError(f"merge: {delta} does not name its base; expected --base DIR")
         with quiet():
-            merge_delta(local_folder(name), delta, out)
+            merge_delta(local_folder(name), delta, out, weight=weight)
         typer.echo(str(out))
 
 

@@ -96,6 +96,8 @@ class OptimizerConfig(_Section):
     eps: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     momentum: float | None = Field(default=None, ge=0, lt=1)
     state_dtype: Literal["bf16", "8bit"] | None = None
+    layer_decay: float = Field(default=1.0, gt=0, le=1)  # each block's lr is this times that of the next
+    anchor: bool = False  # weight decay pulls toward the pretrained weights instead of zero (L2-SP)
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)  # 0: no clipping
 
     @model_validator(mode="after")
@@ -104,6 +106,11 @@ class OptimizerConfig(_Section):
         for key in foreign:
             if getattr(self, key) is not None:
                 raise ValueError(f"{key} is set; expected none, because {self.name} has no {key}")
+        if self.anchor and (self.name == "sgd" or not self.weight_decay):
+            raise ValueError(
+                f"anchor is true with {self.name} and weight_decay {self.weight_decay}; expected adamw, adam or "
+                "lamb, and a weight_decay above 0, which is what pulls"
+            )
         if self.betas is not None and any(not 0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas is {self.betas}; expected two numbers in [0, 1)")
         return self
@@ -115,6 +122,8 @@ class OptimizerConfig(_Section):
             "eps": self.eps,
             "momentum": self.momentum,
             "state_dtype": self.state_dtype,
+            "layer_decay": self.layer_decay if self.layer_decay < 1 else None,
+            "anchored": self.anchor or None,
         }
         return {"lr": self.lr, "weight_decay": self.weight_decay} | {
             key: value for key, value in optional.items() if value is not None

@@ -27,7 +27,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,16 +121,27 @@ def save_delta(
             raise OSError(f"save_delta: path is {path}; writing it failed: {error}") from error
 
 
-def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> DeltaInfo:
+def load_delta(model: nn.Module, path: str | os.PathLike[str], *, weight: float = 1.0) -> DeltaInfo:
     """Copy a delta's tensors into ``model``, which must hold the base that the delta was trained on.
+
+    ``weight`` between 0 and 1 stops part of the way, at (1 - weight) * base + weight * tuned (WiSE-FT, Wortsman et
+    al. 2022), which often keeps more of what the base could do: then the model must hold the base's own values, not
+    those of a delta. Of buffers that are no floating-point numbers the delta's are taken.
 
     Everything is checked before the model is touched: the file, that each tensor exists in the model with the
     same shape and dtype, and that the rest of the model is bit for bit the base (``base_hash``).
     ``requires_grad`` stays as it is.
 
-    Raises ``FileNotFoundError``, or ``ValueError`` for a file that is damaged or no delta, and for another
-    base.
+    Raises ``FileNotFoundError``, or ``ValueError`` for a file that is damaged or no delta, for another base, and
+    for a ``weight`` outside [0, 1].
     """
+    return _load(model, path, weight, new=())
+
+
+def _load(model: nn.Module, path: str | os.PathLike[str], weight: float, new: Collection[str]) -> DeltaInfo:
+    """As ``load_delta``; parameters ``new`` in the tuned model have no base and are taken whole."""
+    if not 0 <= weight <= 1:
+        raise ValueError(f"load_delta: weight is {weight}; expected a number from 0 to 1")
     model = uncompiled(model)
     info, tensors = _read(path)
     targets = _targets(model, info, tensors)
@@ -145,23 +156,41 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> DeltaInfo:
     slices.write_values(model)
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(tensors[name])
+            target.copy_(tensors[name] if name in new else _between(target, tensors[name], weight))
         for piece in info.slices:
-            values = tensors[piece.parameter_name]
-            weight = slices.own_weight(model, piece)
-            weight.index_copy_(piece.dim, piece.indices.to(weight.device), values.to(weight.device))
+            whole = slices.own_weight(model, piece)
+            indices = piece.indices.to(whole.device)
+            values = _between(
+                whole.index_select(piece.dim, indices), tensors[piece.parameter_name], weight
+            )
+            whole.index_copy_(piece.dim, indices, values.to(whole.device))
     slices.read_values(model)  # a model with slices of its own holds what was loaded there, too
     return info
 
 
-def merge(base: str | os.PathLike[str], delta: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+def _between(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
+    """(1 - weight) * base + weight * tuned, rounded once; at 0 and 1 their own bits."""
+    if weight == 1 or not (tuned.is_floating_point() or tuned.is_complex()):
+        return tuned
+    wide = torch.complex128 if tuned.is_complex() else torch.float64
+    return torch.lerp(base.detach().to("cpu", wide), tuned.to(wide), weight).to(tuned.dtype)
+
+
+def merge(
+    base: str | os.PathLike[str],
+    delta: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    weight: float = 1.0,
+) -> None:
     """Write base and delta as an ordinary Hugging Face folder, which ``from_pretrained`` loads.
 
     ``base``: folder of the pretrained model. ``delta``: file by :func:`save_delta`. ``out``: new or empty
     folder; it appears whole or not at all. Weights are stored in the dtype they were trained in; the base's
     tokenizer files are copied. The model class is the delta's ``model_class``, or else the base's first
     architecture; values in the delta's ``config`` (``num_labels``, ``id2label``, ...) replace those of the
-    base.
+    base. A ``weight`` below 1 stops between base and tuned model, as in :func:`load_delta`; a head that the base does
+    not have is taken whole.
 
     Raises ``FileExistsError`` when ``out`` holds anything, ``FileNotFoundError`` when ``base`` or ``delta``
     is missing, ``ValueError`` when they do not belong together, ``ImportError`` without transformers.
@@ -174,8 +203,8 @@ def merge(base: str | os.PathLike[str], delta: str | os.PathLike[str], out: str 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"merge: base is {base}; expected a folder with config.json and weights")
     info, tensors = _read(delta)
-    model = _load_base(folder, info, tensors)
-    load_delta(model, delta)
+    model, new = _load_base(folder, info, tensors)
+    _load(model, delta, weight, new)
     with atomic_folder(out) as temporary:
         with hf.quiet():
             model.save_pretrained(temporary)
@@ -353,8 +382,8 @@ def _targets(model: nn.Module, info: DeltaInfo, tensors: Mapping[str, Tensor]) -
     return found
 
 
-def _load_base(folder: Path, info: DeltaInfo, tensors: Mapping[str, Tensor]) -> Any:
-    """The base as the class, config and dtype that the delta was trained with."""
+def _load_base(folder: Path, info: DeltaInfo, tensors: Mapping[str, Tensor]) -> tuple[Any, set[str]]:
+    """The base as the class, config and dtype that the delta was trained with, and the parameters it lacks."""
     import transformers
 
     from superfine import hf
@@ -402,7 +431,7 @@ def _load_base(folder: Path, info: DeltaInfo, tensors: Mapping[str, Tensor]) -> 
             f"merge: neither base nor delta holds {_listed(lost)}; it was initialised at random and stayed "
             "frozen in training. Expected such parameters in the selection, as with 'head'"
         )
-    return model
+    return model, set(random)
 
 
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -10,9 +10,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from superfine._first_step import watch_first_step
-from superfine.selectors import layer_stacks, match
+from superfine.selectors import depths_below_top, match
 
 if TYPE_CHECKING:
     from superfine.slices import Slice
@@ -134,10 +133,20 @@ class Plan:
         own = {piece.parameter_name for piece in self.slices}
         return sum(parameter.numel() for name, parameter in self.model.named_parameters() if name not in own)
 
-    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+    def param_groups(
+        self, weight_decay: float, *, lr: float | None = None, layer_decay: float = 1.0
+    ) -> list[dict[str, Any]]:
         """Optimizer groups in model order: ``weight_decay`` for matrices, none for norms and biases.
 
-        Raises ``ValueError`` where the plan has slices that are not installed.
+        With a ``layer_decay`` below 1 each depth of the model has groups of its own, whose learning rate is ``lr``
+        times ``layer_decay ** (n + 1 - depth)`` in a stack of n blocks: depth 0 are embeddings and what else comes
+        before the blocks, k + 1 is block k, n + 1 what comes after them. So the head has ``lr``, the last block
+        ``lr * layer_decay``, the embeddings ``lr * layer_decay ** (n + 1)`` (Clark et al. 2020, ELECTRA; Howard &
+        Ruder 2018, ULMFiT; the formula is that of Bao et al. 2022, BEiT). Each stack of an encoder-decoder counts
+        from its own top.
+
+        Raises ``ValueError`` for a ``layer_decay`` outside (0, 1], and below 1 without ``lr`` or a layer stack, and
+        where the plan has slices that are not installed.
         """
         if self.slices:
             from superfine.slices import is_installed
@@ -147,15 +156,22 @@ class Plan:
                     "Plan.optimizer: the plan's slices have no parameters yet; expected "
                     "superfine.prepare(model, plan) before"
                 )
-        parameters = list(self.parameters())
-        groups = [
-            {
-                "params": [parameter for parameter in parameters if parameter.ndim >= 2],
-                "weight_decay": weight_decay,
-            },
-            {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        if not 0 < layer_decay <= 1 or (layer_decay < 1 and lr is None):
+            raise ValueError(
+                f"Plan.param_groups: layer_decay is {layer_decay} and lr {lr}; expected 0 < layer_decay <= 1, and lr "
+                "where it is below 1"
+            )
+        below_top = depths_below_top(self.model) if layer_decay < 1 else lambda name: 0
+        groups: dict[tuple[int, bool], dict[str, Any]] = {}
+        for name, parameter in self.named_parameters():
+            below, is_matrix = below_top(name), parameter.ndim >= 2
+            group = groups.setdefault((below, is_matrix), {"params": []})
+            group["weight_decay"] = weight_decay if is_matrix else 0.0
+            if layer_decay < 1 and lr is not None:
+                group["lr"] = lr * layer_decay**below
+            group["params"].append(parameter)
+        # The deepest first, as in the model; at one depth matrices before vectors.
+        return [groups[key] for key in sorted(groups, key=lambda key: (-key[0], not key[1]))]
 
     def optimizer(
         self,
@@ -163,6 +179,7 @@ class Plan:
         *,
         lr: float,
         weight_decay: float = 0.01,
+        layer_decay: float = 1.0,
         first_step_check: bool = True,
         **kwargs: Any,
     ) -> torch.optim.Optimizer:
@@ -170,7 +187,8 @@ class Plan:
 
         ``name``: ``"adamw"``, ``"adam"``, ``"lamb"`` (``superfine.optim``) or ``"sgd"`` (``torch.optim``). The
         decay of adam and sgd is L2 regularisation. Further arguments go to the optimizer. Groups are those of
-        :meth:`param_groups`; lamb adapts those with weight decay.
+        :meth:`param_groups`, with ``layer_decay`` for learning rates that fall with depth; lamb adapts those with
+        weight decay.
 
         The first step raises ``ValueError`` when a selected parameter has no gradient, or when a frozen one
         has a gradient or moves. ``first_step_check=False`` leaves that out, for models that use a part of
@@ -178,27 +196,15 @@ class Plan:
 
         Raises ``ValueError`` for an unknown ``name`` and for a plan that a later ``select`` replaced.
         """
-        if name not in OPTIMIZERS:
-            close = difflib.get_close_matches(str(name).lower(), OPTIMIZERS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"Plan.optimizer: name is {name!r}; expected one of {', '.join(OPTIMIZERS)}{hint}"
-            )
+        kind = optimizer_class(name)
         for trained, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 raise ValueError(
                     f"Plan.optimizer: {trained!r} is frozen; expected requires_grad as select left it "
                     "(a later select replaces the plan)"
                 )
-        groups = self.param_groups(weight_decay)
-        optimizer: torch.optim.Optimizer
-        if name == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay, **kwargs)
-        else:
-            from superfine.optim import LAMB, Adam, AdamW
-
-            kind = {"adamw": AdamW, "adam": Adam, "lamb": LAMB}[name]
-            optimizer = kind(groups, lr=lr, weight_decay=weight_decay, **kwargs)
+        groups = self.param_groups(weight_decay, lr=lr, layer_decay=layer_decay)
+        optimizer: torch.optim.Optimizer = kind(groups, lr=lr, weight_decay=weight_decay, **kwargs)
         if first_step_check:
             watch_first_step(self.model, (name for name, _ in self.named_parameters()), optimizer)
         return optimizer
@@ -211,7 +217,35 @@ class Plan:
         return f"Plan({', '.join([*self.selectors, *pieces])}: {trained})"
 
     def __str__(self) -> str:
-        return _table(self)
+        return self.table()
+
+    def table(
+        self,
+        *,
+        tokens: int = 1024,
+        rows: int = 8,
+        inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    ) -> str:
+        """What ``print(plan)`` shows, for steps of ``tokens`` tokens in ``rows`` sequences, or of ``inputs``.
+
+        :func:`superfine.plan_table.plan_table` explains it.
+        """
+        from superfine.plan_table import plan_table
+
+        return plan_table(self, tokens=tokens, rows=rows, inputs=inputs)
+
+
+def optimizer_class(name: str) -> Any:
+    """The class that ``Plan.optimizer`` makes under this name."""
+    if name not in OPTIMIZERS:
+        close = difflib.get_close_matches(str(name).lower(), OPTIMIZERS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Plan.optimizer: name is {name!r}; expected one of {', '.join(OPTIMIZERS)}{hint}")
+    if name == "sgd":
+        return torch.optim.SGD
+    from superfine.optim import LAMB, Adam, AdamW
+
+    return {"adamw": AdamW, "adam": Adam, "lamb": LAMB}[name]
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -306,114 +340,3 @@ def _share_elements(first: torch.Tensor, second: torch.Tensor) -> bool:
     ]  # expanded
     touched.as_strided(once, first.stride(), first.storage_offset() - low).fill_(True)
     return bool(touched.as_strided(second.shape, second.stride(), second.storage_offset() - low).any())
-
-
-@dataclass(frozen=True)
-class _Row:
-    block: str
-    number: int | None  # position in a layer stack, so that equal neighbours can share a line
-    tensors: int
-    trained_tensors: int
-    elements: int
-    trained: int
-    nbytes: int
-
-
-def _table(plan: Plan) -> str:
-    """One line for each block, or run of equal blocks, then totals against full fine-tuning."""
-    names = set(plan.names)
-    parameters = dict(plan.model.named_parameters())
-    members: dict[str, list[str]] = {}
-    place = _block_finder(plan.model)
-    for name in parameters:
-        members.setdefault(place(name), []).append(name)
-    rows = []
-    for block, inside in members.items():
-        tail = block.rpartition(".")[2]
-        trained = [name for name in inside if name in names]
-        rows.append(
-            _Row(
-                block,
-                int(tail) if tail.isdecimal() else None,
-                len(inside),
-                len(trained),
-                sum(parameters[name].numel() for name in inside),
-                sum(parameters[name].numel() for name in trained),
-                sum(parameters[name].numel() * parameters[name].element_size() for name in inside),
-            )
-        )
-    lines = [("block", "trains", "parameters", "trained", "size")]
-    for _, run in groupby(rows, key=_alike):
-        lines.append(_line(list(run)))
-    total_bytes = sum(row.nbytes for row in rows)
-    trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in plan.parameters())
-    total, trained_total = plan.num_total, plan.num_trainable
-    lines.append(("total", "", f"{total:,}", f"{trained_total:,}", _size(total_bytes)))
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    text = [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    share = 100 * trained_total / max(total, 1)
-    return "\n".join(
-        [
-            text[0],
-            rule,
-            *text[1:-1],
-            rule,
-            text[-1],
-            f"trains {share:.2f}% ({', '.join(plan.selectors)})",
-            f"gradients    {_size(trained_bytes)}, full fine-tuning {_size(total_bytes)}",
-            f"AdamW state  {_size(2 * trained_bytes)}, full fine-tuning {_size(2 * total_bytes)}",
-        ]
-    )
-
-
-def _block_finder(model: nn.Module) -> Callable[[str], str]:
-    """From a parameter's name to its line of the table: the widest module that holds no layer stack."""
-    ancestors = {""}
-    for stack in layer_stacks(model):
-        parts = stack.path.split(".")
-        ancestors.update(".".join(parts[: length + 1]) for length in range(len(parts)))
-
-    def place(name: str) -> str:
-        parts = name.split(".")
-        for length in range(1, len(parts)):
-            if ".".join(parts[:length]) not in ancestors:
-                return ".".join(parts[:length])
-        return name
-
-    return place
-
-
-def _alike(row: _Row) -> tuple[object, ...]:
-    """Neighbouring blocks of a stack with equal keys share a line."""
-    path = row.block if row.number is None else row.block.rpartition(".")[0]
-    return (path, row.number is None, row.tensors, row.trained_tensors, row.elements, row.trained, row.nbytes)
-
-
-def _line(run: list[_Row]) -> tuple[str, str, str, str, str]:
-    first, last = run[0], run[-1]
-    block = first.block if first is last else f"{first.block}-{last.number}"
-    if first.trained_tensors in (0, first.tensors):
-        trains = "yes" if first.trained_tensors else "-"
-    else:
-        trains = f"{first.trained_tensors} of {first.tensors} tensors"
-    return (
-        block,
-        trains,
-        f"{sum(row.elements for row in run):,}",
-        f"{sum(row.trained for row in run):,}",
-        _size(sum(row.nbytes for row in run)),
-    )
-
-
-def _size(nbytes: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.1f} {unit}"
-    return f"{nbytes} B"

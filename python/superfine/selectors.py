@@ -9,30 +9,36 @@
 ``norms``      weights and biases of normalisation layers
 ``biases``     every bias, those of norms included
 ``embeddings`` embedding tables (token, position, segment), not T5's relative attention bias
+``adapters``   what PEFT added for its active adapters, modules it trains whole included; ``adapters:NAME`` of one
 ``re:...``     a regular expression, found anywhere in a parameter's name
 anything else  a glob on parameter names, as ``*.attention.*`` (``*`` also crosses dots)
+``A&B``        what both select, as ``adapters&last:2``
 ============== ===========================================================================================
 
 The *layer stack* is the longest ``nn.ModuleList`` of repeated blocks or ``nn.Sequential`` of one class of
 block, counting only blocks that have parameters, and not one nested in another stack's blocks. In a Hugging
 Face model it is looked for in the base model. An encoder-decoder (T5, BART) has two stacks: numbers count the
 *decoder*'s blocks there, and the encoder is selected by a pattern such as ``encoder.block.11.*``.
+
+In a PEFT model words mean what they mean in the model that it wraps, adapters within a block being part of it: so
+``last:2`` trains the base's weights there too, and ``adapters&last:2`` does not. What does not run is never selected:
+adapters that are not active, and the originals of modules that PEFT trains whole.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-__all__ = ["Stack", "backbone_path", "layer_stack", "layer_stacks", "match"]
+__all__ = ["Stack", "backbone_path", "depths_below_top", "layer_stack", "layer_stacks", "match"]
 
-WORDS = ("all", "head", "norms", "biases", "embeddings")
-PREFIXES = ("last", "first", "layers", "re")
+WORDS = ("all", "head", "norms", "biases", "embeddings", "adapters")
+PREFIXES = ("last", "first", "layers", "adapters", "re")
 
 # Norms have no common base class, and models bring their own (LlamaRMSNorm, T5LayerNorm): go by name.
 _NORM_CLASS = re.compile(r"Norm(?!al(?!iz))")  # BatchNorm1d, Normalization; not Normal
@@ -56,7 +62,16 @@ def match(model: nn.Module, selector: str) -> set[str]:
     """
     if not isinstance(selector, str):
         raise TypeError(f"select: selector is {selector!r}, a {type(selector).__name__}; expected a string")
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if "&" in selector:
+        parts = [match(model, part.strip()) for part in selector.split("&")]
+        both = set.intersection(*parts)
+        if not both:
+            raise ValueError(
+                f"select: the parts of selector {selector!r} have no parameter in common; expected some"
+            )
+        return both
+    idle = _idle(model)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in idle]
     word, _, argument = (part.strip() for part in selector.partition(":"))
     if selector == "all":
         found = set(names)
@@ -68,6 +83,8 @@ def match(model: nn.Module, selector: str) -> set[str]:
         found = {name for name in names if _is_bias(name)}
     elif selector == "embeddings":
         found = _embeddings(model, names)
+    elif selector == "adapters" or (word == "adapters" and ":" in selector):
+        found = _adapters(model, argument)
     elif word in ("last", "first", "layers") and ":" in selector:
         stack = layer_stack(model)
         blocks = [stack.blocks[number] for number in _numbers(selector, word, argument, stack)]
@@ -82,6 +99,7 @@ def match(model: nn.Module, selector: str) -> set[str]:
         found = {name for name in names if pattern.search(name)}
     else:
         found = {name for name in names if fnmatchcase(name, selector)}
+    found -= idle
     if not found:
         raise ValueError(
             f"select: selector {selector!r} matches no parameter{_near_misses(model, names, selector)}"
@@ -91,6 +109,10 @@ def match(model: nn.Module, selector: str) -> set[str]:
 
 def backbone_path(model: nn.Module) -> str | None:
     """Path of a Hugging Face model's base model inside it; None for a plain module or a base model itself."""
+    wrapped = _wrapped(model)
+    if wrapped is not None:
+        path = backbone_path(wrapped[1])
+        return None if path is None else _join(wrapped[0], path)
     base = getattr(model, "base_model", None)
     if not isinstance(getattr(model, "base_model_prefix", None), str) or base is model:
         return None
@@ -129,9 +151,12 @@ def layer_stack(model: nn.Module) -> Stack:
     if backbone is not None:
         stacks = [stack for stack in stacks if _under(stack.path, backbone)]
     if not stacks:
+        inside = f" in {backbone}" if backbone else ""
+        tops = [f"'{name}.*'" for name, child in model.named_children() if _has_parameters(child)]
         raise ValueError(
-            f"select: {type(model).__name__} has no stack of repeated layers to count; expected a pattern on "
-            "parameter names instead of last:, first: or layers:"
+            f"select: {type(model).__name__} has no stack of repeated layers to count{inside}: no nn.ModuleList of "
+            "one or a few classes of block, no nn.Sequential of one. Expected a pattern on parameter names instead "
+            f"of last:, first: or layers:{', such as ' + ' or '.join(tops[:3]) if tops else ''}"
         )
     decoders = [stack for stack in stacks if "decoder" in stack.path.split(".")]
     if decoders and any("encoder" in stack.path.split(".") for stack in stacks):
@@ -145,6 +170,35 @@ def layer_stack(model: nn.Module) -> Stack:
             f"'{equals[-1].blocks[-1]}.*' instead of last:, first: or layers:"
         )
     return longest
+
+
+def depths_below_top(model: nn.Module) -> Callable[[str], int]:
+    """From a parameter's name to how many steps it lies below what comes after its stack of n blocks.
+
+    0 after the stack, n - k in block k, n + 1 before it; an embedding counts as before wherever it is registered. A
+    parameter between two stacks counts as after the first. Raises `ValueError` where there is no layer stack.
+    """
+    counted = layer_stack(model)
+    # The other stacks of an encoder-decoder; not adapters, projections or whatever else makes a short list.
+    stacks = [stack for stack in layer_stacks(model) if stack.block is counted.block or not stack.leaves]
+    stacks = [stack for stack in stacks if stack.path == counted.path or len(stack.blocks) > 1]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    begins = {
+        stack.path: next(i for i, n in enumerate(names) if _under(n, stack.blocks[0])) for stack in stacks
+    }
+    first = min(begins.values())
+    position = {name: i for i, name in enumerate(names)}
+    lowest = 1 + max(len(stack.blocks) for stack in stacks)
+    embeddings = _embeddings(model, names)
+
+    def below(name: str) -> int:
+        for stack in stacks:
+            for number, block in enumerate(stack.blocks):
+                if _under(name, block):
+                    return len(stack.blocks) - number
+        return lowest if name in embeddings or position.get(name, len(names)) < first else 0
+
+    return below
 
 
 def _numbers(selector: str, word: str, argument: str, stack: Stack) -> list[int]:
@@ -171,7 +225,65 @@ def _numbers(selector: str, word: str, argument: str, stack: Stack) -> list[int]
     return numbers
 
 
+def _wrapped(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Path and module of what a PEFT model wraps; None for any other model."""
+    get_base_model = getattr(model, "get_base_model", None)
+    if not callable(get_base_model) or not hasattr(model, "peft_config"):
+        return None
+    inner = get_base_model()
+    path = next((path for path, module in model.named_modules() if path and module is inner), None)
+    return None if path is None else (path, inner)
+
+
+def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, str, bool]]:
+    """Of each parameter that belongs to an adapter of PEFT's: its name, the adapter's, whether that is active."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        layers = getattr(module, "adapter_layer_names", ())
+        if path == "" and _wrapped(model) is not None:
+            layers = (*layers, "prompt_encoder")  # prompt tuning has no layers, and keeps its prompts there
+        if not isinstance(layers, tuple) or not layers:
+            continue
+        active = getattr(module, "active_adapters", ())
+        active = (active,) if isinstance(active, str) else active
+        for name, _ in module.named_parameters(remove_duplicate=False):
+            for layer in dict.fromkeys(layers):
+                if name.startswith(f"{layer}."):
+                    adapter = name.removeprefix(f"{layer}.").partition(".")[0]
+                    yield _join(path, name), adapter, not callable(active) and adapter in active
+
+
+def _adapters(model: nn.Module, wanted: str) -> set[str]:
+    layers = list(_adapter_layers(model))
+    if not layers:
+        raise ValueError(f"select: {type(model).__name__} has no adapters; expected a model of PEFT's")
+    if wanted and not any(active for _, adapter, active in layers if adapter == wanted):
+        known = sorted({adapter for _, adapter, active in layers if active})
+        raise ValueError(
+            f"select: adapter is {wanted!r}; expected an active one ({', '.join(known) or 'there is none'}): "
+            "PEFT's set_adapter activates others"
+        )
+    return {name for name, adapter, active in layers if active and wanted in ("", adapter)}
+
+
+def _idle(model: nn.Module) -> set[str]:
+    """Parameters that PEFT keeps and does not run: inactive adapters, originals of modules that it trains whole."""
+    idle = {name for name, _, active in _adapter_layers(model) if not active}
+    for path, module in model.named_modules(remove_duplicate=False):
+        copies, original = getattr(module, "modules_to_save", None), getattr(module, "original_module", None)
+        if not isinstance(copies, nn.ModuleDict) or not isinstance(original, nn.Module):
+            continue
+        if any(adapter in copies for adapter in getattr(module, "active_adapters", ())):
+            prefix = _join(path, "original_module")
+            idle |= {_join(prefix, name) for name, _ in original.named_parameters(remove_duplicate=False)}
+    return idle
+
+
 def _head(model: nn.Module, names: list[str]) -> set[str]:
+    wrapped = _wrapped(model)
+    if wrapped is not None:
+        prefix, inner = wrapped
+        inside = [name.removeprefix(prefix + ".") for name in names if _under(name, prefix)]
+        return {_join(prefix, name) for name in _head(inner, inside)}
     backbone = backbone_path(model)
     if backbone is not None:
         outside = {name for name in names if not _under(name, backbone)}

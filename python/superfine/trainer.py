@@ -85,6 +85,7 @@ class Trainer:
         self.warmup = warmup_steps(config.train.warmup, self.total)
         self.eval_every = config.train.eval_every or self.steps_per_epoch
         self.parameters = list(plan.parameters())
+        self.lrs = [float(group["lr"]) for group in optimizer.param_groups]  # a checkpoint's are scaled
         self._order: tuple[int, list[int]] = (-1, [])
         self._signum = 0
 
@@ -143,9 +144,10 @@ class Trainer:
             loss_sum += loss.detach()
         watch.start()
         norm = self._clip(logged)
-        lr = self.config.optimizer.lr * self._scale(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        scale = self._scale(step)
+        lr = self.config.optimizer.lr * scale  # of what is not made smaller by layer_decay
+        for group, initial in zip(self.optimizer.param_groups, self.lrs, strict=True):
+            group["lr"] = initial * scale
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         watch.lap("ms_optimizer")
