@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from superfine._first_step import watch_first_step
+from superfine._guard import watch_steps
 from superfine.selectors import layer_stacks, match
 
 __all__ = ["Plan", "select"]
@@ -147,6 +148,7 @@ class Plan:
 
             kind = {"adamw": AdamW, "adam": Adam, "lamb": LAMB}[name]
             optimizer = kind(groups, lr=lr, weight_decay=weight_decay, **kwargs)
+        watch_steps(self.model, optimizer)
         if first_step_check:
             watch_first_step(self.model, self.names, optimizer)
         return optimizer
