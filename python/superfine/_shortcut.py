@@ -8,7 +8,7 @@ what the last layer returns at other positions must not change the logits, and b
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 
 class Classifier(Part):
-    """The model: tells its last layer, by an argument that goes the way of all others, that one position is enough."""
+    """The model: an argument that goes the way of all others tells its last layer that one position is enough."""
 
     config: Any
 
@@ -71,12 +71,10 @@ def _bert_like(layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
         attention = layer.attention
         context = _attend(attention, attention.q_lin, attention.k_lin, attention.v_lin, hidden, first, mask)
         attended = layer.sa_layer_norm(attention.out_lin(context) + first)
-        shortened: Tensor = layer.output_layer_norm(layer.ffn(attended) + attended)
-        return shortened
+        return cast(Tensor, layer.output_layer_norm(layer.ffn(attended) + attended))
     attention = layer.attention.self
     context = _attend(attention, attention.query, attention.key, attention.value, hidden, first, mask)
-    shortened = layer.feed_forward_chunk(layer.attention.output(context, first))
-    return shortened
+    return cast(Tensor, layer.feed_forward_chunk(layer.attention.output(context, first)))
 
 
 def _attend(

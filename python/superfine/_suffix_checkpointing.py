@@ -23,8 +23,8 @@ class Checkpointed(Part):
             return super().forward(*args, **kwargs)
         if getattr(self, "gradient_checkpointing", False):
             raise ValueError(
-                "prepare: gradient checkpointing was enabled in the model after prepare(checkpointing=...), so blocks "
-                "would be run three times; expected one of them (in Trainer gradient_checkpointing=False)"
+                "prepare: gradient checkpointing was enabled in the model after prepare(checkpointing=...); expected "
+                "one of them, as with both blocks run three times (in Trainer gradient_checkpointing=False)"
             )
         if any(_is_cache(value) for value in (*args, *kwargs.values())):
             raise ValueError(
@@ -57,8 +57,8 @@ def checkpoint_blocks(model: nn.Module, blocks: Sequence[str], every: int) -> li
         for name, module in model.get_submodule(path).named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
                 raise ValueError(
-                    f"prepare: {path}.{name} is a {type(module).__name__}, whose statistics a checkpointed block would "
-                    "update twice; expected checkpointing=False"
+                    f"prepare: {path}.{name} is a {type(module).__name__}, whose statistics a checkpointed block "
+                    "would update twice; expected checkpointing=False"
                 )
     for path in chosen:
         add_part(model.get_submodule(path), Checkpointed)
@@ -76,7 +76,7 @@ def switch_off(model: nn.Module) -> list[str]:
         path for path, module in model.named_modules() if vars(module).get("gradient_checkpointing") is True
     ]
     for path in on:
-        vars(model.get_submodule(path))["gradient_checkpointing"] = False
+        model.get_submodule(path).__dict__["gradient_checkpointing"] = False
     return on
 
 
@@ -85,4 +85,4 @@ def switch_on(model: nn.Module, paths: Sequence[str]) -> None:
     modules = dict(model.named_modules())
     for path in paths:
         if path in modules:
-            vars(modules[path])["gradient_checkpointing"] = True
+            modules[path].__dict__["gradient_checkpointing"] = True

@@ -1,7 +1,7 @@
 """The part of a model before the first trained parameter runs without a graph.
 
-Autograd itself records nothing there, unless someone makes the inputs require gradients, as gradient checkpointing and
-PEFT do in Hugging Face models: then the whole prefix is kept, and gone through in backward, for nothing.
+Autograd itself records nothing there, unless someone makes the inputs require gradients, as gradient checkpointing
+and PEFT do in Hugging Face models: then the whole prefix is kept, and gone through in backward, for nothing.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def prepare(
     """Change how `model` runs so that training `plan` costs no more than it must.
 
     Classes of modules are replaced by subclasses of the same name: parameters, `state_dict`, `isinstance`, copies,
-    pickles, `torch.compile`, `transformers.Trainer` and PEFT see the model that they know. Prepare after `select`, and
-    before the optimizer is made and the model is wrapped for data parallelism. The slices of the plan are installed.
+    pickles, `torch.compile`, `transformers.Trainer` and PEFT see the model that they know. Prepare after `select`,
+    and before the optimizer is made and the model is wrapped for data parallelism. The plan's slices are installed.
 
     From then on every forward in training mode, and every step of a `plan.optimizer`, raises `ValueError` where a
     parameter is frozen or unfrozen against the plan; :meth:`Prepared.update` changes the plan.
@@ -53,8 +53,8 @@ def prepare(
         model: the plan's model, compiled or not.
         plan: what :func:`superfine.select` returned last.
         truncate: run what comes before the first trained parameter without a graph, also where the inputs were made
-            to require gradients. No gradients of the inputs, then. The first forward with gradients checks that nothing
-            trained is used there, and raises `ValueError` naming it.
+            to require gradients. No gradients of the inputs, then. The first forward with gradients checks that
+            nothing trained is used there, and raises `ValueError` naming it.
         eval_prefix: keep that part in eval mode (no dropout) when `model.train()` is called. Changes results.
         checkpointing: True to keep of each block, from the first trained one on, its inputs alone in training and run
             it again in backward; `"every:N"` for the first of them and every Nth after it, which keeps more and runs
@@ -71,8 +71,8 @@ def prepare(
     Raises:
         TypeError: `model` is no module, or wrapped for data parallelism; `plan` is no plan.
         ValueError: the model is prepared already; the plan is another model's or was replaced by a later `select`; an
-            argument is not one of those above; a module's forward was replaced on the module itself. The model is then
-            what it was.
+            argument is not one of those above; a module's forward was replaced on the module itself. The model is
+            then what it was.
     """
     model = _checked(model, plan)
     every = _suffix_checkpointing.parse(checkpointing)
