@@ -235,7 +235,7 @@ def test_trainer_makes_the_eager_run(tmp_path):
 @pytest.mark.filterwarnings("default")
 def test_accelerates_mixed_precision_keeps_a_forward_that_outlives_update_and_restore():
     accelerate = pytest.importorskip("accelerate")
-    model, plan, prepared = prepared_bert(checkpointing=True)
+    model, _, prepared = prepared_bert(checkpointing=True)
     accelerate.state.AcceleratorState._reset_state(True)  # another test's Trainer has made one
     wrapped = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
     assert wrapped is model
