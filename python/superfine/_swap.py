@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Part", "add_part", "has_part", "original_class", "remove_part"]
+__all__ = ["Part", "add_part", "has_part", "remove_part", "unmixed"]
 
 
 class Part(nn.Module):
@@ -53,8 +53,8 @@ def has_part(module: nn.Module, part: type[Part]) -> bool:
     return part in _split(module)[1]
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module was made with: blocks with other parts are still of one kind."""
+def unmixed(module: nn.Module) -> type[nn.Module]:
+    """The class that the module was made with, without parts."""
     return _split(module)[0]
 
 
