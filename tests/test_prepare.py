@@ -49,12 +49,25 @@ def test_gradients_are_those_of_eager_autograd(case, dtype):
     expected = gradients(model)
     assert expected.keys() == set(plan.names)
     checkpointing = name != "mlp"  # whose blocks are single layers
-    superfine.prepare(model, plan, checkpointing=checkpointing)
+    superfine.prepare(model, plan, checkpointing=checkpointing, fuse=False)
     relative = 1e-10 if dtype == torch.float64 else 2e-6
     for _ in range(2):  # the first forward looks at the graph, later ones do not
         assert_same_gradients(gradients(model), expected, relative)
     superfine.restore(model)
     assert_same_gradients(gradients(model), expected, 1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+def test_all_parts_together_in_float32(name, recompute):
+    model = make(name, torch.float32)
+    plan = superfine.select(model, "last:2")
+    expected = gradients(model)
+    superfine.prepare(model, plan, checkpointing="every:2", eval_prefix=True, recompute=recompute)
+    for _ in range(2):
+        assert_same_gradients(gradients(model), expected, 1e-5)
+    superfine.restore(model)
+    assert_same_gradients(gradients(model), expected, 1e-6)
 
 
 # --- the prefix ---------------------------------------------------------------------------------------------
@@ -227,7 +240,7 @@ def test_copies_are_prepared_and_on_their_own(again):
     model = make("bert")
     plan = superfine.select(model, "last:2", "head")
     expected = gradients(model)
-    superfine.prepare(model, plan, checkpointing=True, eval_prefix=True)
+    superfine.prepare(model, plan, checkpointing=True, eval_prefix=True, fuse=False)
     other = again(model)
     assert_same_gradients(gradients(other), expected, 1e-10)
     other.bert.pooler.dense.weight.requires_grad_(False)

@@ -102,7 +102,6 @@ class Truncation:
     checked: bool = False
     seen: set[Any] = field(default_factory=set)
 
-    @torch.compiler.disable
     def look(self, values: Any) -> None:
         """Raise `ValueError` where a trained parameter is in the graph of a tensor among `values`."""
         names = {id(parameter): name for name, parameter in self.trained.items()}

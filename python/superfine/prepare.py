@@ -170,15 +170,15 @@ class Prepared:
         model, plan, options = self.model, self.plan, self.options
         slices = getattr(plan, "slices", ())
         if slices:
-            self._sliced = True
             importlib.import_module("superfine.slices").install(model, slices)
+            self._sliced = True
             self.done["slices"] = f"{len(slices)} with a parameter of their own"
         trained = dict(plan.named_parameters())
         if options["fuse"]:
-            self._fused = True
             report = importlib.import_module("superfine.fused_modules").install(
                 model, plan, recompute=options["recompute"]
             )
+            self._fused = True
             self._note(
                 "fuse", f"{len(report.changed)} modules" if report.changed else "", "no module that it serves"
             )
