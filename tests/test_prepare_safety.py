@@ -92,6 +92,25 @@ def test_the_check_takes_less_than_30_microseconds_for_200_parameters():
     assert best < 30e-6
 
 
+def test_ranks_cannot_come_to_train_different_parameters(tmp_path):
+    model, _, _ = prepared_bert()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped(TOKENS).logits.sum().backward()
+        model.bert.encoder.layer[0].output.dense.bias.requires_grad_(True)
+        with pytest.raises(
+            ValueError, match=r"'bert\.encoder\.layer\.0\.output\.dense\.bias' is not planned"
+        ):
+            wrapped(TOKENS)
+        superfine.restore(model)
+        with pytest.raises(TypeError, match="before it is wrapped"):
+            superfine.prepare(wrapped, superfine.select(model, "head"))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_parameter_that_is_taken_away_is_named():
     model, _, _ = prepared_bert()
     del model.classifier.bias

@@ -18,8 +18,6 @@ from small_models import TOKENS, VOCAB, bert, gpt2, llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAME = "superfine_first_position"
-
 
 def electra():
     config = transformers.ElectraConfig(
@@ -29,12 +27,30 @@ def electra():
     return without_dropout(transformers.ElectraForSequenceClassification(config)).train()
 
 
+def causal(name, padding=0):
+    if name == "gpt2":
+        model = gpt2("GPT2ForSequenceClassification")
+    else:
+        config = transformers.Qwen3Config if name == "qwen" else transformers.LlamaConfig
+        config = config(
+            vocab_size=VOCAB, hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=4, max_position_embeddings=16, pad_token_id=0, num_labels=3,
+        )  # fmt: skip
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    model.config.pad_token_id = padding
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.5)
+    return without_dropout(model).train()
+
+
 def widths(model):
     """How many positions the last layer's feed-forward part sees, forward by forward."""
     layer = superfine.selectors.layer_stack(model).blocks[-1]
     inner = model.get_submodule(layer)
     found = []
-    part = inner.ffn if hasattr(inner, "ffn") else inner.intermediate
+    part = next(module for name, module in inner.named_children() if name in ("ffn", "intermediate", "mlp"))
     part.register_forward_hook(lambda module, args, output: found.append(args[0].shape[1]))
     return found
 
@@ -60,6 +76,66 @@ def test_logits_and_gradients_are_exact_in_float32(name, attention):
         torch.testing.assert_close(model(TOKENS).logits, bare, rtol=2e-6, atol=2e-6)
     assert_same_gradients(gradients(model), wanted, 2e-6)
     assert seen == [1, 1, 1]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen"])
+def test_causal_classifiers_compute_the_last_token_of_each_row(name, attention):
+    model = causal(name)
+    model.set_attn_implementation(attention)
+    plan = superfine.select(model, "all")
+    seen = widths(model)
+    right, left = TOKENS.clone(), TOKENS.clone()
+    right[1, 3:], left[0, :2] = 0, 0
+    batches = [
+        {"input_ids": right, "attention_mask": (right != 0).long()},
+        {"input_ids": left, "attention_mask": (left != 0).long()},
+        {"input_ids": right},
+        {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)},
+        {"inputs_embeds": model.get_input_embeddings()(TOKENS).detach()},
+    ]
+
+    def results():
+        found = []
+        for batch in batches:
+            model.zero_grad()
+            logits = model(**batch).logits
+            logits.square().sum().backward()
+            found.append(
+                (logits, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            )
+        return found
+
+    expected = results()
+    prepared = superfine.prepare(model, plan, fuse=False)
+    assert "last token" in prepared.done["shortcut"]
+    del seen[:]
+    for _ in range(2):
+        for (logits, found), (wanted_logits, wanted) in zip(results(), expected, strict=True):
+            torch.testing.assert_close(logits, wanted_logits, rtol=5e-6, atol=5e-6)
+            # Of tied or unread positions: padding's rows have none but for rounding.
+            assert_same_gradients(found, wanted, 1e-5)
+    assert set(seen) == {1}
+    model.eval()
+    output = model(**batches[0], use_cache=True)
+    assert output.past_key_values is not None
+    assert seen[-1] == TOKENS.shape[1]
+    torch.testing.assert_close(output.logits, expected[0][0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_causal_classifier_with_checkpoints_and_without_padding_token():
+    for padding in (0, None):
+        model = causal("llama", padding).double()
+        plan = superfine.select(model, "last:1", "head")
+        tokens = TOKENS if padding is not None else TOKENS[:1]
+        expected = torch.autograd.grad(model(tokens).logits.square().sum(), list(plan.parameters()))
+        superfine.prepare(model, plan, fuse=False, checkpointing=True)
+        seen = widths(model)
+        for _ in range(2):
+            found = torch.autograd.grad(model(tokens).logits.square().sum(), list(plan.parameters()))
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+        assert set(seen) == {1}
 
 
 def test_it_stands_aside_where_all_positions_are_asked_for():
@@ -114,8 +190,7 @@ def test_under_autocast_with_a_mask_of_floats():
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: gpt2("GPT2ForSequenceClassification"), "not for GPT2Block"),
-        (lambda: transformers.LlamaForSequenceClassification(llama().config), "not for LlamaDecoderLayer"),
+        (llama, "nothing is known"),
         (lambda: bert("BertForTokenClassification"), "nothing is known"),
         (lambda: bert("BertForMaskedLM"), "nothing is known"),
     ],
@@ -144,8 +219,8 @@ def test_a_layer_with_other_arithmetic_is_found_out():
     layer = model.bert.encoder.layer[-1]
 
     class Scaled(type(layer)):
-        def forward(self, *args, **kwargs):
-            return 3 * super().forward(*args, **kwargs)
+        def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+            return 3 * super().forward(hidden_states, attention_mask, *args, **kwargs)
 
     layer.__class__ = Scaled
     plan = superfine.select(model, "last:1", "head")

@@ -1,19 +1,20 @@
 """A classifier's last layer computes only the position that the head reads.
 
-BERT-like sequence classifiers read the first position of the last layer: keys and values are needed of all tokens,
-queries and everything after them of one. Whether a model is such a one is not looked up but tried, on a few tokens:
-what the last layer returns at other positions must not change the logits, and both ways must give the same ones.
+Sequence classifiers read the first position of the last layer (BERT), or each row's last token (causal models): keys
+and values are needed of all tokens, queries and everything after them of one. Whether a model is such a one is not
+believed but tried, on a few tokens: what the last layer returns at other positions must not change the logits, and
+both ways must give the same ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+import inspect
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from superfine._shortcut_layers import attention_modules, one_position, reads_last
 from superfine._swap import Part, add_part, remove_part
 from superfine.selectors import layer_stacks
 
@@ -24,102 +25,98 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 
 class Classifier(Part):
-    """The model: an argument that goes the way of all others tells its last layer that one position is enough."""
+    """An argument that goes the way of all others tells the last layer which position is enough."""
 
     config: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        config = self.config
-        whole = any(
-            kwargs.get(name, getattr(config, name, False))
-            for name in ("output_hidden_states", "output_attentions")
-        )
-        if whole or config._attn_implementation not in ("sdpa", "eager"):
+        if _wants_all(self.config, kwargs):
             return super().forward(*args, **kwargs)
-        return super().forward(*args, superfine_first_position=True, **kwargs)
+        return super().forward(*args, superfine_position=0, **kwargs)
 
 
-class LastLayer(Part):
-    """The last layer. Where it is told so, it returns the first position alone."""
+class CausalClassifier(Part):
+    """The same, of a model whose head reads the last token of each row that is not padding."""
 
-    attention: nn.Module
+    config: Any
 
-    def forward(self, *args: Any, superfine_first_position: bool = False, **kwargs: Any) -> Any:
-        if superfine_first_position and not any(
-            value is not None
-            for value in (*args[2:], kwargs.get("encoder_hidden_states"), kwargs.get("past_key_values"))
-        ):
-            hidden_states = args[0] if args else kwargs["hidden_states"]
-            mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-            if (mask is None or mask.ndim == 4) and not _has_hooks(self.attention):
-                return _bert_like(self, hidden_states, mask)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else kwargs.get("input_ids")
+        if len(args) > 1 or _wants_all(self.config, kwargs):
+            return super().forward(*args, **kwargs)
+        padding = self.config.get_text_config().pad_token_id
+        if first is not None and padding is not None:
+            positions = torch.arange(first.shape[1], dtype=torch.int32, device=first.device)
+            kwargs["superfine_position"] = (positions * (first != padding)).argmax(-1)
+        else:
+            first = kwargs.get("inputs_embeds") if first is None else first
+            if first is None:
+                return super().forward(*args, **kwargs)
+            kwargs["superfine_position"] = torch.full(
+                (first.shape[0],), first.shape[1] - 1, device=first.device
+            )
+        if kwargs.get("use_cache") is None:  # a cache that nobody asked for would need all positions
+            kwargs["use_cache"] = False
         return super().forward(*args, **kwargs)
 
 
-def _has_hooks(attention: nn.Module) -> bool:
-    """Whether someone listens to the modules that are passed by; transformers' own listeners are idle then."""
-    for module in (attention, getattr(attention, "self", attention)):
+def _wants_all(config: Any, kwargs: dict[str, Any]) -> bool:
+    return config._attn_implementation not in ("sdpa", "eager") or any(
+        kwargs.get(name, getattr(config, name, False))
+        for name in ("output_hidden_states", "output_attentions")
+    )
+
+
+class LastLayer(Part):
+    """The last layer. Where it is told so it computes one position: it returns that alone, or zeros at all others."""
+
+    _superfine_arguments: tuple[str, ...]  # names of what it is given by position
+
+    def forward(self, *args: Any, superfine_position: Any = None, **kwargs: Any) -> Any:
+        if superfine_position is None:
+            return super().forward(*args, **kwargs)
+        given = {**dict(zip(self._superfine_arguments, args, strict=False)), **kwargs}
+        hidden, mask = given["hidden_states"], given.get("attention_mask")
+        known = given.get("past_key_values") is None and given.get("encoder_hidden_states") is None
+        compute = one_position(self)
+        if compute is None or not known or (mask is not None and mask.ndim != 4) or _has_hooks(self):
+            return super().forward(*args, **kwargs)
+        if not isinstance(superfine_position, Tensor):
+            return compute(self, hidden, mask, None, given)
+        index = superfine_position.to(hidden.device)
+        one = compute(self, hidden, mask, index, given)
+        return torch.zeros_like(hidden, dtype=one.dtype).scatter(1, index[:, None, None].expand_as(one), one)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether someone listens to modules that are passed by; transformers' own listeners are idle here."""
+    for module in attention_modules(layer):
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
                 return True
     return False
 
 
-def _bert_like(layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
-    first = hidden[:, :1]
-    if hasattr(layer, "ffn"):  # DistilBERT
-        attention = layer.attention
-        context = _attend(attention, attention.q_lin, attention.k_lin, attention.v_lin, hidden, first, mask)
-        attended = layer.sa_layer_norm(attention.out_lin(context) + first)
-        return cast(Tensor, layer.output_layer_norm(layer.ffn(attended) + attended))
-    attention = layer.attention.self
-    context = _attend(attention, attention.query, attention.key, attention.value, hidden, first, mask)
-    return cast(Tensor, layer.feed_forward_chunk(layer.attention.output(context, first)))
-
-
-def _attend(
-    attention: Any,
-    query: Callable[[Tensor], Tensor],
-    key: Callable[[Tensor], Tensor],
-    value: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    first: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    """Attention of the first position to all: (rows, 1, heads * size of a head)."""
-
-    def heads(projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
-
-    q, k, v = heads(query(first)), heads(key(hidden)), heads(value(hidden))
-    if mask is not None:
-        mask = mask[:, :, :1, : k.shape[2]]
-        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)  # under autocast it is wider
-    dropout = attention.dropout.p if attention.training else 0.0
-    context = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, scale=attention.scaling
-    )
-    return context.transpose(1, 2).flatten(2)
-
-
-def shorten(model: nn.Module) -> tuple[list[nn.Module], str]:
-    """Installs the short-cut where it is exact: the modules with a part, and what was done or why nothing was."""
+def shorten(model: nn.Module) -> tuple[bool, str]:
+    """Installs the short-cut where it is exact: whether it did, and what was done or why nothing was."""
     found = _classifier(model)
     if isinstance(found, str):
-        return [], found
+        return False, found
     classifier, layer, path = found
     reason = _try(classifier, layer)
     if reason is None:
-        return [classifier, layer], f"{path} computes only the first position, which the head reads"
+        position = "each row's last token" if reads_last(layer) else "the first position"
+        return True, f"{path} computes only {position}, which the head reads"
     leave(classifier)
     leave(layer)
-    return [], reason
+    return False, reason
 
 
 def leave(module: nn.Module) -> None:
     """Takes the short-cut of `module` back."""
-    remove_part(module, Classifier)
-    remove_part(module, LastLayer)
+    for part in (Classifier, CausalClassifier, LastLayer):
+        remove_part(module, part)
+    vars(module).pop("_superfine_arguments", None)
 
 
 def _classifier(model: nn.Module) -> tuple[Any, nn.Module, str] | str:
@@ -127,25 +124,19 @@ def _classifier(model: nn.Module) -> tuple[Any, nn.Module, str] | str:
     classifiers = [
         module
         for module in model.modules()
-        if type(module).__name__.endswith("ForSequenceClassification") and hasattr(module, "get_input_embeddings")
+        if type(module).__name__.endswith("ForSequenceClassification")
         and type(module).__module__.startswith("transformers.")
-    ]  # fmt: skip
+    ]
     if len(classifiers) != 1:
         return f"nothing is known of what reads the last layer of a {type(model).__name__}"
     stacks = [stack for stack in layer_stacks(model) if not stack.leaves]
     if len(stacks) != 1:
         return "the model has not one stack of layers"
     path = stacks[0].blocks[-1]
-    layer: Any = model.get_submodule(path)
-    attention = getattr(layer, "attention", None)
-    bert = all(hasattr(getattr(attention, "self", None), name) for name in ("query", "key", "value"))
-    bert = bert and hasattr(layer, "feed_forward_chunk") and hasattr(attention, "output")
-    distilbert = all(hasattr(attention, name) for name in ("q_lin", "k_lin", "v_lin", "out_lin"))
-    distilbert = distilbert and hasattr(layer, "ffn") and hasattr(layer, "sa_layer_norm")
-    if not (bert or distilbert):
+    layer = model.get_submodule(path)
+    if one_position(layer) is None or "hidden_states" not in inspect.signature(layer.forward).parameters:
         return (
-            f"not for {type(layer).__name__}: only layers as BERT's or DistilBERT's, whose head reads the first "
-            "position (of a causal model it reads each row's last token)"
+            f"not for {type(layer).__name__}: only for layers as those of BERT, DistilBERT, GPT-2 and Llama"
         )
     return classifiers[0], layer, path
 
@@ -155,23 +146,29 @@ def _try(classifier: Any, layer: nn.Module) -> str | None:
     """Adds both parts and compares; the reason where the model is not served so."""
     from superfine.fused_loss import in_eval_mode
 
-    config = classifier.config
+    config, last = classifier.config, reads_last(layer)
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"attention is {config._attn_implementation!r}; expected 'sdpa' or 'eager'"
-    weight = next(classifier.parameters())
-    # Two rows, one of them padded, and no token that is padding.
-    tokens = torch.arange(12, device=weight.device).remainder(max(config.vocab_size // 2, 1))
-    tokens = (tokens + config.vocab_size // 2).view(2, 6)
+    text = config.get_text_config()
+    weight, padding = next(classifier.parameters()), getattr(text, "pad_token_id", None)
+    # Rows of different lengths, without tokens that mean padding elsewhere; one row where there is no padding.
+    words = [token for token in range(text.vocab_size) if token != padding][-10:] * 10
+    tokens = torch.tensor(words[:10], device=weight.device).view(2, 5)
     mask = torch.ones_like(tokens)
-    mask[1, 4:] = 0
+    if padding is None and last:
+        tokens, mask = tokens[:1], mask[:1]
+    else:
+        mask[1, 3:] = 0
+        if padding is not None:
+            tokens[1, 3:] = padding
     inputs = {"input_ids": tokens, "attention_mask": mask}
+    read = mask.sum(1) - 1 if last else torch.zeros_like(mask[:, 0])
+    at_read = torch.arange(5, device=weight.device) == read[:, None]
 
-    def disturbed(slots: slice) -> Tensor:
+    def disturbed(positions: Tensor) -> Tensor:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            changed = hidden.clone()
-            changed[:, slots] += torch.cos(torch.arange(hidden.shape[-1], device=hidden.device))
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+            noise = torch.cos(torch.arange(output.shape[-1], device=output.device)).to(output.dtype)
+            return torch.where(positions[..., None], output + noise, output)
 
         handle = layer.register_forward_hook(hook)
         try:
@@ -183,15 +180,16 @@ def _try(classifier: Any, layer: nn.Module) -> str | None:
     try:
         with in_eval_mode(classifier):
             logits = classifier(**inputs).logits
-            others, first = disturbed(slice(1, None)), disturbed(slice(0, 1))
+            others, there = disturbed(~at_read), disturbed(at_read)
+            vars(layer)["_superfine_arguments"] = tuple(inspect.signature(layer.forward).parameters)
             add_part(layer, LastLayer)
-            add_part(classifier, Classifier)
+            add_part(classifier, CausalClassifier if last else Classifier)
             short = classifier(**inputs).logits
     except Exception as error:  # the model is one of another kind: it wants other inputs
         return f"a few tokens could not be tried: {type(error).__name__}: {error}"
+    if not torch.equal(others, logits) or torch.equal(there, logits):
+        return f"the head does not read {'the last token' if last else 'the first position'} alone"
     tolerance = _TOLERANCE.get(logits.dtype, 5e-2)
-    if not torch.equal(others, logits) or torch.equal(first, logits):
-        return "the head does not read the first position alone"
     if not torch.allclose(short, logits, rtol=tolerance, atol=tolerance):
-        return "the last layer is not as BERT's: the logits of a few tokens differ"
+        return "the last layer computes something else: the logits of a few tokens differ"
     return None

@@ -62,8 +62,8 @@ def prepare(
             checkpointing are off.
         fuse: replace norms, activations, MLPs and LoRA layers by ops that keep only what the plan needs.
         recompute: let those MLPs compute in backward what they would keep otherwise.
-        shortcut: let the last layer of a BERT-like sequence classifier compute only the first position, which the
-            head reads. Not in a forward that is asked for hidden states or attentions.
+        shortcut: let the last layer of a sequence classifier (BERT-, GPT-2- or Llama-like) compute only the position
+            that the head reads. Not in a forward that is asked for hidden states, attentions or a cache.
 
     Returns:
         What was done, and what was not and why: `print` it.
@@ -185,8 +185,8 @@ class Prepared:
         else:
             self.not_done["fuse"] = "not asked for"
         if options["shortcut"]:
-            parts, text = _shortcut.shorten(model)
-            self._note("shortcut", text if parts else "", text)
+            found, text = _shortcut.shorten(model)
+            self._note("shortcut", text if found else "", text)
         else:
             self.not_done["shortcut"] = "not asked for"
         sites = _truncate.find_sites(model, trained)
