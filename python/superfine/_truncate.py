@@ -113,7 +113,6 @@ class Truncation:
             self.seen.add(node)
             name = names.get(id(getattr(node, "variable", None)))
             if name is not None:
-                self.seen.clear()
                 end = "the layers' end" if self.entry is None else repr(self.entry)
                 raise ValueError(
                     f"prepare: {name!r} trains and is used before {end}, where truncate=True lets gradients end; "
@@ -124,7 +123,6 @@ class Truncation:
     def done(self) -> None:
         """A forward has come to its end."""
         self.checked = True
-        self.seen.clear()
         self.trained.clear()
 
 
@@ -227,7 +225,8 @@ def _detached(value: Any) -> Any:
         return value.detach() if value.requires_grad else value
     if not isinstance(value, (dict, tuple, list)) or not any(each.requires_grad for each in _tensors(value)):
         return value
-    if isinstance(value, dict):  # a ModelOutput among them
-        return type(value)(**{name: _detached(each) for name, each in value.items()})
+    if isinstance(value, dict):
+        detached = {name: _detached(each) for name, each in value.items()}
+        return detached if type(value) is dict else type(value)(**detached)  # a ModelOutput
     found = [_detached(each) for each in value]
     return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)

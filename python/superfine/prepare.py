@@ -259,10 +259,14 @@ class Prepares(Part):
             return super().forward(*args, **kwargs)
         if self.training:
             prepared.flags.check("forward")
-        output = super().forward(*args, **kwargs)
         truncation = prepared._truncation
-        if truncation is not None and not truncation.checked and torch.is_grad_enabled():
-            truncation.done()
+        if truncation is None or truncation.checked or not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        try:
+            output = super().forward(*args, **kwargs)
+        finally:
+            truncation.seen.clear()  # the nodes hold on to activations
+        truncation.done()
         return output
 
 

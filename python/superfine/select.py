@@ -122,8 +122,9 @@ class Plan:
         :meth:`param_groups`; lamb adapts those with weight decay.
 
         The first step raises ``ValueError`` when a selected parameter has no gradient, or when a frozen one
-        has a gradient or moves. ``first_step_check=False`` leaves that out, for models that use a part of
-        their parameters in each step, such as mixtures of experts.
+        has a gradient or moves. Of a model that ``superfine.prepare`` has changed, every step raises when
+        requires_grad is not the plan's. ``first_step_check=False`` leaves both out, for models that use a part of
+        their parameters in each step, such as mixtures of experts, and for ``in_backward``.
 
         Raises ``ValueError`` for an unknown ``name`` and for a plan that a later ``select`` replaced.
         """
@@ -148,8 +149,8 @@ class Plan:
 
             kind = {"adamw": AdamW, "adam": Adam, "lamb": LAMB}[name]
             optimizer = kind(groups, lr=lr, weight_decay=weight_decay, **kwargs)
-        watch_steps(self.model, optimizer)
         if first_step_check:
+            watch_steps(self.model, optimizer)
             watch_first_step(self.model, self.names, optimizer)
         return optimizer
 
