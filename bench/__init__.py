@@ -42,6 +42,7 @@ FILES = {
     "cols_linear": "slices",
     "rows_embedding": "slices",
     "train_step": "train_step",
+    "prepare": "prepare",
 }
 OPS = tuple(FILES)
 

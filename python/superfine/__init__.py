@@ -1,6 +1,7 @@
 """Superfine: fine-tune part of a pretrained model as cheaply as the hardware allows.
 
 plan = superfine.select(model, "last:2", "head")
+superfine.prepare(model, plan, checkpointing=True)
 optimizer = plan.optimizer("adamw", lr=2e-5)
 loss = superfine.losses.cross_entropy(logits, labels)
 superfine.save_delta(model, plan, "delta.safetensors")
@@ -11,7 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# `select` names a function and its module: imported here once, the function wins for good.
+# `select` and `prepare` name a function and its module: imported here once, the function wins for good.
+from superfine.prepare import Prepared, prepare, restore
 from superfine.select import Plan, select
 from superfine_kernels import __version__
 
@@ -27,6 +29,7 @@ __all__ = [
     "DeltaInfo",
     "Deltas",
     "Plan",
+    "Prepared",
     "Rotation",
     "__version__",
     "fisher",
@@ -35,6 +38,8 @@ __all__ = [
     "losses",
     "merge",
     "optim",
+    "prepare",
+    "restore",
     "save_delta",
     "save_fisher",
     "select",

@@ -92,6 +92,10 @@ def _mixed(original: Any, parts: tuple[type[Part], ...]) -> Any:
         if any("forward" in vars(part) for part in parts):
 
             def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+                if not isinstance(
+                    self, made
+                ):  # accelerate keeps this function on a model that has other parts since
+                    return type(self).forward(self, *args, **kwargs)
                 return super(made, self).forward(*args, **kwargs)
 
             # Trainer reads the names of a model's inputs there.

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from superfine._first_step import watch_first_step
+from superfine._guard import watch_steps
 from superfine.selectors import depths_below_top, match
 
 if TYPE_CHECKING:
@@ -191,8 +192,9 @@ class Plan:
         weight decay.
 
         The first step raises ``ValueError`` when a selected parameter has no gradient, or when a frozen one
-        has a gradient or moves. ``first_step_check=False`` leaves that out, for models that use a part of
-        their parameters in each step, such as mixtures of experts.
+        has a gradient or moves. Of a model that ``superfine.prepare`` has changed, every step raises when
+        requires_grad is not the plan's. ``first_step_check=False`` leaves both out, for models that use a part of
+        their parameters in each step, such as mixtures of experts, and for ``in_backward``.
 
         Raises ``ValueError`` for an unknown ``name`` and for a plan that a later ``select`` replaced.
         """
@@ -206,6 +208,7 @@ class Plan:
         groups = self.param_groups(weight_decay, lr=lr, layer_decay=layer_decay)
         optimizer: torch.optim.Optimizer = kind(groups, lr=lr, weight_decay=weight_decay, **kwargs)
         if first_step_check:
+            watch_steps(self.model, optimizer)
             watch_first_step(self.model, (name for name, _ in self.named_parameters()), optimizer)
         return optimizer
 
