@@ -6,6 +6,7 @@
     linear_cross_entropy(...)       the same behind a linear layer         superfine_kernels/linear_cross_entropy.py
     topk_kl_div(...)                distillation, and linear_topk_kl_div   superfine_kernels/distillation.py
     vocab_parallel_*(...)           both, classes on several processes     superfine_kernels/vocab_parallel.py
+    lora_linear(input, weight, ...) a linear layer with its LoRA adapter   superfine_kernels/lora_linear.py
     bce_with_logits(input, target)  binary cross-entropy                   superfine_kernels/elementwise_loss.py
     mse(input, target)              mean squared error                     superfine_kernels/elementwise_loss.py
 
@@ -27,6 +28,7 @@ from superfine_kernels.adamw import adamw_, adamw_groups_
 from superfine_kernels.cross_entropy import cross_entropy
 from superfine_kernels.lamb import lamb_, lamb_groups_
 from superfine_kernels.linear_cross_entropy import linear_cross_entropy
+from superfine_kernels.lora_linear import lora_linear
 from superfine_kernels.norm import total_norm
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "lamb_groups_",
     "linear_cross_entropy",
     "linear_topk_kl_div",
+    "lora_linear",
     "mse",
     "topk_kl_div",
     "total_norm",
