@@ -65,6 +65,7 @@ class Norm(NamedTuple):
     weight_offset: float = 0.0
     cast_before_weight: bool = False
     mixed: bool = False  # also where the weight has another dtype than the input
+    double: bool = True  # whether the module computes in float64 on such inputs; many compute in float32
     recompute: bool = False
 
 
@@ -90,6 +91,7 @@ class FusedNorm(Part):
         input, weight, bias = (*args, *kwargs.values())[0], self.weight, getattr(self, "bias", None)
         fits = len(args) + len(kwargs) == 1 and isinstance(input, Tensor) and input.is_floating_point()
         fits = fits and (settings.mixed or weight is None or weight.dtype == input.dtype)
+        fits = fits and (settings.double or input.dtype != torch.float64)
         if not fits or (_autocasts(input) and input.dtype != torch.float32):  # torch's may give float32 there
             return super().forward(*args, **kwargs)
         function = partial(norm_forward, settings, None if settings.eps is None else getattr(self, settings.eps))

@@ -89,7 +89,7 @@ def norm_of(module: nn.Module) -> Norm | str | None:
     if layer_norm or rms_norm:
         if len(module.normalized_shape) != 1:
             return "it is over more than one dimension"
-        return Norm(rms=rms_norm, eps=None if module.eps is None else "eps", mixed=False)
+        return Norm(rms=rms_norm, eps=None if module.eps is None else "eps")
     eps = next((name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)), None)
     weight = module._parameters.get("weight")
     if eps is None or weight is None or weight.dim() != 1 or len(module._parameters) > 1 or module._modules:
@@ -106,7 +106,8 @@ def _tried_rms_norm(module: nn.Module, original: Any, eps: str, size: int) -> No
             errors = [_error(module, original, norm, size, d, d) for d in (torch.float32, torch.bfloat16)]
             if errors[0] < 1e-5 and errors[1] < 1e-2:
                 mixed = _error(module, original, norm, size, torch.bfloat16, torch.float32) < 1e-2
-                found.append((errors[1], norm._replace(mixed=mixed)))
+                double = _error(module, original, norm, size, torch.float64, torch.float64) < 1e-12
+                found.append((errors[1], norm._replace(mixed=mixed, double=double)))
     if not found:
         return f"{original.__name__} computes something else than an RMS norm"
     return min(found, key=lambda pair: pair[0])[1]
@@ -125,7 +126,7 @@ def _error(
         return float("inf")
     if not isinstance(expected, Tensor) or expected.dtype != found.dtype or expected.shape != found.shape:
         return float("inf")
-    return float((found - expected).float().norm() / expected.float().norm())
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def residual_norm_of(module: nn.Module) -> bool | str | None:
