@@ -36,6 +36,7 @@ FILES = {
     "bce_with_logits": "elementwise_loss",
     "mse": "elementwise_loss",
     "train_step": "train_step",
+    "fused_modules": "fused_modules",
 }
 OPS = tuple(FILES)
 

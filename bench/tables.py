@@ -48,6 +48,7 @@ OP_NAMES = {
     "bce_with_logits": "binary cross-entropy, forward + backward",
     "mse": "mean squared error, forward + backward",
     "train_step": "whole training step",
+    "fused_modules": "forward + backward with fused modules",
 }
 
 

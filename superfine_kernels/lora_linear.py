@@ -133,7 +133,9 @@ class Gradients(NamedTuple):
     b: Tensor | None = None
 
 
-def _backward(g: Tensor, x: Tensor | None, h: Tensor | None, layer: _Layer, wants: tuple[bool, ...]) -> Gradients:
+def _backward(
+    g: Tensor, x: Tensor | None, h: Tensor | None, layer: _Layer, wants: tuple[bool, ...]
+) -> Gradients:
     """Gradients where `wants` says so; x and h may be None where neither needs them."""
     wants_input, wants_weight, wants_bias, wants_a, wants_b = wants
     weight, _, a, b, scale, _, p = layer
@@ -193,7 +195,7 @@ def _differentiable_backward(
 # --- autograd -------------------------------------------------------------------------------------------------
 
 #: A function and what it takes: the input is computed again from these instead of being saved.
-InputFrom = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+InputFrom = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -218,11 +220,15 @@ class _LoraLinear(torch.autograd.Function):
         weight, bias, a, b, mask, h, *sources = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         shape = (*grad.shape[:-1], weight.shape[1])
-        layer = _Layer(weight, bias, a, b, ctx.scale, None if mask is None else mask.reshape(g.shape[0], -1), ctx.p)
+        layer = _Layer(
+            weight, bias, a, b, ctx.scale, None if mask is None else mask.reshape(g.shape[0], -1), ctx.p
+        )
         with torch.autocast(grad.device.type, enabled=False):  # forward has cast what is to be cast
             x = sources[0] if ctx.remake is None else ctx.remake(*sources)
             x = None if x is None else x.reshape(-1, weight.shape[1])
-            gradients = _differentiable_backward if torch.is_grad_enabled() else _backward  # create_graph=True
+            gradients = (
+                _differentiable_backward if torch.is_grad_enabled() else _backward
+            )  # create_graph=True
             found = gradients(g, x, h, layer, ctx.needs_input_grad[:5])
         dx = None if found.input is None else found.input.reshape(shape)
         return dx, *found[1:], None, None, None, None
@@ -257,9 +263,9 @@ def lora_linear(
         dropout_mask: bool, of the input's shape: the elements of the adapter's input that dropout keeps; they are
             divided by 1 - dropout_p. Saved as it is. None for no dropout.
         dropout_p: in [0, 1).
-        input_from: `(function, tensors)`: `function(*tensors)` gives `input` again, bit for bit, and backward calls it
-            instead of saving `input`; worth it where the tensors are saved by others already. Gradients reach
-            `input`, not the tensors.
+        input_from: `(function, tensors)`: `function(*tensors)` gives `input` again, bit for bit; backward calls it
+            and `input` is not saved, which pays where others save the tensors anyway. Gradients reach `input`, not
+            the tensors.
         backend: None, or "reference" for eager torch operation by operation.
 
     Returns:
@@ -277,9 +283,7 @@ def lora_linear(
     plain = backend is None and not torch.compiler.is_compiling() and not in_functional_transform()
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         if not plain:  # F.linear casts
-            return reference(
-                input, weight, bias, a, b, scale, dropout_mask=dropout_mask, dropout_p=dropout_p
-            )
+            return reference(input, weight, bias, a, b, scale, dropout_mask=dropout_mask, dropout_p=dropout_p)
         dtype = torch.get_autocast_dtype(device)
         if input.dtype != dtype:
             input = input.to(dtype)

@@ -18,7 +18,9 @@ class _Saved(torch.autograd.Function):
         saved = ctx.saved_tensors
         with torch.enable_grad():
             if not any(g is not None and g.requires_grad for g in grads):
-                saved = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(saved, ctx.needs_input_grad[1:])]
+                needed = ctx.needs_input_grad[1:]
+                pairs = zip(saved, needed, strict=True)
+                saved = [None if t is None else t.detach().requires_grad_(n) for t, n in pairs]
             out = ctx.function(*saved)
         wanted = [t for t in saved if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=torch.is_grad_enabled()))
@@ -35,7 +37,9 @@ def layer_norm(input, weight=None, bias=None, eps=1e-5, *, residual=None, backen
     return y if residual is None else (y, total)
 
 
-def rms_norm(input, weight=None, eps=1e-6, *, weight_offset=0.0, cast_before_weight=False, residual=None, backend=None):
+def rms_norm(
+    input, weight=None, eps=1e-6, *, weight_offset=0.0, cast_before_weight=False, residual=None, backend=None
+):
     def function(x, w):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -44,6 +48,7 @@ def rms_norm(input, weight=None, eps=1e-6, *, weight_offset=0.0, cast_before_wei
         if cast_before_weight:
             return w * y.to(x.dtype)
         return (y * (weight_offset + w.to(y.dtype))).to(x.dtype)
+
     total = input if residual is None else input + residual
     y = _op(function, total, weight)
     return y if residual is None else (y, total)

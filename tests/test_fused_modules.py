@@ -5,7 +5,6 @@ import fused_stand_ins
 import pytest
 import small_models
 import superfine
-import superfine_kernels
 import torch
 import transformers
 from small_models import TOKENS, VOCAB
@@ -13,6 +12,8 @@ from superfine import fused_modules
 from superfine._activations import saved_bytes
 from superfine._recompute import origin, recomputed, remember
 from torch import nn
+
+import superfine_kernels
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -262,7 +263,9 @@ def test_copies_and_pickles():
         with torch.no_grad():
             made.bert.encoder.layer[0].output.LayerNorm.weight.zero_()  # not the original's
         fused_modules.remove(made)
-        assert type(made.bert.encoder.layer[0].intermediate).__mro__[1] is not type(model.bert.encoder.layer[0])
+        assert type(made.bert.encoder.layer[0].intermediate).__mro__[1] is not type(
+            model.bert.encoder.layer[0]
+        )
         assert not any("_superfine_fused" in vars(m) for m in made.modules())
     assert_close(gradients(model), wanted, 1e-12)
 
@@ -352,7 +355,14 @@ def test_trainer(tmp_path):
             fused_modules.install(model, recompute=recompute)
         data = [{"input_ids": row, "labels": i} for i, row in enumerate(TOKENS)]
         arguments = transformers.TrainingArguments(
-            tmp_path, max_steps=3, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=1e-2, seed=0
+            tmp_path,
+            max_steps=3,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            learning_rate=1e-2,
+            seed=0,
         )
         transformers.Trainer(model, arguments, train_dataset=data).train()
         return model.state_dict()

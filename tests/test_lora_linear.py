@@ -1,10 +1,11 @@
 import copy
 
 import pytest
-import superfine_kernels
 import torch
-from superfine_kernels.lora_linear import cost, lora_linear, reference
 from torch import nn
+
+import superfine_kernels
+from superfine_kernels.lora_linear import cost, lora_linear, reference
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # Input and adapter. PEFT keeps adapters in float32 beside 16-bit layers.
@@ -34,7 +35,9 @@ def tensors(shape=(3, 5, 12), outputs=7, rank=2, dtype=FP32, adapter=None, bias=
 def gradients(function, made, g, **options):
     wanted = {name: t for name, t in made.items() if t is not None and t.requires_grad}
     y = function(*made.values(), 1.5, **options)
-    return y.detach(), dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), g.to(y.dtype)), strict=True))
+    return y.detach(), dict(
+        zip(wanted, torch.autograd.grad(y, list(wanted.values()), g.to(y.dtype)), strict=True)
+    )
 
 
 def relative(found, exact):
@@ -82,7 +85,9 @@ def test_strides_and_a_layer_without_bias():
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("train", [(), ("input",), ("a",), ("b",), ("input", "b"), ("bias",), ("weight",), ("a", "b")])
+@pytest.mark.parametrize(
+    "train", [(), ("input",), ("a",), ("b",), ("input", "b"), ("bias",), ("weight",), ("a", "b")]
+)
 def test_what_is_frozen_has_no_gradient_and_keeps_nothing(train):
     made, saved = tensors((4, 12), dtype=BF16, adapter=FP32, train=train), []
     parameters = {made[name].data_ptr() for name in NAMES[1:]}
@@ -93,7 +98,9 @@ def test_what_is_frozen_has_no_gradient_and_keeps_nothing(train):
     assert len(inputs) == ("a" in train or "weight" in train)
     assert [t.dtype for t in inputs] == [BF16] * len(inputs)
     # Beside it at most scale x a^T: as many numbers a row as the rank is.
-    assert [tuple(t.shape) for t in kept if t.data_ptr() != made["input"].data_ptr()] == [(4, 2)] * ("b" in train)
+    assert [tuple(t.shape) for t in kept if t.data_ptr() != made["input"].data_ptr()] == [(4, 2)] * (
+        "b" in train
+    )
     assert y.requires_grad == bool(train)
     if train:
         g = torch.randn(4, 7, dtype=BF16)
@@ -148,7 +155,9 @@ def test_second_derivatives_beside_a_frozen_a():
     made["input"].requires_grad_()
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(lora_linear(*made.values()).sum(), made["b"], create_graph=True)
-    gradient = torch.autograd.grad(lora_linear(*made.values(), backend="reference").sum(), made["b"], create_graph=True)
+    gradient = torch.autograd.grad(
+        lora_linear(*made.values(), backend="reference").sum(), made["b"], create_graph=True
+    )
     assert gradient[0].requires_grad
 
 
@@ -173,8 +182,9 @@ def test_under_autocast_it_computes_as_the_layers_do():
     with torch.autocast("cpu", BF16):
         y, found = gradients(lora_linear, made, g)
         expected, wanted = gradients(
-            lambda x, w, bias, a, b, s: nn.functional.linear(x, w, bias)
-            + nn.functional.linear(nn.functional.linear(x, a), b) * s,
+            lambda x, w, bias, a, b, s: (
+                nn.functional.linear(x, w, bias) + nn.functional.linear(nn.functional.linear(x, a), b) * s
+            ),
             made,
             g,
         )
@@ -206,7 +216,9 @@ def test_functional_transforms():
 def test_a_copy_of_the_layer_in_float64_agrees_with_peft():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(12, 7)), peft.LoraConfig(r=2, target_modules=["0"])).double()
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(12, 7)), peft.LoraConfig(r=2, target_modules=["0"])
+    ).double()
     layer = model.base_model.model[0]
     nn.init.normal_(layer.lora_B.default.weight)
     x = torch.randn(3, 12, dtype=FP64)
@@ -221,14 +233,34 @@ def test_a_copy_of_the_layer_in_float64_agrees_with_peft():
     [
         ({"input": [1.0]}, TypeError, "input is .*; expected a torch.Tensor"),
         ({"input": torch.tensor(1.0)}, ValueError, "input is float32"),
-        ({"input": torch.zeros(3, 12, dtype=torch.int64)}, TypeError, "input is int64 .*; expected floating point"),
-        ({"weight": torch.zeros(7, 11)}, ValueError, r"weight is float32 \(7, 11\) on cpu; expected \(out_features, 12\)"),
-        ({"weight": torch.zeros(7, 12, dtype=BF16)}, ValueError, "weight is bfloat16 .*; expected torch.float32"),
-        ({"weight": torch.zeros(7, 12, device="meta")}, ValueError, "weight is .* on meta; expected a tensor on cpu"),
+        (
+            {"input": torch.zeros(3, 12, dtype=torch.int64)},
+            TypeError,
+            "input is int64 .*; expected floating point",
+        ),
+        (
+            {"weight": torch.zeros(7, 11)},
+            ValueError,
+            r"weight is float32 \(7, 11\) on cpu; expected \(out_features, 12\)",
+        ),
+        (
+            {"weight": torch.zeros(7, 12, dtype=BF16)},
+            ValueError,
+            "weight is bfloat16 .*; expected torch.float32",
+        ),
+        (
+            {"weight": torch.zeros(7, 12, device="meta")},
+            ValueError,
+            "weight is .* on meta; expected a tensor on cpu",
+        ),
         ({"bias": torch.zeros(6)}, ValueError, r"bias is float32 \(6,\) on cpu; expected \(7\)"),
         ({"bias": torch.zeros(7, dtype=FP64)}, ValueError, "bias is float64"),
         ({"a": torch.zeros(12)}, ValueError, r"a is float32 \(12,\) on cpu; expected \(rank, 12\)"),
-        ({"a": torch.zeros(2, 12, dtype=BF16), "b": torch.zeros(7, 2, dtype=BF16)}, ValueError, "a is bfloat16 .*, or wider"),
+        (
+            {"a": torch.zeros(2, 12, dtype=BF16), "b": torch.zeros(7, 2, dtype=BF16)},
+            ValueError,
+            "a is bfloat16 .*, or wider",
+        ),
         ({"b": torch.zeros(7, 3)}, ValueError, r"b is .*; expected \(7, 2\)"),
         ({"b": torch.zeros(7, 2, dtype=FP64)}, ValueError, "b is float64 .*; expected torch.float32 as a"),
         ({"scale": float("inf")}, ValueError, "scale is inf"),

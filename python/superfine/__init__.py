@@ -16,13 +16,14 @@ from superfine.select import Plan, select
 from superfine_kernels import __version__
 
 if TYPE_CHECKING:
-    from superfine import losses, optim
+    from superfine import fused_modules, losses, optim
     from superfine.delta import DeltaInfo, load_delta, merge, save_delta
 
 __all__ = [
     "DeltaInfo",
     "Plan",
     "__version__",
+    "fused_modules",
     "load_delta",
     "losses",
     "merge",
@@ -35,7 +36,7 @@ _FROM_DELTA = ("DeltaInfo", "load_delta", "merge", "save_delta")
 
 
 def __getattr__(name: str) -> Any:  # submodules load on first use: `import superfine` stays cheap
-    if name in ("optim", "losses"):
+    if name in ("optim", "losses", "fused_modules"):
         return importlib.import_module(f"superfine.{name}")
     if name in _FROM_DELTA:
         return getattr(importlib.import_module("superfine.delta"), name)

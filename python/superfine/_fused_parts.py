@@ -1,4 +1,4 @@
-"""The forwards that `fused_modules` gives to modules. Where an input is not what an op takes, the module's own runs."""
+"""The forwards that `fused_modules` gives to modules. What an op does not take goes through the module's own."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return _split(module)[0]
 
 
-def _hooked(module: nn.Module) -> bool:
+def _hooked(module: Any) -> bool:
     """Whether hooks wait for a call of the module, which fusing it into another's would leave out."""
     return bool(
         module._forward_hooks
@@ -87,18 +87,30 @@ def norm_forward(settings: Norm, eps: float | None, input: Tensor, weight: Any, 
 
 class FusedNorm(Part):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        settings: Norm = getattr(self, SETTINGS)
-        input, weight, bias = (*args, *kwargs.values())[0], self.weight, getattr(self, "bias", None)
-        fits = len(args) + len(kwargs) == 1 and isinstance(input, Tensor) and input.is_floating_point()
-        fits = fits and (settings.mixed or weight is None or weight.dtype == input.dtype)
-        fits = fits and (settings.double or input.dtype != torch.float64)
-        if not fits or (_autocasts(input) and input.dtype != torch.float32):  # torch's may give float32 there
+        module: Any = self
+        settings: Norm = getattr(module, SETTINGS)
+        input = (*args, *kwargs.values())[0]
+        if len(args) + len(kwargs) != 1 or not _takes(settings, input, module.weight):
             return super().forward(*args, **kwargs)
-        function = partial(norm_forward, settings, None if settings.eps is None else getattr(self, settings.eps))
-        output = function(input, weight, bias)
+        eps = None if settings.eps is None else getattr(module, settings.eps)
+        function, tensors = (
+            partial(norm_forward, settings, eps),
+            (input, module.weight, getattr(module, "bias", None)),
+        )
+        output = function(*tensors)
         if settings.recompute:
-            remember(output, function, (input, weight, bias))
+            remember(output, function, tensors)
         return output
+
+
+def _takes(settings: Norm, input: Any, weight: Tensor | None) -> bool:
+    if not isinstance(input, Tensor) or not input.is_floating_point():
+        return False
+    if _autocasts(input) and input.dtype != torch.float32:
+        return False  # torch's may give float32 there
+    if input.dtype == torch.float64 and not settings.double:
+        return False
+    return settings.mixed or weight is None or weight.dtype == input.dtype
 
 
 class ResidualNorm(NamedTuple):
@@ -109,10 +121,11 @@ class ResidualNorm(NamedTuple):
 
 class FusedResidualNorm(Part):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        norm: Any = self.LayerNorm
+        module: Any = self
+        norm = module.LayerNorm
         if len(args) != 2 or kwargs or _hooked(norm):
             return super().forward(*args, **kwargs)
-        hidden, residual = self.dropout(self.dense(args[0])), args[1]
+        hidden, residual = module.dropout(module.dense(args[0])), args[1]
         dtypes = {hidden.dtype, residual.dtype, *(p.dtype for p in (norm.weight, norm.bias) if p is not None)}
         if hidden.shape != residual.shape or len(dtypes) > 1:
             return norm(hidden + residual)

@@ -61,7 +61,7 @@ class _Trial:
         )
         for context in self.contexts:
             context.__enter__()
-        torch.random.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(0)
 
     def __exit__(self, *reason: Any) -> None:
         for context in reversed(self.contexts):
@@ -75,12 +75,10 @@ def _why_not(module: nn.Module) -> str | None:
 # --- norms ----------------------------------------------------------------------------------------------------
 
 
-def norm_of(module: nn.Module) -> Norm | str | None:
+def norm_of(module: Any) -> Norm | str | None:
     """How the module is a norm; why it is not quite one; None where it does not look like one."""
     original: Any = original_class(module)
-    layer_norm, rms_norm = (
-        original.forward is cls.forward for cls in (nn.LayerNorm, nn.RMSNorm)
-    )
+    layer_norm, rms_norm = (original.forward is cls.forward for cls in (nn.LayerNorm, nn.RMSNorm))
     looks = layer_norm or rms_norm or original.__name__.endswith(("RMSNorm", "T5LayerNorm"))
     if not looks:
         return None
@@ -90,7 +88,9 @@ def norm_of(module: nn.Module) -> Norm | str | None:
         if len(module.normalized_shape) != 1:
             return "it is over more than one dimension"
         return Norm(rms=rms_norm, eps=None if module.eps is None else "eps")
-    eps = next((name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)), None)
+    eps = next(
+        (name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)), None
+    )
     weight = module._parameters.get("weight")
     if eps is None or weight is None or weight.dim() != 1 or len(module._parameters) > 1 or module._modules:
         return "it is not a weight and a number eps"
@@ -129,15 +129,18 @@ def _error(
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def residual_norm_of(module: nn.Module) -> bool | str | None:
-    """Whether the module is `LayerNorm(dropout(dense(x)) + residual)`; why not quite; None where it does not look so."""
+def residual_norm_of(module: Any) -> bool | str | None:
+    """Whether the module is `LayerNorm(dropout(dense(x)) + residual)`; why not; None where it does not look so."""
     if set(module._modules) != {"dense", "LayerNorm", "dropout"} or module._parameters:
         return None
     if why := _why_not(module):
         return why
     original: Any = original_class(module)
     norm: Any = module.LayerNorm
-    if getattr(original_class(norm), "forward", None) is not nn.LayerNorm.forward or len(norm.normalized_shape) != 1:
+    if (
+        getattr(original_class(norm), "forward", None) is not nn.LayerNorm.forward
+        or len(norm.normalized_shape) != 1
+    ):
         return "its norm is not a LayerNorm over one dimension"
     with _Trial():
         scale = nn.LayerNorm(8, eps=norm.eps, device="cpu", dtype=torch.float64)

@@ -27,14 +27,14 @@ class Origin(NamedTuple):
     """`function(*tensors)` is the tensor, bit for bit."""
 
     function: Callable[..., Tensor]
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Tensor | None, ...]
 
 
 # Not attributes of the tensors: those would be pickled and saved with them.
 _origins: Any = WeakIdKeyDictionary()
 
 
-def remember(tensor: Tensor, function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> None:
+def remember(tensor: Tensor, function: Callable[..., Tensor], tensors: tuple[Tensor | None, ...]) -> None:
     """Notes that `tensor` is `function(*tensors)`. The function holds no tensors of its own."""
     if not torch.compiler.is_compiling() and tensor.requires_grad:
         _origins[tensor] = tensor._version, Origin(function, tensors)
@@ -48,12 +48,11 @@ def origin(tensor: Tensor) -> Origin | None:
     return found if version == tensor._version else None
 
 
-def recomputed(
-    function: Callable[[Tensor], Tensor], input: Tensor, parameters: Sequence[Tensor]
-) -> Tensor:
+def recomputed(function: Callable[[Tensor], Tensor], input: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """`function(input)`, of which `input` (or its origin) is saved, and backward runs the function again.
 
-    `parameters` are the tensors beside `input` that require grad and that `function` reads; it draws no random numbers.
+    `parameters` are the tensors beside `input` that require grad and that `function` reads. It draws no random
+    numbers.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return function(input)
@@ -74,7 +73,11 @@ class _Call:
     """One call of the function: how to run it again as it ran. Holds no tensors but between two steps of backward."""
 
     def __init__(
-        self, function: Callable[[Tensor], Tensor], source: Callable[..., Tensor], differentiable: bool, device: str
+        self,
+        function: Callable[[Tensor], Tensor],
+        source: Callable[..., Tensor],
+        differentiable: bool,
+        device: str,
     ) -> None:
         self.function, self.source, self.differentiable = function, source, differentiable
         self.device, self.autocast = device, torch.is_autocast_enabled(device)
@@ -121,11 +124,7 @@ class _Recomputed(torch.autograd.Function):
         else:
             input, output = call.again or call.rerun(tensors)
             call.again = None
-        wanted = [
-            tensor
-            for tensor, needed in zip((input, *parameters), _needed(ctx), strict=True)
-            if needed
-        ]
+        wanted = [tensor for tensor, needed in zip((input, *parameters), _needed(ctx), strict=True) if needed]
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=second, allow_unused=True))
         dinput, *rest = (next(found) if needed else None for needed in _needed(ctx))
         return None, dinput, None, *rest

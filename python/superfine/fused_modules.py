@@ -22,7 +22,6 @@ from torch import nn
 from superfine._fused_parts import (
     PARTS,
     SETTINGS,
-    Activation,
     FusedActivation,
     FusedLoraLinear,
     FusedMlp,
