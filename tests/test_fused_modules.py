@@ -13,7 +13,6 @@ from superfine._activations import saved_bytes
 from superfine._recompute import origin, recomputed, remember
 from torch import nn
 
-import superfine_kernels
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -24,8 +23,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _ops(monkeypatch):
-    if not hasattr(superfine_kernels, "swiglu") or not hasattr(superfine_kernels, "rms_norm"):
-        fused_stand_ins.install(monkeypatch)
+    fused_stand_ins.install(monkeypatch)
 
 
 def causal(family, **settings):
@@ -131,7 +129,8 @@ BECOMES = {
 def test_gradients_of_every_family_stay(family):
     model = scramble(FAMILIES[family]()).train()  # with dropout where the family has it by default
     small = ["norms", "biases"] if family in ("bert", "roberta", "distilbert", "gpt2", "qwen") else ["norms"]
-    cases = [(torch.float32, 1e-6, small), (torch.float64, 1e-10, small), (torch.float64, 1e-10, ["all"])]
+    # In float32 the ops round at other places than eager torch; float64 shows that the formulas are the same.
+    cases = [(torch.float32, 3e-6, small), (torch.float64, 1e-10, small), (torch.float64, 1e-10, ["all"])]
     for dtype, tolerance, selectors in cases:
         superfine.select(model.to(dtype), *selectors)
         wanted = gradients(model)
