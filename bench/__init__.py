@@ -43,6 +43,7 @@ FILES = {
     "rows_embedding": "slices",
     "train_step": "train_step",
     "prepare": "prepare",
+    "fused_modules": "fused_modules",
 }
 OPS = tuple(FILES)
 

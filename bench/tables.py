@@ -54,6 +54,7 @@ OP_NAMES = {
     "cols_linear": "linear layer, few columns train, forward + backward",
     "rows_embedding": "embedding, few rows train, forward + backward + step",
     "train_step": "whole training step",
+    "fused_modules": "forward + backward with fused modules",
 }
 
 

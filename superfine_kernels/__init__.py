@@ -7,6 +7,7 @@
     topk_kl_div(...)                distillation, and linear_topk_kl_div   superfine_kernels/distillation.py
     vocab_parallel_*(...)           both, classes on several processes     superfine_kernels/vocab_parallel.py
     rows_linear, rows_embedding, cols_linear   a part of a weight trains   superfine_kernels/slices.py
+    lora_linear(input, weight, ...) a linear layer with its LoRA adapter   superfine_kernels/lora_linear.py
     bce_with_logits(input, target)  binary cross-entropy                   superfine_kernels/elementwise_loss.py
     mse(input, target)              mean squared error                     superfine_kernels/elementwise_loss.py
     layer_norm(input, weight)       layer norm of rows, and rms_norm       superfine_kernels/layer_norm.py
@@ -32,6 +33,7 @@ from superfine_kernels.cross_entropy import cross_entropy
 from superfine_kernels.lamb import lamb_, lamb_groups_
 from superfine_kernels.layer_norm import layer_norm, rms_norm
 from superfine_kernels.linear_cross_entropy import linear_cross_entropy
+from superfine_kernels.lora_linear import lora_linear
 from superfine_kernels.norm import total_norm
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "linear_topk_kl_div",
+    "lora_linear",
     "mse",
     "rms_norm",
     "rows_embedding",

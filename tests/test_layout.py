@@ -54,8 +54,9 @@ def test_an_op_has_its_name_in_every_folder(op):
 
 
 def test_the_list_of_ops_is_complete():
-    # A norm is torch's own on a GPU; the other losses are made of products, exchanges and cross_entropy's kernels.
-    more = {"norm", "linear_cross_entropy", "vocab_parallel", "distillation", "slices"}
+    # A norm is torch's own on a GPU, and so are the products of lora_linear and slices; the other losses are made of
+    # products, exchanges and cross_entropy's kernels.
+    more = {"norm", "linear_cross_entropy", "lora_linear", "vocab_parallel", "distillation", "slices"}
     for folder, others in ((KERNELS, more), (KERNELS / "triton", set())):
         assert {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} == set(
             OPS

@@ -18,7 +18,7 @@ from superfine.select import Plan, select
 from superfine_kernels import __version__
 
 if TYPE_CHECKING:
-    from superfine import losses, optim
+    from superfine import fused_modules, losses, optim
     from superfine.delta import DeltaInfo, load_delta, merge, save_delta
     from superfine.deltas import Deltas
     from superfine.forgetting import EWC, fisher, load_fisher, save_fisher
@@ -33,6 +33,7 @@ __all__ = [
     "Rotation",
     "__version__",
     "fisher",
+    "fused_modules",
     "load_delta",
     "load_fisher",
     "losses",
@@ -54,7 +55,7 @@ _FROM = {
 
 
 def __getattr__(name: str) -> Any:  # submodules load on first use: `import superfine` stays cheap
-    if name in ("optim", "losses"):
+    if name in ("optim", "losses", "fused_modules"):
         return importlib.import_module(f"superfine.{name}")
     if name in _FROM:
         return getattr(importlib.import_module(f"superfine.{_FROM[name]}"), name)

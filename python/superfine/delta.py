@@ -160,9 +160,7 @@ def _load(model: nn.Module, path: str | os.PathLike[str], weight: float, new: Co
         for piece in info.slices:
             whole = slices.own_weight(model, piece)
             indices = piece.indices.to(whole.device)
-            values = _between(
-                whole.index_select(piece.dim, indices), tensors[piece.parameter_name], weight
-            )
+            values = _between(whole.index_select(piece.dim, indices), tensors[piece.parameter_name], weight)
             whole.index_copy_(piece.dim, indices, values.to(whole.device))
     slices.read_values(model)  # a model with slices of its own holds what was loaded there, too
     return info
