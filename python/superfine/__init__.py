@@ -17,11 +17,13 @@ from superfine_kernels import __version__
 
 if TYPE_CHECKING:
     from superfine import losses, optim
+    from superfine.cache import PrefixCache
     from superfine.delta import DeltaInfo, load_delta, merge, save_delta
 
 __all__ = [
     "DeltaInfo",
     "Plan",
+    "PrefixCache",
     "__version__",
     "load_delta",
     "losses",
@@ -39,4 +41,6 @@ def __getattr__(name: str) -> Any:  # submodules load on first use: `import supe
         return importlib.import_module(f"superfine.{name}")
     if name in _FROM_DELTA:
         return getattr(importlib.import_module("superfine.delta"), name)
+    if name == "PrefixCache":
+        return importlib.import_module("superfine.cache").PrefixCache
     raise AttributeError(f"module 'superfine' has no attribute {name!r}")
