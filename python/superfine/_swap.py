@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Part", "add_part", "has_part", "remove_part"]
+__all__ = ["Part", "add_part", "has_part", "remove_part", "unmixed"]
 
 
 class Part(nn.Module):
@@ -51,6 +51,11 @@ def remove_part(module: nn.Module, part: type[Part]) -> None:
 def has_part(module: nn.Module, part: type[Part]) -> bool:
     """Whether `part` is mixed into the module."""
     return part in _split(module)[1]
+
+
+def unmixed(module: nn.Module) -> type[nn.Module]:
+    """The class that the module was made with, without parts."""
+    return _split(module)[0]
 
 
 def _split(module: nn.Module) -> tuple[type[nn.Module], tuple[type[Part], ...]]:

@@ -29,6 +29,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from superfine._swap import unmixed
+
 __all__ = ["Stack", "backbone_path", "layer_stack", "layer_stacks", "match"]
 
 WORDS = ("all", "head", "norms", "biases", "embeddings")
@@ -105,13 +107,13 @@ def layer_stacks(model: nn.Module) -> list[Stack]:
             continue
         children = [(name, child) for name, child in module._modules.items() if child is not None]
         blocks = [(_join(path, name), child) for name, child in children if _has_parameters(child)]
-        classes = {type(child) for _, child in blocks}
+        classes = {unmixed(child) for _, child in blocks}
         # Hybrids (attention and state-space blocks in turn) repeat a few classes in one ModuleList.
         repeats = len(classes) == 1 or (isinstance(module, nn.ModuleList) and 2 * len(classes) <= len(blocks))
         if blocks and repeats:
             first = blocks[0][1]
             leaves = next(first.children(), None) is None
-            stacks.append(Stack(path, tuple(block for block, _ in blocks), type(first), leaves))
+            stacks.append(Stack(path, tuple(block for block, _ in blocks), unmixed(first), leaves))
     return [
         stack
         for stack in stacks
