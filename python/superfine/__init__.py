@@ -19,6 +19,7 @@ from superfine_kernels import __version__
 
 if TYPE_CHECKING:
     from superfine import fused_modules, losses, optim
+    from superfine.cache import PrefixCache
     from superfine.delta import DeltaInfo, load_delta, merge, save_delta
     from superfine.deltas import Deltas
     from superfine.forgetting import EWC, fisher, load_fisher, save_fisher
@@ -29,6 +30,7 @@ __all__ = [
     "DeltaInfo",
     "Deltas",
     "Plan",
+    "PrefixCache",
     "Prepared",
     "Rotation",
     "__version__",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 _FROM = {
+    "PrefixCache": "cache",
     **dict.fromkeys(("DeltaInfo", "load_delta", "merge", "save_delta"), "delta"),
     **dict.fromkeys(("EWC", "fisher", "load_fisher", "save_fisher"), "forgetting"),
     "Deltas": "deltas",

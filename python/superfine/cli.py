@@ -58,6 +58,9 @@ def tune(
         bool | None,
         typer.Option("--fused-loss/--eager-loss", help="causal-lm: the loss without logits, or torch's."),
     ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Directory to keep in what the frozen layers compute of each sample.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     device: Device = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initialisation, order and dropout.")] = None,
@@ -85,6 +88,7 @@ def tune(
             "train.batch_size": batch_size,
             "train.loss": loss,
             "train.fused_loss": fused_loss,
+            "train.cache": cache,
             "train.precision": precision,
             "train.device": device,
             "train.seed": seed,

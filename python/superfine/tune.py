@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from superfine import checkpoint, hf
 from superfine._files import atomic_write
 from superfine._memory import PeakMemory
+from superfine._tune_cache import FilledCache
 from superfine.config import Config, differing_keys, load_config, to_toml
 from superfine.data import Splits, load_splits
 from superfine.delta import base_hash, load_delta, save_delta
@@ -107,6 +109,8 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
     listener.stage(4, "set optimizer")
     optimizer = plan.optimizer(config.optimizer.name, **config.optimizer.arguments())
     listener.note(_describe_optimizer(config))
+    # Filled before the run counts as begun: stopped here, there is nothing to resume.
+    cache = _fill_cache(config, plan, [encoded["train"], encoded["validation"]], listener)
 
     listener.stage(5, "train with validation")
     if not resume:
@@ -131,16 +135,18 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
     else:
         trainer.restore(state)
         listener.note(f"continuing after step {trainer.progress.step} of {trainer.total}")
-    with PeakMemory(device) as memory:
+    with PeakMemory(device) as memory, cache or nullcontext():
         trainer.run()
     delta = directory / "delta.safetensors"
     save_delta(model, plan, delta, extra=_delta_notes(config, task, model))
     summary = _summarise(trainer, plan, log, delta, memory)
+    if cache is not None:
+        summary |= cache.summary(summary["seconds"], summary["epochs"])
     if memory.peak is not None and memory.before is not None:
         listener.note(
             f"memory: {memory.before / 1e6:,.0f} MB before, {memory.peak / 1e6:,.0f} MB at the peak of training"
         )
-    del trainer, optimizer, model, plan
+    del trainer, optimizer, model, plan, cache
 
     # The tuned model is what anyone gets who puts the saved delta on the base: so that is what is tested.
     listener.stage(6, "evaluate on the test split")
@@ -233,6 +239,12 @@ def _use_fused_loss(model: Any, config: Config) -> None:
             hf.use_fused_loss(model, logits=False)
         except ValueError as error:
             raise ValueError(f"{error}, or train.fused_loss = false") from error
+
+
+def _fill_cache(config: Config, plan: Plan, splits: list[Any], listener: Listener) -> FilledCache | None:
+    if config.train.cache is None:
+        return None
+    return FilledCache(plan.model, plan, config, splits, listener)
 
 
 def _counts(splits: Splits, encoded: dict[str, hf.Encoded]) -> dict[str, Any]:
