@@ -181,7 +181,8 @@ class _OtherFile(_Section):
 
     @property
     def text_columns(self) -> tuple[str, ...] | None:
-        return (self.text,) if isinstance(self.text, str) else self.text and tuple(self.text)
+        text = [self.text] if isinstance(self.text, str) else self.text
+        return None if text is None else tuple(text)
 
 
 class ReplayConfig(_OtherFile):

@@ -81,4 +81,7 @@ def of_dict(values: Any) -> Task:
     if kind not in TASKS:
         raise ValueError(f"task: kind is {kind!r}; expected one of {', '.join(TASKS)}")
     own = {entry.name for entry in fields(TASKS[kind])}  # the first version wrote `pack` for every task
-    return TASKS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in own})
+    arguments: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in own
+    }
+    return TASKS[kind](**arguments)

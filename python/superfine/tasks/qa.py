@@ -58,7 +58,8 @@ class QuestionAnswering(Task):
 
         The start of a text stands in ``answer_start``, of the answers or of the record, or is searched for.
         """
-        value, context = record.get(name), str(record.get(self.text[-1]))
+        value: Any = record.get(name)
+        context = str(record.get(self.text[-1]))
         starts: Any = record.get("answer_start")
         if isinstance(value, dict):
             value, starts = value.get("text"), value.get("answer_start")
