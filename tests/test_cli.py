@@ -16,7 +16,7 @@ from superfine import hf
 from superfine import tune as tuning
 from superfine.cli import app
 from superfine.evaluate import load_run
-from superfine.task import Task
+from superfine.tasks import Classification, of_config, of_settings
 from superfine.trainer import Listener
 from tiny_models import sentiment_rows, tiny_bert, write_csv
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -187,7 +187,7 @@ def test_sigterm_stops_a_process_with_143_and_a_resumable_run(base, data, tmp_pa
 
 def test_eval_of_a_run_gives_its_test_scores_on_its_test_rows(run, data, tmp_path):
     config = tuning.load_config(run / "config.toml")
-    test = tuning.load_splits(config.data, config.train.loss).test
+    test = tuning.load_splits(config.data, of_settings(config)).test
     rows = [(text, label) for (text,), label in zip(test.texts, test.labels, strict=True)]
     path, out = write_csv(tmp_path / "test.csv", rows), tmp_path / "scores.json"
     done = superfine("eval", run, "--data", path, "--json", out, "--batch-size", 8)
@@ -219,7 +219,7 @@ def test_eval_reads_other_columns_and_a_moved_base(run, base, tmp_path):
     ("arguments", "message"),
     [
         (["{tmp}/none", "--data", "{data}"], "is not a folder; expected a Hugging Face model folder"),
-        (["{base}", "--data", "{data}"], "has no classifier.bias; expected a tuned classifier"),
+        (["{base}", "--data", "{data}"], "has no classifier.bias; expected a model tuned for classification"),
         (["{base}", "--data", "{data}", "--base", "{base}"], "is no run directory"),
         (["{run}", "--data", "{tmp}/none.csv"], "none.csv is not a file"),
         (["{run}", "--data", "{data}", "--label", "mood"], "has no column 'mood'"),
@@ -280,8 +280,8 @@ def test_a_merged_binary_classifier_keeps_its_task(base, data, tmp_path):
     arguments = ["--data", data, "--model", base, "--output", tmp_path / "run", "--epochs", 1, *OPTIONS]
     assert superfine("tune", *arguments, "--loss", "binary_cross_entropy").exit_code == 0
     assert superfine("merge", tmp_path / "run", tmp_path / "merged").exit_code == 0
-    task = Task.of_config(hf.load_config(str(tmp_path / "merged")))
-    assert task == Task("binary_cross_entropy", ("negative", "positive"), ("text",), "label", 32)
+    task = of_config(hf.load_config(str(tmp_path / "merged")))
+    assert task == Classification("binary_cross_entropy", ("negative", "positive"), ("text",), "label", 32)
     assert superfine("eval", tmp_path / "merged", "--data", data).exit_code == 0
 
 

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from superfine.config import DataConfig
 from superfine.data import Rows, load_splits, read_rows, remove_duplicates, stratified_split
+from superfine.labels import number_label
+from superfine.tasks import Classification, Regression
 from tiny_models import sentiment_rows, write_csv, write_jsonl
 
 
@@ -60,7 +62,7 @@ def test_two_text_columns_make_pairs(tmp_path):
 
 
 def test_numbers_are_read_for_regression(tmp_path):
-    assert read(file(tmp_path, "text,label\na,-0.5\nb,1e3\n"), numeric=True).labels == [-0.5, 1000.0]
+    assert read(file(tmp_path, "text,label\na,-0.5\nb,1e3\n"), parse=number_label).labels == [-0.5, 1000.0]
 
 
 def test_other_encodings_by_name(tmp_path):
@@ -110,7 +112,7 @@ def test_bad_files_are_errors_that_say_where(tmp_path, content, name, message):
 @pytest.mark.parametrize("value", ["x", "nan", "inf"])
 def test_regression_needs_finite_numbers(tmp_path, value):
     with pytest.raises(ValueError, match=r"line 2 \(label is "):
-        read(file(tmp_path, f"text,label\na,{value}\n"), numeric=True)
+        read(file(tmp_path, f"text,label\na,{value}\n"), parse=number_label)
 
 
 def test_a_missing_file_is_an_error(tmp_path):
@@ -143,7 +145,7 @@ def test_equal_means_exactly_equal():
 def test_a_text_in_two_files_stays_in_the_held_out_one(tmp_path):
     train = write_csv(tmp_path / "train.csv", [*sentiment_rows(30), ("leak", "positive")])
     test = write_csv(tmp_path / "test.csv", [("leak", "positive"), ("other", "negative")])
-    splits = load_splits(DataConfig(path=str(train), test=str(test)), "cross_entropy")
+    splits = load_splits(DataConfig(path=str(train), test=str(test)), Classification())
     assert ("leak",) in splits.test.texts
     assert ("leak",) not in splits.train.texts + splits.validation.texts
     assert splits.duplicates == 1
@@ -190,7 +192,7 @@ def test_load_splits_reports_what_it_did(tmp_path):
     rows = sentiment_rows(40)
     content = [*rows, rows[0], (rows[1][0], "positive"), ("", "positive"), ("rare one", "mixed")]
     splits = load_splits(
-        DataConfig(path=str(write_csv(tmp_path / "d.csv", content)), on_bad_line="skip"), "cross_entropy"
+        DataConfig(path=str(write_csv(tmp_path / "d.csv", content)), on_bad_line="skip"), Classification()
     )
     assert (splits.skipped, splits.duplicates, splits.conflicts) == (1, 2, 1)
     assert splits.labels == ("mixed", "negative", "positive")
@@ -200,37 +202,41 @@ def test_load_splits_reports_what_it_did(tmp_path):
 
 def test_integer_classes_are_ordered_by_number(tmp_path):
     rows = [(f"text {i}", str(i % 11)) for i in range(66)]
-    splits = load_splits(DataConfig(path=str(write_csv(tmp_path / "d.csv", rows))), "cross_entropy")
+    splits = load_splits(DataConfig(path=str(write_csv(tmp_path / "d.csv", rows))), Classification())
     assert splits.labels == tuple(map(str, range(11)))
 
 
 def test_limit_draws_by_seed(tmp_path):
     path = str(write_csv(tmp_path / "d.csv", sentiment_rows(60)))
-    chosen = [load_splits(DataConfig(path=path, limit=20, seed=seed), "cross_entropy") for seed in (0, 0, 1)]
+    chosen = [load_splits(DataConfig(path=path, limit=20, seed=seed), Classification()) for seed in (0, 0, 1)]
     sizes = [len(splits.train) + len(splits.validation) + len(splits.test) for splits in chosen]
     assert sizes == [20, 20, 20]
     assert chosen[0].fingerprint() == chosen[1].fingerprint() != chosen[2].fingerprint()
 
 
 @pytest.mark.parametrize(
-    ("rows", "loss", "message"),
+    ("rows", "task", "message"),
     [
-        ([("a", "x"), ("b", "x"), ("c", "x")], "cross_entropy", r"only one class \('x'\) to train on"),
-        ([(f"t{i}", "xyz"[i % 3]) for i in range(9)], "binary_cross_entropy", "3 classes; expected two"),
-        ([("a", "x"), ("b", "y")], "cross_entropy", "the validation split is empty"),
-        ([("a", "1"), ("b", "2")], "mse", "the validation split is empty"),
+        ([("a", "x"), ("b", "x"), ("c", "x")], Classification(), r"only one class \('x'\) to train on"),
+        (
+            [(f"t{i}", "xyz"[i % 3]) for i in range(9)],
+            Classification("binary_cross_entropy"),
+            "3 classes; expected two",
+        ),
+        ([("a", "x"), ("b", "y")], Classification(), "the validation split is empty"),
+        ([("a", "1"), ("b", "2")], Regression(), "the validation split is empty"),
     ],
 )
-def test_data_that_cannot_train_is_an_error(tmp_path, rows, loss, message):
+def test_data_that_cannot_train_is_an_error(tmp_path, rows, task, message):
     with pytest.raises(ValueError, match=message):
-        load_splits(DataConfig(path=str(write_csv(tmp_path / "d.csv", rows))), loss)
+        load_splits(DataConfig(path=str(write_csv(tmp_path / "d.csv", rows))), task)
 
 
 def test_a_class_that_only_the_test_file_has_is_an_error(tmp_path):
     train = write_csv(tmp_path / "train.csv", sentiment_rows(20))
     test = write_csv(tmp_path / "test.csv", [("odd", "mixed")])
     with pytest.raises(ValueError, match="the test split has the class 'mixed', which no training row has"):
-        load_splits(DataConfig(path=str(train), test=str(test)), "cross_entropy")
+        load_splits(DataConfig(path=str(train), test=str(test)), Classification())
 
 
 # ---------------------------------------------------------------- datasets
@@ -239,7 +245,7 @@ def test_a_class_that_only_the_test_file_has_is_an_error(tmp_path):
 def test_without_the_datasets_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="pip install datasets"):
-        load_splits(DataConfig(dataset="imdb"), "cross_entropy")
+        load_splits(DataConfig(dataset="imdb"), Classification())
 
 
 class FakeTable(list):
@@ -262,7 +268,7 @@ def test_dataset_splits_and_class_names_are_used(monkeypatch):
     module = ModuleType("datasets")
     module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
-    splits = load_splits(DataConfig(dataset="imdb", test="test"), "cross_entropy")
+    splits = load_splits(DataConfig(dataset="imdb", test="test"), Classification())
     assert calls == [("imdb", None, "train"), ("imdb", None, "test")]
     assert splits.labels == ("neg", "pos")
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (18, 2, 20)
@@ -273,4 +279,4 @@ def test_unlabelled_dataset_rows_are_bad_lines(monkeypatch):
     module.load_dataset = lambda *_, **__: FakeTable([{"text": "a", "label": 1}, {"text": "b", "label": -1}])
     monkeypatch.setitem(sys.modules, "datasets", module)
     with pytest.raises(ValueError, match=r"imdb \(train\) has 1 unreadable line, the first is line 2"):
-        load_splits(DataConfig(dataset="imdb"), "cross_entropy")
+        load_splits(DataConfig(dataset="imdb"), Classification())

@@ -7,14 +7,14 @@ import torch
 from superfine import hf
 from superfine.data import Rows, read_rows
 from superfine.evaluate import evaluate
-from superfine.task import Task
+from superfine.tasks import Classification, Regression
 from tiny_models import sentiment_rows, write_csv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_macro_f1_and_accuracy_by_hand():
-    task = Task("cross_entropy", ("a", "b", "c"))
+    task = Classification("cross_entropy", ("a", "b", "c"))
     predicted = torch.tensor([0, 0, 1, 1, 1])
     scores = task.metrics(torch.eye(3)[predicted], torch.tensor([0, 1, 1, 1, 0]))
     assert scores["confusion"] == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
@@ -23,7 +23,7 @@ def test_macro_f1_and_accuracy_by_hand():
 
 
 def test_pearson_is_undefined_for_a_constant():
-    task = Task("mse")
+    task = Regression()
     assert task.metrics(torch.ones(3, 1), torch.tensor([1.0, 2.0, 3.0]))["pearson"] is None
     scores = task.metrics(torch.tensor([[2.0], [4.0], [6.0]]), torch.tensor([1.0, 2.0, 3.0]))
     assert scores["pearson"] == pytest.approx(1)
@@ -31,7 +31,7 @@ def test_pearson_is_undefined_for_a_constant():
 
 
 def test_evaluation_does_not_depend_on_the_batch_size_and_restores_modes(base):
-    task = Task("cross_entropy", ("negative", "positive"), max_length=32)
+    task = Classification("cross_entropy", ("negative", "positive"), max_length=32)
     tokenizer = hf.load_tokenizer(str(base))
     model, _ = hf.load_model(str(base), task, seed=0)
     texts, labels = zip(*sentiment_rows(11), strict=True)
@@ -47,7 +47,7 @@ def test_evaluation_does_not_depend_on_the_batch_size_and_restores_modes(base):
 
 
 def test_batches_are_padded_to_their_longest_text(base):
-    task = Task("cross_entropy", ("x",), max_length=6)
+    task = Classification("cross_entropy", ("x",), max_length=6)
     tokenizer = hf.load_tokenizer(str(base))
     encoded = hf.encode(Rows([("good",), ("bad film",), ("a " * 20,)], ["x"] * 3), tokenizer, task)
     assert encoded.lengths() == [3, 4, 6]
@@ -70,4 +70,4 @@ def test_the_order_of_an_epoch_is_the_same_everywhere():
 def test_an_unknown_label_is_an_error(tmp_path):
     rows = read_rows(write_csv(tmp_path / "d.csv", [("a", "positve")]), ("text",), "label")
     with pytest.raises(ValueError, match="label is 'positve'; expected one of 'negative', 'positive'"):
-        Task("cross_entropy", ("negative", "positive")).targets(rows.labels)
+        Classification("cross_entropy", ("negative", "positive")).targets(rows.labels)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from superfine import checkpoint
 from superfine import tune as tuning
-from superfine.task import Task
+from superfine.tasks import Classification
 from superfine.tune import Interrupted, tune
 from tiny_models import sentiment_rows, tiny_bert, write_csv
 from tune_runs import At, CrashError, Recorder, assert_same_run, crash, settings
@@ -56,7 +56,7 @@ def test_an_interrupted_run_finishes_its_step_saves_and_resumes(base, data, tmp_
 
 def test_an_interrupt_during_validation_resumes_to_the_same_bits(base, data, tmp_path, unbroken, monkeypatch):
     config = settings(base, data, tmp_path / "run")
-    loss_of = Task.loss_of
+    loss_of = Classification.loss_of
 
     def interrupted(self, logits, targets, label_smoothing=0.0):
         if not torch.is_grad_enabled():
@@ -64,7 +64,7 @@ def test_an_interrupt_during_validation_resumes_to_the_same_bits(base, data, tmp
         return loss_of(self, logits, targets, label_smoothing)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Task, "loss_of", interrupted)
+        patch.setattr(Classification, "loss_of", interrupted)
         with pytest.raises(Interrupted):
             tune(config)
     assert checkpoint.load_state(tmp_path / "run" / "checkpoint")["progress"]["validated_step"] == 0

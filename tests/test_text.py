@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from superfine.config import DataConfig
 from superfine.data import Rows, load_splits
+from superfine.tasks import CausalLM
 from superfine.text import blocks, cut, read_text
 from tiny_models import story, write_csv, write_jsonl
 
@@ -161,7 +162,7 @@ def test_splits_of_plain_text_and_of_files_for_the_held_out_parts(tmp_path):
     (tmp_path / "train.txt").write_text(story(40))
     (tmp_path / "test.txt").write_text("this is the test\n")
     config = DataConfig(path=str(tmp_path / "train.txt"), test=str(tmp_path / "test.txt"))
-    splits = load_splits(config, "cross_entropy", labelled=False)
+    splits = load_splits(config, CausalLM())
     assert splits.labels == ()
     assert splits.notes == []
     assert joined(splits.test) == "this is the test\n"
@@ -171,7 +172,7 @@ def test_splits_of_plain_text_and_of_files_for_the_held_out_parts(tmp_path):
 def test_splits_of_rows_draw_whole_rows_without_duplicates(tmp_path):
     texts = [f"text {i}" for i in range(30)]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in [*texts, *texts[:5]]])
-    splits = load_splits(DataConfig(path=str(path)), "cross_entropy", labelled=False)
+    splits = load_splits(DataConfig(path=str(path)), CausalLM())
     assert (len(splits.train), len(splits.validation), len(splits.test), splits.duplicates) == (24, 3, 3, 5)
     found = [text for part in (splits.train, splits.validation, splits.test) for (text,) in part.texts]
     assert sorted(found) == sorted(texts)
@@ -180,13 +181,13 @@ def test_splits_of_rows_draw_whole_rows_without_duplicates(tmp_path):
 def test_a_text_too_short_to_be_cut_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("word\n")
     with pytest.raises(ValueError, match=r"data: the \w+ split is empty; expected more text"):
-        load_splits(DataConfig(path=str(tmp_path / "a.txt")), "cross_entropy", labelled=False)
+        load_splits(DataConfig(path=str(tmp_path / "a.txt")), CausalLM())
 
 
 def test_a_limit_does_not_go_with_one_long_text(tmp_path):
     (tmp_path / "a.txt").write_text(story(40))
     with pytest.raises(ValueError, match="data: limit is 3; expected none with a plain text file"):
-        load_splits(DataConfig(path=str(tmp_path / "a.txt"), limit=3), "cross_entropy", labelled=False)
+        load_splits(DataConfig(path=str(tmp_path / "a.txt"), limit=3), CausalLM())
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------

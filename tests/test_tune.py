@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from superfine import hf, trainer
 from superfine.evaluate import evaluate, load_run
-from superfine.task import Task
+from superfine.tasks import Classification
 from superfine.tune import tune
 from tiny_models import sentiment_rows, tiny_bert, write_csv
 from tune_runs import Recorder, assert_same_run, events, of_kind, settings
@@ -127,7 +127,7 @@ def test_mse_is_regression(base, tmp_path):
         optimizer__lr=5e-3,
     )
     result = tune(config)
-    assert set(result.test) == {"loss", "mse", "mae", "pearson"}
+    assert set(result.test) == {"loss", "mse", "mae", "pearson", "spearman"}
     assert result.test["mse"] == pytest.approx(result.test["loss"], rel=1e-5)
     assert result.test["mse"] < 0.3 * result.baseline["mse"]
     assert result.test["pearson"] > 0.8
@@ -211,7 +211,7 @@ def test_early_stopping_counts_validations_without_improvement(base, data, tmp_p
 
 
 def test_labels_keep_the_order_of_a_base_that_has_them(base, data, tmp_path):
-    model, _ = hf.load_model(str(base), Task("cross_entropy", ("positive", "negative")), seed=3)
+    model, _ = hf.load_model(str(base), Classification("cross_entropy", ("positive", "negative")), seed=3)
     model.save_pretrained(tmp_path / "classifier")
     hf.load_tokenizer(str(base)).save_pretrained(tmp_path / "classifier")
     result = tune(settings(tmp_path / "classifier", data, tmp_path / "run", train__epochs=1))
@@ -219,7 +219,7 @@ def test_labels_keep_the_order_of_a_base_that_has_them(base, data, tmp_path):
 
 
 def test_a_head_of_another_size_is_replaced(base, data, tmp_path):
-    model, _ = hf.load_model(str(base), Task("cross_entropy", ("a", "b", "c")), seed=3)
+    model, _ = hf.load_model(str(base), Classification("cross_entropy", ("a", "b", "c")), seed=3)
     model.save_pretrained(tmp_path / "classifier")
     hf.load_tokenizer(str(base)).save_pretrained(tmp_path / "classifier")
     told = Recorder()

@@ -113,10 +113,10 @@ def test_the_first_loss_is_the_mean_over_all_tokens_of_the_step(llama, tmp_path)
     config = settings(llama, data, tmp_path / "run", **options)
     tune(config)
     from superfine.data import load_splits
-    from superfine.task import Task
+    from superfine.tasks import CausalLM
 
-    task = Task("cross_entropy", max_length=32, kind="causal-lm", pack=False)
-    rows = load_splits(config.data, "cross_entropy", labelled=False).train
+    task = CausalLM(max_length=32, pack=False)
+    rows = load_splits(config.data, CausalLM()).train
     encoded = hf.encode(rows, hf.load_tokenizer(str(llama)), task)
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64)
     total, count = 0.0, 0
@@ -149,10 +149,10 @@ def test_a_crashed_run_resumes_to_the_same_bits(llama, text, run, tmp_path, step
 
 def test_batches_are_padded_with_labels_that_do_not_count(llama):
     from superfine.data import Rows
-    from superfine.task import Task
+    from superfine.tasks import CausalLM
 
     tokenizer = hf.load_tokenizer(str(llama))
-    task = Task("cross_entropy", max_length=8, kind="causal-lm", pack=False)
+    task = CausalLM(max_length=8, pack=False)
     texts = [("the film",), ("the film was very <end> bad .",), ("good",)]
     encoded = hf.encode(Rows(texts, [None] * 3), tokenizer, task)
     assert len(encoded) == 2, "a single token predicts nothing"
@@ -187,7 +187,7 @@ def test_eval_merge_and_generate(run, llama, text, tmp_path):
         kind.from_pretrained(tmp_path / "merged") for kind in (AutoModelForCausalLM, AutoTokenizer)
     )
     tuned, task, _ = load_run(run)
-    assert task.is_language_model
+    assert task.kind == "causal-lm"
     for name, value in tuned.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     ids = tokenizer("this is", return_tensors="pt").input_ids
@@ -246,7 +246,7 @@ def test_a_model_that_cannot_do_without_logits_says_how_to_go_on(llama, text, tm
     def refuse(model, **options):
         raise ValueError("use_fused_loss: expected another model")
 
-    monkeypatch.setattr(hf, "use_fused_loss", refuse)
+    monkeypatch.setattr("superfine.tasks.causal_lm.use_fused_loss", refuse)
     with pytest.raises(ValueError, match=r"expected another model, or train.fused_loss = false"):
         tune(settings(llama, text, tmp_path / "run"))
     assert evaluate_saved(llama, text)["rows"] == 1  # by its own loss
@@ -286,9 +286,9 @@ def test_the_end_token_trains_though_it_pads(llama, text, tmp_path):
 
 def test_scores_weigh_every_token_alike(llama, tmp_path):
     from superfine.data import Rows
-    from superfine.task import Task
+    from superfine.tasks import CausalLM
 
-    task = Task("cross_entropy", max_length=32, kind="causal-lm", pack=False)
+    task = CausalLM(max_length=32, pack=False)
     texts = [(story(1, seed=i)[: 12 + 15 * i],) for i in range(7)]  # batches of 2: short and long ones apart
     encoded = hf.encode(Rows(texts, [None] * 7), hf.load_tokenizer(str(llama)), task)
     model = AutoModelForCausalLM.from_pretrained(llama)

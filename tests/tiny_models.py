@@ -11,13 +11,22 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel, WordPiece
 from tokenizers.normalizers import Lowercase
-from tokenizers.pre_tokenizers import BertPreTokenizer, Whitespace
+from tokenizers.pre_tokenizers import BertPreTokenizer, Whitespace, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 POSITIVE = ("good", "great", "lovely", "happy", "superb")
 NEGATIVE = ("bad", "awful", "sad", "poor", "terrible")
 NEUTRAL = ("the", "a", "film", "day", "is", "was", "this", "very", "and", "it", "we", "saw")
+GERMAN = ("das", "ein", "Film", "Tag", "ist", "war", "dies", "sehr", "und", "es", "wir", "sahen")
 
 
 def tiny_bert(folder: Path, *, seed: int = 0, layers: int = 2, dropout: float = 0.1) -> Path:
@@ -91,6 +100,59 @@ def tiny_llama(folder: Path, *, seed: int = 0, tied: bool = False) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_t5(folder: Path, *, seed: int = 0, dropout: float = 0.1) -> Path:
+    """A T5ForConditionalGeneration of about 40,000 parameters and its tokenizer, which closes texts by itself."""
+    vocabulary = ["<pad>", "</s>", "<unk>", "de:", *NEUTRAL, *GERMAN, *map(str, range(10))]
+    core = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    core.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+    )
+    config = T5Config(
+        vocab_size=len(vocabulary),
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=dropout,
+        decoder_start_token_id=0,
+    )
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def translation_rows(n: int, *, seed: int = 0) -> list[tuple[str, str]]:
+    """``n`` different pairs of a sentence and its translation, word by word."""
+    generator = random.Random(seed)
+    rows: dict[tuple[str, str], None] = {}
+    while len(rows) < n:
+        words = [generator.randrange(len(NEUTRAL)) for _ in range(generator.randint(2, 6))]
+        rows[" ".join(NEUTRAL[i] for i in words), " ".join(GERMAN[i] for i in words)] = None
+    return list(rows)
+
+
+def question_rows(n: int, *, seed: int = 0) -> list[dict[str, object]]:
+    """``n`` SQuAD-like questions; the answer is the number after the word that is asked for."""
+    generator = random.Random(seed)
+    rows = []
+    for index in range(n):
+        words = generator.sample(POSITIVE + NEGATIVE, 4)
+        numbers = generator.sample(range(10), 4)
+        context = f"{index} " + " ".join(
+            f"{word} is {number}" for word, number in zip(words, numbers, strict=True)
+        )
+        word, number = words[index % 4], str(numbers[index % 4])
+        start = context.index(f"{word} is {number}") + len(word) + 4
+        answers = {"text": [number], "answer_start": [start]}
+        rows.append({"id": str(index), "question": f"{word} is", "context": context, "answers": answers})
+    return rows
 
 
 def story(paragraphs: int, *, seed: int = 0) -> str:

@@ -29,15 +29,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Text = Annotated[list[str] | None, typer.Option(help="Text column; give it twice for sentence pairs.")]
-Label = Annotated[str | None, typer.Option(help="Label column.")]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(help="Text column; give it twice for sentence pairs, or for question and context."),
+]
+Label = Annotated[str | None, typer.Option(help="Label column: class, number, target text or answers.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 
 
 @app.command()
 def tune(
     config: Annotated[Path | None, typer.Argument(help="TOML file; the flags below go over it.")] = None,
-    task: Annotated[str | None, typer.Option(help="classification (the default) or causal-lm.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="classification (the default), regression, causal-lm, translation or qa."),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -56,7 +62,9 @@ def tune(
     loss: Annotated[str | None, typer.Option(help="cross_entropy, binary_cross_entropy or mse.")] = None,
     fused_loss: Annotated[
         bool | None,
-        typer.Option("--fused-loss/--eager-loss", help="causal-lm: the loss without logits, or torch's."),
+        typer.Option(
+            "--fused-loss/--eager-loss", help="causal-lm, translation: the loss without logits, or torch's."
+        ),
     ] = None,
     cache: Annotated[
         str | None, typer.Option(help="Directory to keep in what the frozen layers compute of each sample.")
@@ -70,7 +78,7 @@ def tune(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a classifier or a language model: data, model, selection, optimizer, training, test."""
+    """Fine-tune a model for a task: data, model, selection, optimizer, training, test."""
     with errors(debug):
         from superfine.config import parse_override
 
@@ -112,6 +120,8 @@ def tune(
             typer.echo(f"interrupted; continue with: {again}", err=True)
             raise typer.Exit(128 + stop.signum if isinstance(stop, Interrupted) else 130) from None
         print_scores(shown, "Test split", {"base": result.baseline, "tuned": result.test})
+        if result.original is not None:
+            print_scores(shown, "Original task, held back", result.original)
         for name in ("delta.safetensors", "metrics.jsonl", "curves.png", "report.html"):
             if (result.directory / name).is_file():
                 shown.print(f"    {result.directory / name}", markup=False, highlight=False, soft_wrap=True)
@@ -120,7 +130,7 @@ def tune(
 @app.command("eval")
 def evaluate(
     saved: Annotated[
-        Path, typer.Argument(help="Run directory, or folder of a classifier or language model.")
+        Path, typer.Argument(help="Run directory, or folder of a model with a head for one of the tasks.")
     ],
     data: Annotated[
         Path,

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -77,7 +77,7 @@ class ModelConfig(_Section):
     """The pretrained model."""
 
     name: str  # a local Hugging Face folder, or a hub name
-    task: Literal["classification", "causal-lm"] = "classification"  # or regression, by train.loss
+    task: Literal["classification", "regression", "causal-lm", "translation", "qa"] = "classification"
 
 
 class SelectConfig(_Section):
@@ -168,13 +168,65 @@ class OutputConfig(_Section):
     directory: str
 
 
+class TranslationConfig(_Section):
+    """``model.task = "translation"``."""
+
+    prefix: str = ""  # before every source: "translate English to German: " for T5
+    max_target_length: int = Field(default=128, ge=2)  # tokens
+    generate: Literal["never", "test", "validation"] = (
+        "test"  # when text is written and scored by chrF and BLEU
+    )
+
+
+class QAConfig(_Section):
+    """``model.task = "qa"``."""
+
+    stride: int = Field(default=128, ge=0)  # tokens that two windows of a long context share
+    n_best: int = Field(default=20, ge=1)  # first and last tokens of a window that are tried with each other
+    max_answer_length: int = Field(default=30, ge=1)  # tokens
+    impossible: bool = False  # questions without an answer are allowed
+
+
+class _OtherFile(_Section):
+    path: str
+    text: str | list[str] | None = None  # columns; None: as in [data]
+    label: str | None = None
+
+    @property
+    def text_columns(self) -> tuple[str, ...] | None:
+        text = [self.text] if isinstance(self.text, str) else self.text
+        return None if text is None else tuple(text)
+
+
+class ReplayConfig(_OtherFile):
+    """Samples of the task that the model knows already, mixed into the training against forgetting."""
+
+    fraction: float = Field(default=0.1, gt=0, lt=1)  # of the samples of an epoch
+
+
+class OriginalConfig(_OtherFile):
+    """Held-back samples of the task that the model knows already: scored before and after."""
+
+
 # What differs from the defaults above, as they suit classification.
 TASK_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "regression": {"train": {"loss": "mse"}},
     "causal-lm": {
         "data": {"max_length": 512},
         "select": {"parameters": ["last:2"]},  # the head is often tied to the embeddings
         "train": {"batch_size": 8},
-    }
+    },
+    "translation": {
+        "data": {"text": "source", "label": "target"},
+        "select": {"parameters": ["last:2"]},
+        "train": {"batch_size": 16},
+        "translation": {},
+    },
+    "qa": {
+        "data": {"text": ["question", "context"], "label": "answers", "max_length": 384},
+        "train": {"batch_size": 16},
+        "qa": {},
+    },
 }
 
 
@@ -186,6 +238,10 @@ class Config(_Section):
     select: SelectConfig = SelectConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    translation: TranslationConfig | None = None
+    qa: QAConfig | None = None
+    replay: ReplayConfig | None = None
+    original: OriginalConfig | None = None
     output: OutputConfig
 
     @model_validator(mode="before")
@@ -202,26 +258,33 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _check_task(self) -> Config:
-        if self.model.task == "classification":
-            if self.data.label in self.data.text_columns:
-                raise ValueError(
-                    f"data: label and text are both {self.data.label!r}; expected different columns"
-                )
-            if not self.train.fused_loss:
-                raise ValueError("train.fused_loss is false; expected it with model.task = 'causal-lm' only")
-            if not self.data.pack:
-                raise ValueError("data.pack is false; expected it with model.task = 'causal-lm' only")
-            return self
-        if self.train.loss != "cross_entropy":
+        task, labels = self.model.task, self.model.task in ("classification", "regression")
+        for section in ("translation", "qa"):
+            if getattr(self, section) is not None and task != section:
+                raise ValueError(f"[{section}] is given; expected it with model.task = {section!r} only")
+        if not self.train.fused_loss and task not in ("causal-lm", "translation"):
             raise ValueError(
-                f"train.loss is {self.train.loss!r}; expected 'cross_entropy' with {self.model.task}"
+                "train.fused_loss is false; expected it with model.task = 'causal-lm' and 'translation' only"
             )
-        if self.train.label_smoothing:
+        if not self.data.pack and task != "causal-lm":
+            raise ValueError("data.pack is false; expected it with model.task = 'causal-lm' only")
+        if task != "causal-lm" and self.data.label in self.data.text_columns:
+            raise ValueError(f"data: label and text are both {self.data.label!r}; expected different columns")
+        loss = "mse" if task == "regression" else "cross_entropy"
+        if task != "classification" and self.train.loss != loss:
+            raise ValueError(f"train.loss is {self.train.loss!r}; expected {loss!r} with {task}")
+        if self.train.label_smoothing and not labels:
             raise ValueError(
-                f"train.label_smoothing is {self.train.label_smoothing}; expected 0.0 with {self.model.task}"
+                f"train.label_smoothing is {self.train.label_smoothing}; expected 0.0 with {task}"
             )
-        if len(self.data.text_columns) != 1:
-            raise ValueError(f"data.text is {self.data.text!r}; expected one column with {self.model.task}")
+        if task == "qa" and len(self.data.text_columns) != 2:
+            raise ValueError(
+                f"data.text is {self.data.text!r}; expected two columns, question and context, with qa"
+            )
+        if task == "qa" and self.data.max_length < 16:
+            raise ValueError(f"data.max_length is {self.data.max_length}; expected at least 16 with qa")
+        if not labels and task != "qa" and len(self.data.text_columns) != 1:
+            raise ValueError(f"data.text is {self.data.text!r}; expected one column with {task}")
         return self
 
 
@@ -286,13 +349,12 @@ def to_toml(config: Config) -> str:
 def differing_keys(a: Config, b: Config) -> list[str]:
     """Dotted names of the keys whose values differ; where the run lies is no part of the comparison."""
     left, right = a.model_dump(), b.model_dump()
-    return [
-        f"{section}.{key}"
-        for section in left
-        if section != "output"
-        for key in left[section]
-        if left[section][key] != right[section][key]
-    ]
+    found = []
+    for section in left:
+        ours, theirs = left[section] or {}, right[section] or {}
+        if section != "output":
+            found += [f"{section}.{key}" for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    return found
 
 
 def _toml_value(value: Any) -> str:
@@ -336,6 +398,7 @@ def _explain(error: ValidationError) -> str:
 
 def _keys_at(location: list[str]) -> list[str]:
     section = Config.model_fields[location[0]].annotation if location else Config
+    section = next((kind for kind in get_args(section) if kind is not type(None)), section)  # X of X | None
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
 
 

@@ -6,31 +6,39 @@ before the split, because a text in both train and test makes the test score a m
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import importlib
-import io
 import json
-import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from superfine.config import DataConfig
+from superfine.labels import LabelParser, class_label, text_problem
+from superfine.records import Records, csv_records, decode, jsonl_records
 
-__all__ = ["Rows", "Splits", "decode", "load_splits", "read_rows", "remove_duplicates", "stratified_split"]
+if TYPE_CHECKING:
+    from superfine.tasks.base import Task
 
-# What a source yields: line number (from 1), the record or None, and what is wrong with it.
-Records = Iterator[tuple[int, "dict[str, Any] | None", str]]
+__all__ = [
+    "Rows",
+    "Splits",
+    "decode",
+    "fingerprint",
+    "load_splits",
+    "read_rows",
+    "remove_duplicates",
+    "stratified_split",
+]
 
 
 @dataclass
 class Rows:
-    """Samples: one text (or a pair) and one label each; labels are class names, floats for regression, or None."""
+    """Samples: one text (or a pair) and one label each, as its task reads it, or None."""
 
     texts: list[tuple[str, ...]] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
@@ -50,33 +58,37 @@ class Splits:
     train: Rows
     validation: Rows
     test: Rows
-    labels: tuple[str, ...]  # empty for regression and language models
+    labels: tuple[str, ...]  # empty but for classification
     skipped: int
     duplicates: int
     conflicts: int
     notes: list[str]
 
     def fingerprint(self) -> str:
-        """sha256 over every text and label of every split, in order: equal exactly when the data is."""
-        digest = hashlib.sha256()
-        for rows in (self.train, self.validation, self.test):
-            digest.update(json.dumps([rows.texts, rows.labels]).encode())
-        return digest.hexdigest()
+        """Equal exactly when the data is."""
+        return fingerprint([self.train, self.validation, self.test])
 
 
-def load_splits(config: DataConfig, loss: str, *, labelled: bool = True) -> Splits:
-    """Read, clean and split the data that ``config`` names, for one of the losses of ``superfine tune``.
+def fingerprint(parts: Sequence[Rows]) -> str:
+    """sha256 over every text and label, in order."""
+    digest = hashlib.sha256()
+    for rows in parts:
+        digest.update(json.dumps([rows.texts, rows.labels]).encode())
+    return digest.hexdigest()
 
-    Without ``labelled`` it is text for a language model, see ``superfine.text``.
+
+def load_splits(config: DataConfig, task: Task) -> Splits:
+    """Read, clean and split the data that ``config`` names, for a task (``superfine.tasks``), which reads it.
+
+    Rows that share what ``task.group`` says are in the same split.
 
     Raises ``ValueError`` or ``FileNotFoundError`` naming file, line or column: missing columns, unreadable
     lines (unless ``on_bad_line = "skip"``), empty texts, too few classes, too few rows.
     """
-    from superfine.text import cut, is_plain_text, read_text  # which imports this module
+    from superfine.text import cut, is_plain_text  # which imports this module
 
-    numeric = loss == "mse"
     plain = config.path is not None and is_plain_text(config.path)
-    if plain and labelled:
+    if plain and not task.plain_text:
         raise ValueError(
             f"data: {config.path} is plain text; expected .csv, .tsv or .jsonl, or model.task = 'causal-lm'"
             " (--task causal-lm)"
@@ -87,19 +99,9 @@ def load_splits(config: DataConfig, loss: str, *, labelled: bool = True) -> Spli
         )
 
     def read(name: str, split: str) -> Rows:
-        if config.path is not None and not labelled:
-            options = {"on_bad_line": config.on_bad_line, "encoding": config.encoding}
-            return read_text(name, config.text_columns[0], **options)
         if config.path is not None:
-            return read_rows(
-                name,
-                config.text_columns,
-                config.label,
-                numeric=numeric,
-                on_bad_line=config.on_bad_line,
-                encoding=config.encoding,
-            )
-        return _read_dataset(config, split, numeric, config.label if labelled else None)
+            return task.read(name, on_bad_line=config.on_bad_line, encoding=config.encoding)
+        return _read_dataset(config, split, task)
 
     parts = {"train": read(config.path or "", "train")}
     for name, value in (("validation", config.validation), ("test", config.test)):
@@ -118,13 +120,12 @@ def load_splits(config: DataConfig, loss: str, *, labelled: bool = True) -> Spli
         parts["train"] = parts["train"].take(sorted(drawn))
 
     fractions = [0.0 if isinstance(value, str) else value for value in (config.validation, config.test)]
-    classes = labelled and not numeric
-    groups = parts["train"].labels if classes else [""] * len(parts["train"])
     whole = parts["train"]
+    classes = whole.labels if task.classes else [""] * len(whole)
     if plain:
         drawn_parts = cut(whole, fractions[0], fractions[1], config.seed)
     else:
-        indices = stratified_split(groups, fractions[0], fractions[1], config.seed)
+        indices = _split_groups(whole, task, classes, fractions, config.seed)
         drawn_parts = (whole.take(indices[0]), whole.take(indices[1]), whole.take(indices[2]))
     for name, rows in zip(("train", "validation", "test"), drawn_parts, strict=True):
         if name == "train" or name not in parts:
@@ -132,10 +133,10 @@ def load_splits(config: DataConfig, loss: str, *, labelled: bool = True) -> Spli
 
     notes = [
         f"class {name!r} has {count} row{'s' if count > 1 else ''}: too few to split, all in train"
-        for name, count in sorted(Counter(groups).items())
-        if count < 3 and any(fractions) and classes
+        for name, count in sorted(Counter(classes).items())
+        if count < 3 and any(fractions) and task.classes
     ]
-    labels = _class_names(parts, config.label, loss) if classes else ()
+    labels = _class_names(parts, config.label, task.loss) if task.classes else ()
     for name, rows in parts.items():
         if not rows:
             more = "text" if plain else "rows"
@@ -150,11 +151,13 @@ def read_rows(
     text: Sequence[str],
     label: str | None,
     *,
-    numeric: bool = False,
+    parse: LabelParser = class_label,
     on_bad_line: str = "error",
     encoding: str = "utf-8",
 ) -> Rows:
     """Read a ``.csv``, ``.tsv`` or ``.jsonl`` file with a text column (or two) and a label column, or none.
+
+    ``parse`` makes the label of a record (``superfine.labels``).
 
     Raises ``FileNotFoundError``, or ``ValueError`` naming the file and the column or the first bad line.
     """
@@ -162,10 +165,10 @@ def read_rows(
     if not path.is_file():
         raise FileNotFoundError(f"data: {path} is not a file; expected a .csv, .tsv or .jsonl file")
     readers: dict[str, Callable[[str], tuple[list[str], Records]]] = {
-        ".csv": lambda content: _csv_records(content, ","),
-        ".tsv": lambda content: _csv_records(content, "\t"),
-        ".jsonl": _jsonl_records,
-        ".ndjson": _jsonl_records,
+        ".csv": lambda content: csv_records(content, ","),
+        ".tsv": lambda content: csv_records(content, "\t"),
+        ".jsonl": jsonl_records,
+        ".ndjson": jsonl_records,
     }
     if path.suffix.lower() not in readers:
         from superfine.text import PLAIN
@@ -177,7 +180,7 @@ def read_rows(
         wanted = " and ".join(filter(None, (", ".join(text), label)))
         raise ValueError(f"data: {path} is empty; expected rows with {wanted}")
     columns, records = readers[path.suffix.lower()](content)
-    return _check_rows(str(path), columns, records, text, label, numeric, on_bad_line)
+    return _check_rows(str(path), columns, records, text, label, parse, on_bad_line)
 
 
 def remove_duplicates(parts: Sequence[Rows]) -> tuple[list[Rows], int, int]:
@@ -227,84 +230,22 @@ def stratified_split(
     return sorted(train), sorted(held_out[0]), sorted(held_out[1])
 
 
-def decode(path: Path, encoding: str) -> str:
-    """The text of a file; ``ValueError`` naming the line and byte where it is not in ``encoding``."""
-    raw = path.read_bytes()
-    # Spreadsheets put a byte-order mark before UTF-8; it would become part of the first column's name.
-    codec = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8", "utf_8") else encoding
-    try:
-        return raw.decode(codec)
-    except LookupError:
-        raise ValueError(f"data: encoding is {encoding!r}; expected a codec such as utf-8") from None
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        guess = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
-        raise ValueError(
-            f"data: {path} is not {encoding}: line {line} has the byte 0x{raw[error.start]:02x};"
-            f' expected data.encoding = "{guess}", or what else the file was saved in'
-        ) from None
+def _split_groups(
+    rows: Rows, task: Task, classes: Sequence[str], fractions: Sequence[float], seed: int
+) -> tuple[list[int], list[int], list[int]]:
+    """``stratified_split`` of the rows, or of what they are grouped by, all rows of a group together."""
+    groups = [task.group(texts) for texts in rows.texts]
+    distinct = dict.fromkeys(groups)
+    if None in distinct or len(distinct) == len(rows):
+        return stratified_split(classes, fractions[0], fractions[1], seed)
+    drawn = stratified_split([""] * len(distinct), fractions[0], fractions[1], seed)
+    of_group = dict(zip(distinct, range(len(distinct)), strict=True))
+    parts = [set(part) for part in drawn]
+    first, second, third = ([i for i, g in enumerate(groups) if of_group[g] in part] for part in parts)
+    return first, second, third
 
 
-def _csv_records(content: str, delimiter: str) -> tuple[list[str], Records]:
-    lines = list(io.StringIO(content, newline=""))  # csv wants line ends untouched: quoted fields hold them
-
-    def parsed() -> Iterator[tuple[int, list[str] | None, str]]:
-        # A stray quote swallows lines until some later quote, so after an error reading goes on at the line
-        # after the one where the broken record began.
-        start = 0
-        while start < len(lines):
-            reader = csv.reader(lines[start:], strict=True, delimiter=delimiter)
-            first = start
-            try:
-                for fields in reader:
-                    yield first + 1, fields, ""
-                    first = start + reader.line_num
-                return
-            except csv.Error as error:
-                yield first + 1, None, str(error)
-                start = first + 1
-
-    records = parsed()
-    _, header, problem = next(records)
-    if header is None:
-        raise ValueError(f"data: the header cannot be read: {problem}")
-
-    def rows() -> Records:
-        for line, fields, problem in records:
-            if fields is None:
-                yield line, None, problem
-            elif len(fields) != len(header):
-                if fields:  # an empty line is no row
-                    yield line, None, f"{len(fields)} fields; expected {len(header)}"
-            else:
-                yield line, dict(zip(header, fields, strict=True)), ""
-
-    return header, rows()
-
-
-def _jsonl_records(content: str) -> tuple[list[str], Records]:
-    records: list[tuple[int, dict[str, Any] | None, str]] = []
-    columns: dict[str, None] = {}
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:  # JSONDecodeError, and integers of absurd length
-            records.append((number, None, f"not JSON: {error}"))
-            continue
-        if isinstance(value, dict):
-            records.append((number, value, ""))
-            columns.update(dict.fromkeys(value))
-        else:
-            records.append((number, None, f"a JSON {type(value).__name__}; expected an object"))
-    if not columns:
-        number, _, problem = records[0]
-        raise ValueError(f"data: no line holds a JSON object; line {number}: {problem}")
-    return list(columns), iter(records)
-
-
-def _read_dataset(config: DataConfig, split: str, numeric: bool, label: str | None) -> Rows:
+def _read_dataset(config: DataConfig, split: str, task: Task) -> Rows:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
@@ -313,6 +254,7 @@ def _read_dataset(config: DataConfig, split: str, numeric: bool, label: str | No
             " or use data.path with a .csv or .jsonl file"
         ) from None
     table = datasets.load_dataset(config.dataset, config.dataset_config, split=split)
+    label = None if task.plain_text else task.label
     names = getattr(table.features.get(label), "names", None)  # a ClassLabel stores indices
 
     def records() -> Records:
@@ -328,9 +270,9 @@ def _read_dataset(config: DataConfig, split: str, numeric: bool, label: str | No
         f"{config.dataset} ({split})",
         list(table.column_names),
         records(),
-        config.text_columns,
+        task.text,
         label,
-        numeric,
+        task.parse_label,
         config.on_bad_line,
     )
 
@@ -341,7 +283,7 @@ def _check_rows(
     records: Records,
     text: Sequence[str],
     label: str | None,
-    numeric: bool,
+    parse: LabelParser,
     on_bad_line: str,
 ) -> Rows:
     wanted = (*text, label) if label is not None else tuple(text)
@@ -359,9 +301,9 @@ def _check_rows(
     for line, record, problem in records:
         value: Any = None
         if record is not None:
-            problem = next((p for p in (_text_problem(record, name) for name in text) if p), "")
+            problem = next((p for p in (text_problem(record, name) for name in text) if p), "")
             if not problem and label is not None:
-                value, problem = _label_value(record.get(label), label, numeric)
+                value, problem = parse(record, label)
         if problem:
             rows.skipped += 1
             first_problem = first_problem or f"line {line} ({problem})"
@@ -376,33 +318,6 @@ def _check_rows(
     if not rows:
         raise ValueError(f"data: {where} has no usable row; expected at least one")
     return rows
-
-
-def _text_problem(record: dict[str, Any], name: str) -> str:
-    value = record.get(name)
-    if not isinstance(value, str):
-        return f"{name} is {value!r}; expected text" if name in record else f"no key {name!r}"
-    return "" if value.strip() else f"{name} is empty"
-
-
-def _label_value(value: Any, name: str, numeric: bool) -> tuple[Any, str]:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None, f"{name} is empty"
-    if numeric:
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            return None, f"{name} is {value!r}; expected a number for loss = 'mse'"
-        if math.isfinite(number):
-            return number, ""
-        return None, f"{name} is {number}; expected a finite number"
-    if isinstance(value, bool):
-        return str(value).lower(), ""
-    if isinstance(value, (str, int)):
-        return str(value).strip(), ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value)), ""
-    return None, f"{name} is {value!r}; expected a class name (for numbers use loss = 'mse')"
 
 
 def _class_names(parts: dict[str, Rows], column: str, loss: str) -> tuple[str, ...]:

@@ -21,6 +21,11 @@ METRICS = {
     "mse": "mean squared error",
     "mae": "mean absolute error",
     "pearson": "Pearson r",
+    "spearman": "Spearman rho",
+    "chrf": "chrF",
+    "bleu": "BLEU",
+    "exact_match": "exact match",
+    "f1": "F1",
 }
 
 

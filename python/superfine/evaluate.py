@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from torch import nn
 
 from superfine import hf
 from superfine.config import load_config
-from superfine.data import read_rows
-from superfine.task import Task, perplexity
-from superfine.text import read_text
+from superfine.tasks import Run, Task, of_config, of_dict
 
 __all__ = [
     "autocast",
@@ -54,15 +51,17 @@ def evaluate(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     between_batches: Callable[[], None] = lambda: None,
+    final: bool = True,
 ) -> dict[str, Any]:
     """Mean loss and metrics over a split, without label smoothing; leaves the mode of every module as it was.
 
-    Samples are batched by length, so that little is padding. ``between_batches`` may raise to stop early.
+    Samples are batched by length, so that little is padding. ``between_batches`` may raise to stop early. ``final``
+    is false for the validations of a training, for which a translation, say, is not written unless asked for.
     """
     device = torch.device(device)
     lengths = data.lengths()
     order = sorted(range(len(data)), key=lengths.__getitem__)
-    total, logits = 0.0, []
+    total, outputs = 0.0, []
     with hf.in_eval_mode(model), torch.no_grad():
         for start in range(0, len(order), batch_size):
             between_batches()
@@ -71,11 +70,15 @@ def evaluate(
             with autocast(device, precision):
                 output = task.outputs(model, inputs, targets)
             total += task.loss_of(output, targets).item() * data.terms(indices)
-            logits.append(output.float().cpu())
+            if task.keeps_outputs:
+                outputs.append(output.float().cpu())
     loss = total / data.terms(order)
-    if data.next_token:
-        return {"loss": loss, "perplexity": perplexity(loss)}
-    return {"loss": loss, **task.metrics(torch.cat(logits), data.targets[torch.tensor(order)])}
+    run = Run(batch_size, device, precision, between_batches)
+    return {
+        "loss": loss,
+        **task.scores(loss, data, order, outputs),
+        **task.generated_scores(model, data, run, final=final),
+    }
 
 
 def evaluate_saved(
@@ -90,7 +93,7 @@ def evaluate_saved(
     on_bad_line: str = "error",
     encoding: str = "utf-8",
 ) -> dict[str, Any]:
-    """Score a run directory, or a Hugging Face folder of a classifier or causal language model, on a file.
+    """Score a run directory, or a Hugging Face folder of a model with a head for one of the tasks, on a file.
 
     ``text`` and ``label`` name columns where they differ from those the model was tuned on; ``base`` is the
     base model's folder where it has moved since the run. Returns loss and metrics as in ``metrics.jsonl``,
@@ -103,23 +106,14 @@ def evaluate_saved(
         raise ValueError(f"eval: base is {base}; expected none, because {saved} is no run directory")
     else:
         name = hf.check_model_name(str(saved))
-        task = Task.of_config(hf.load_config(name))
+        task = of_config(hf.load_config(name))
         model, missing = hf.load_model(name, task, seed=0)
         if missing:
-            raise ValueError(f"eval: {saved} has no {min(missing)}; expected a tuned classifier")
-        if task.is_language_model:
-            with suppress(ValueError):  # one whose loss is another is scored by its own
-                hf.use_fused_loss(model, logits=False)
-    task = replace(task, text=text or task.text, label=label or task.label)
-    options: dict[str, Any] = {"on_bad_line": on_bad_line, "encoding": encoding}
-    if task.is_language_model:
-        if label is not None or len(task.text) != 1:
-            raise ValueError(
-                "eval: label or two text columns are given; expected neither with a language model"
-            )
-        rows = read_text(data, task.text[0], **options)
-    else:
-        rows = read_rows(data, task.text, task.label, numeric=task.loss == "mse", **options)
+            raise ValueError(f"eval: {saved} has no {min(missing)}; expected a model tuned for {task.kind}")
+        with suppress(ValueError):  # one whose loss is another is scored by its own
+            task.fuse(model, True)
+    task = task.with_columns(text, label)
+    rows = task.read(data, on_bad_line=on_bad_line, encoding=encoding)
     encoded = hf.encode(rows, hf.load_tokenizer(name), task, model.config)
     scores = evaluate(model.to(where), encoded, task, batch_size=batch_size, device=where)
     return scores | {"rows": len(rows), "skipped": rows.skipped}
@@ -134,8 +128,7 @@ def load_run(run: Path, base: str | None = None) -> tuple[nn.Module, Task, str]:
     name = hf.check_model_name(base or config.model.name)
     model, _ = hf.load_model(name, task, config.train.seed, hf.load_tokenizer(name).pad_token_id)
     load_delta(model, delta)
-    if task.is_language_model and config.train.fused_loss:
-        hf.use_fused_loss(model, logits=False)
+    task.fuse(model, config.train.fused_loss)
     return model, task, name
 
 
@@ -166,4 +159,4 @@ def task_of_delta(delta: Path) -> Task:
     notes = delta_notes(delta)
     if "task" not in notes:
         raise ValueError(f"{delta} names no task; expected a delta written by superfine tune")
-    return Task.of_dict(json.loads(notes["task"]))
+    return of_dict(json.loads(notes["task"]))

@@ -1,27 +1,24 @@
-"""Hugging Face models and tokenizers: loading them for a task, and turning text into padded batches."""
+"""Hugging Face models and tokenizers: loading them for a task (``superfine.tasks``)."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from superfine.data import Rows
+from superfine.encoded import Encoded, epoch_order
 from superfine.fused_loss import FusedLoss, in_eval_mode, use_fused_loss
-from superfine.task import Task, is_causal_lm
-from superfine.text import blocks
+from superfine.tasks import Task
 
 __all__ = [
     "Encoded",
     "FusedLoss",
-    "check_kind",
     "check_model_name",
     "encode",
     "epoch_order",
@@ -88,32 +85,23 @@ def load_config(name: str) -> Any:
         return AutoConfig.from_pretrained(name)
 
 
-def check_kind(name: str, config: Any, task: Task) -> None:
-    """Raise ``ValueError`` where ``task`` needs a causal language model and a configuration is another's."""
-    if task.is_language_model and not is_causal_lm(config):
-        saved = (config.architectures or [type(config).__name__])[0]
-        raise ValueError(
-            f"model: {name} is a {saved}; expected a causal language model with model.task = 'causal-lm'"
-        )
-
-
 def load_model(
     name: str, task: Task, seed: int, pad_token_id: int | None = None
 ) -> tuple[nn.Module, set[str]]:
     """Load a model in fp32 with a head for ``task``; what is missing is drawn under ``seed``.
 
     Returns the model, in eval mode, and the names of the newly drawn parameters (a head of another size is
-    replaced too). The same name, task and seed give the same bits. Raises ``ValueError`` where ``task`` needs a
-    causal language model and the folder holds another, or one whose own loss is that of the current token.
+    replaced too). The same name, task and seed give the same bits. Raises ``ValueError`` where ``task`` needs
+    another kind of model than the folder holds.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
     config = load_config(name)
-    check_kind(name, config, task)
-    kind: Any = AutoModelForCausalLM if task.is_language_model else AutoModelForSequenceClassification
+    task.check_config(name, config)
+    kind: Any = getattr(transformers, task.auto_model)
     task.configure(config)
     # Of a language model it would be the end token, whose embedding many models then leave without a gradient.
-    if not task.is_language_model and getattr(config, "pad_token_id", None) is None:
+    if "pad_token_id" in task.settings and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_token_id
     torch.manual_seed(seed)
     with quiet(), _readable("model", name):
@@ -122,102 +110,21 @@ def load_model(
         )
     # Mismatched entries carry shapes beside the name.
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
-    if task.is_language_model:
-        _check_next_token(name, model.eval())
+    task.check_model(name, model.eval())
     return model.eval(), set(info["missing_keys"]) | mismatched
 
 
-@torch.no_grad()
-def _check_next_token(name: str, model: Any) -> None:
-    """That the model's own loss is of the next token: nothing then predicts the first, whose loss alone is NaN."""
-    tokens = torch.arange(4)[None] % model.config.get_text_config().vocab_size
-    labels = tokens.masked_fill(torch.arange(4) > 0, -100)
-    loss = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=labels).loss
-    if loss is None or (loss.isfinite() and loss > 0):
-        what = "has no loss" if loss is None else "compares logits with the current token"
-        raise ValueError(
-            f"model: {name} is a {type(model).__name__}, which {what}; expected a causal language model that shifts "
-            "its labels, as GPT-2 and Llama do"
-        )
-
-
-@dataclass
-class Encoded:
-    """A split as token ids, not yet padded, and its targets."""
-
-    features: dict[str, list[list[int]]]
-    targets: Tensor
-    padding: dict[str, int]
-    padding_side: str
-    truncated: int  # samples cut at max_length
-    next_token: bool = False  # of a language model: the tokens themselves are the targets
-
-    def __len__(self) -> int:
-        return len(self.features["input_ids"])
-
-    def lengths(self) -> list[int]:
-        return [len(ids) for ids in self.features["input_ids"]]
-
-    def terms(self, indices: Sequence[int]) -> int:
-        """How many terms the mean loss of these samples has: samples, or tokens that have one before them."""
-        if not self.next_token:
-            return len(indices)
-        return sum(len(self.features["input_ids"][i]) - 1 for i in indices)
-
-    def batch(self, indices: Sequence[int], device: torch.device | str) -> tuple[dict[str, Tensor], Tensor]:
-        """Samples ``indices`` padded to the longest of them: int64 (n, longest), and targets (n,), or of a language
-        model (n, longest), -100 where there is no token."""
-        longest = max(len(self.features["input_ids"][i]) for i in indices)
-        inputs = {}
-        for key, values in self.features.items():
-            rows = []
-            for i in indices:
-                pad = [self.padding[key]] * (longest - len(values[i]))
-                rows.append(pad + values[i] if self.padding_side == "left" else values[i] + pad)
-            inputs[key] = torch.tensor(rows).to(device, non_blocking=True)
-        if self.next_token:
-            return inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        return inputs, self.targets[torch.tensor(indices)].to(device, non_blocking=True)
-
-
 def encode(rows: Rows, tokenizer: Any, task: Task, model_config: Any = None) -> Encoded:
-    """Tokenize ``rows``, cutting at ``task.max_length`` tokens; for a language model see ``superfine.text.blocks``.
+    """Tokenize ``rows`` as ``task.encode`` does.
 
-    Raises ``ValueError`` when that is more than the model has positions for, or no text has two tokens.
+    Raises ``ValueError`` when ``task.max_length`` is more than the model has positions for, or as the task does.
     """
     max_length = task.max_length
     # A tokenizer without a limit says 1e30. Some models state theirs in the config only.
     limit = min(tokenizer.model_max_length, getattr(model_config, "max_position_embeddings", None) or 1 << 30)
     if max_length > limit:
         raise ValueError(f"data: max_length is {max_length}; expected at most {limit}, the model's positions")
-    columns = [list(column) for column in zip(*rows.texts, strict=True)]
-    if task.is_language_model:
-        documents = tokenizer(columns[0], verbose=False)["input_ids"]
-        ids = blocks(documents, tokenizer.eos_token_id, max_length, pack=task.pack)
-        if not ids:
-            raise ValueError(
-                "data: a split has no text of two tokens; expected more text, or other fractions"
-            )
-        cut = 0 if task.pack else sum(len(document) > max_length for document in documents)
-        features = {"input_ids": ids, "attention_mask": [[1] * len(block) for block in ids]}
-        padding = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0}
-        return Encoded(features, torch.empty(0), padding, "right", cut, next_token=True)
-    tokens = tokenizer(*columns, truncation=True, max_length=max_length, verbose=False)
-    if "attention_mask" not in tokens:
-        tokens["attention_mask"] = [[1] * len(ids) for ids in tokens["input_ids"]]
-    features = {key: tokens[key] for key in (*tokenizer.model_input_names, "attention_mask") if key in tokens}
-    padding = dict.fromkeys(features, 0) | {"input_ids": tokenizer.pad_token_id}
-    if "token_type_ids" in features:
-        padding["token_type_ids"] = tokenizer.pad_token_type_id
-    cut = sum(len(ids) >= max_length for ids in features["input_ids"])
-    return Encoded(features, task.targets(rows.labels), padding, tokenizer.padding_side, cut)
-
-
-def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The order of ``n`` samples in an epoch, from (seed, epoch) alone: a resumed run finds its place."""
-    order = list(range(n))
-    random.Random(f"{seed} {epoch}").shuffle(order)  # a string seeds the same on every machine and version
-    return order
+    return task.encode(rows, tokenizer)
 
 
 @contextmanager

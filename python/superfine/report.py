@@ -30,7 +30,10 @@ TRAIN, VALIDATION, NEUTRAL = "#1f6feb", "#d1502f", "#6b7280"
 FEW_POINTS = 30  # more markers than this run into each other
 # Everything else that is a number in a validation event is a metric.
 NOT_METRICS = {"event", "step", "epoch", "loss", "seconds", "examples", "time"}
-METRIC_NAMES = {"f1_macro": "macro F1", "mse": "MSE", "mae": "MAE", "pearson": "Pearson r"}
+METRIC_NAMES = {
+    "f1_macro": "macro F1", "mse": "MSE", "mae": "MAE", "pearson": "Pearson r", "spearman": "Spearman rho",
+    "chrf": "chrF", "bleu": "BLEU", "f1": "F1",
+}  # fmt: skip
 PHASES = (("ms_forward", "forward + loss"), ("ms_backward", "backward"), ("ms_optimizer", "optimizer"))
 
 
@@ -41,7 +44,8 @@ class Run:
     Attributes:
         config: the resolved configuration; empty when there is no ``config.toml``.
         train, validation: events in order of their step, one for each step.
-        test, baseline, summary: the last event of that name, or None.
+        test, baseline, original, summary: the last event of that name, or None; of `original` the scores are in
+            its entries `base` and `tuned`.
         environment: as recorded by the run, or None.
         unreadable: how many lines of ``metrics.jsonl`` were no JSON object.
     """
@@ -52,6 +56,7 @@ class Run:
     validation: list[Event]
     test: Event | None
     baseline: Event | None
+    original: Event | None
     summary: Event | None
     environment: dict[str, Any] | None
     unreadable: int
@@ -113,6 +118,7 @@ def read_run(folder: Path) -> Run:
         validation=_by_step(events, "validation"),
         test=last("test"),
         baseline=last("baseline"),
+        original=last("original"),
         summary=last("summary"),
         environment=recorded[-1] if recorded else None,
         unreadable=unreadable,
@@ -276,7 +282,8 @@ def _context(run: Run, picture: bytes) -> dict[str, Any]:
         "name": run.name,
         "picture": base64.b64encode(picture).decode("ascii"),
         "headlines": _headlines(run),
-        "comparison": _comparison(run),
+        "comparison": _comparison(run.baseline, run.test),
+        "original": _comparison((run.original or {}).get("base"), (run.original or {}).get("tuned")),
         "validations": _validations(run),
         "confusion": _confusion(run.test),
         "phases": _phases(run.train),
@@ -307,13 +314,13 @@ def _headlines(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def _comparison(run: Run) -> list[tuple[str, str, str, str]]:
-    """Rows ``(metric, untouched base, tuned, change)`` on the test split."""
-    if run.test is None:
+def _comparison(baseline: Event | None, tuned: Event | None) -> list[tuple[str, str, str, str]]:
+    """Rows ``(metric, untouched base, tuned, change)``."""
+    if tuned is None:
         return []
-    base, rows = run.baseline or {}, []
-    for name in ["loss", *_metrics([run.test])]:
-        before, after = base.get(name), run.test.get(name)
+    base, rows = baseline or {}, []
+    for name in ["loss", *_metrics([tuned])]:
+        before, after = base.get(name), tuned.get(name)
         both = _is_finite(before) and _is_finite(after)
         change = f"{float(after) - float(before):+.4g}" if both else ""  # type: ignore[arg-type]
         rows.append((_metric_name(name), _show(before), _show(after), change))

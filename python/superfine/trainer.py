@@ -21,12 +21,13 @@ from torch import Tensor
 from superfine import checkpoint
 from superfine.checkpoint import MetricsLog, Progress
 from superfine.config import Config
+from superfine.encoded import Encoded
 from superfine.evaluate import autocast, evaluate
-from superfine.hf import Encoded, epoch_order
 from superfine.optim._in_pass import InPass
+from superfine.replay import Mixture
 from superfine.schedule import lr_scale, warmup_steps
 from superfine.select import Plan
-from superfine.task import Task
+from superfine.tasks import Task
 
 __all__ = ["Interrupted", "Listener", "Trainer"]
 
@@ -71,6 +72,7 @@ class Trainer:
         log: MetricsLog,
         fingerprint: dict[str, str],
         listener: Listener,
+        mixture: Mixture | None = None,
     ) -> None:
         self.config, self.plan, self.optimizer, self.task = config, plan, optimizer, task
         self.train, self.validation = train, validation
@@ -80,7 +82,8 @@ class Trainer:
         self.progress = Progress()
 
         self.samples_per_step = config.train.batch_size * config.train.accumulation
-        self.steps_per_epoch = math.ceil(len(train) / self.samples_per_step)
+        self.mixture = mixture or Mixture(len(train))
+        self.steps_per_epoch = math.ceil(len(self.mixture) / self.samples_per_step)
         self.total = self.steps_per_epoch * config.train.epochs
         self.warmup = warmup_steps(config.train.warmup, self.total)
         self.eval_every = config.train.eval_every or self.steps_per_epoch
@@ -163,7 +166,7 @@ class Trainer:
     def _samples(self, step: int) -> list[int]:
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(len(self.train), self.config.train.seed, epoch))
+            self._order = (epoch, self.mixture.order(self.config.train.seed, epoch))
         start = position * self.samples_per_step
         return self._order[1][start : start + self.samples_per_step]
 
@@ -196,6 +199,7 @@ class Trainer:
             device=self.device,
             precision=train.precision,
             between_batches=self._raise_if_interrupted,
+            final=False,
         )
         self._check_finite("validation loss", scores["loss"])
         if scores["loss"] < progress.best_loss:

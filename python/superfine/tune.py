@@ -13,24 +13,25 @@ import json
 import random
 import statistics
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from superfine import checkpoint, hf
+from superfine import checkpoint, hf, tasks
 from superfine._files import atomic_write
 from superfine._memory import PeakMemory
 from superfine._tune_cache import FilledCache
 from superfine.config import Config, differing_keys, load_config, to_toml
-from superfine.data import Splits, load_splits
+from superfine.data import Splits, fingerprint, load_splits
 from superfine.delta import base_hash, load_delta, save_delta
 from superfine.env import environment
 from superfine.evaluate import evaluate, resolve_device
+from superfine.replay import Mixture, load_others
 from superfine.select import Plan, select
-from superfine.task import Task
+from superfine.tasks import Task
 from superfine.trainer import Interrupted, Listener, Trainer
 
 __all__ = ["Interrupted", "Listener", "RunResult", "resolve", "tune"]
@@ -38,12 +39,14 @@ __all__ = ["Interrupted", "Listener", "RunResult", "resolve", "tune"]
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: test scores of the untouched base and of the tuned model, and the summary."""
+    """A finished run: test scores of the untouched base and of the tuned model, and the summary; where
+    ``[original]`` names held-back data, those of both on it, as ``{"base": ..., "tuned": ...}``."""
 
     directory: Path
     baseline: dict[str, Any]
     test: dict[str, Any]
     summary: dict[str, Any]
+    original: dict[str, dict[str, Any]] | None = None
 
 
 def tune(config: Config, *, resume: bool = False, listener: Listener | None = None) -> RunResult:
@@ -58,38 +61,37 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
     state = _open_run(directory, config, resume)
 
     listener.stage(1, "prepare data")
-    splits = load_splits(config.data, config.train.loss, labelled=config.model.task == "classification")
+    task = tasks.of_settings(config)
+    splits = load_splits(config.data, task)
     _describe(splits, listener)
 
     listener.stage(2, "load pretrained model")
     seed_everything(config.train.seed)
     device = torch.device(config.train.device)
     base_config = hf.load_config(config.model.name)
-    task = Task(
-        config.train.loss,
-        _label_order(splits.labels, base_config),
-        config.data.text_columns,
-        config.data.label,
-        config.data.max_length,
-        config.model.task,
-        config.data.pack,
-    )
-    hf.check_kind(config.model.name, base_config, task)
+    task = replace(task, labels=_label_order(splits.labels, base_config))
+    task.check_config(config.model.name, base_config)
+    others = load_others(config, task, splits)
+    for note in others.notes:
+        listener.note(note)
     tokenizer = hf.load_tokenizer(config.model.name)
     rows = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    rows |= {name: part for name, part in (("replay", others.replay), ("original", others.original)) if part}
     encoded = {name: hf.encode(part, tokenizer, task, base_config) for name, part in rows.items()}
     cut = sum(part.truncated for part in encoded.values())
     if cut:
         listener.note(f"{cut:,} texts reach data.max_length = {task.max_length} tokens and may be cut")
-    counts = _counts(splits, encoded if task.is_language_model else {})
+    counts = _counts(splits, encoded)
     for name, tokens in counts.get("tokens", {}).items():
         listener.note(
             f"{name}: {tokens:,} tokens in {len(encoded[name]):,} samples of up to {task.max_length}"
         )
     model, new = hf.load_model(config.model.name, task, config.train.seed, tokenizer.pad_token_id)
-    _use_fused_loss(model, config)
+    fused = task.fuse(model, config.train.fused_loss)
     model.to(device)
     listener.note(f"{type(model).__name__} from {config.model.name}, on {config.train.device}")
+    if fused:
+        listener.note(fused)
     if new:
         listener.note(f"new, drawn under seed {config.train.seed}: {', '.join(sorted(new))}")
 
@@ -101,9 +103,11 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
             f"select: {frozen_new[0]} is new, untrained and not selected; expected 'head' among the selectors"
         )
     listener.note(str(plan))
-    fingerprint = {"data": splits.fingerprint(), "model": base_hash(model, plan.names)}
-    for what, value in fingerprint.items():
-        if state is not None and state["fingerprint"][what] != value:
+    hashes = {"data": splits.fingerprint(), "model": base_hash(model, plan.names)}
+    if others.replay:
+        hashes["data to replay"] = fingerprint([others.replay])
+    for what, value in hashes.items():
+        if state is not None and state["fingerprint"].get(what) != value:
             raise ValueError(f"resume: the {what} is not what the run began with; expected the same files")
 
     listener.stage(4, "set optimizer")
@@ -118,17 +122,23 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
         with atomic_write(directory / "config.toml") as temporary:
             temporary.write_text(to_toml(config), encoding="utf-8")
     log = checkpoint.MetricsLog(directory / "metrics.jsonl", state["metrics_bytes"] if state else 0)
+    train, mixture = encoded["train"], Mixture(len(encoded["train"]))
+    if config.replay is not None:
+        mixture = Mixture(len(train), len(encoded["replay"]), config.replay.fraction)
+        train = train.followed_by(encoded["replay"])
+        listener.note(f"{mixture.drawn:,} samples of the original task in each epoch of {len(mixture):,}")
     trainer = Trainer(
         config,
         plan,
         optimizer,
         task,
-        encoded["train"],
+        train,
         encoded["validation"],
         directory=directory,
         log=log,
-        fingerprint=fingerprint,
+        fingerprint=hashes,
         listener=listener,
+        mixture=mixture,
     )
     if state is None:
         _log(log, listener, "start", environment=environment(), data=counts)
@@ -151,41 +161,48 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
     # The tuned model is what anyone gets who puts the saved delta on the base: so that is what is tested.
     listener.stage(6, "evaluate on the test split")
     model, _ = hf.load_model(config.model.name, task, config.train.seed, tokenizer.pad_token_id)
-    _use_fused_loss(model, config)
+    task.fuse(model, config.train.fused_loss)
     model.to(device)
     options: dict[str, Any] = {
         "batch_size": config.train.batch_size,
         "device": device,
         "precision": config.train.precision,
     }
-    baseline = evaluate(model, encoded["test"], task, **options)
+    scored = [name for name in ("test", "original") if name in encoded]
+    base = {name: evaluate(model, encoded[name], task, **options) for name in scored}
     load_delta(model, delta)
-    test = evaluate(model, encoded["test"], task, **options)
-    _log(log, listener, "baseline", **baseline)
-    _log(log, listener, "test", **test)
+    tuned = {name: evaluate(model, encoded[name], task, **options) for name in scored}
+    _log(log, listener, "baseline", **base["test"])
+    _log(log, listener, "test", **tuned["test"])
+    original = {"base": base["original"], "tuned": tuned["original"]} if "original" in scored else None
+    if original is not None:
+        _log(log, listener, "original", **original)
     _log(log, listener, "summary", **summary)
     _write_report(directory, listener)
-    return RunResult(directory, baseline, test, summary)
+    return RunResult(directory, base["test"], tuned["test"], summary, original)
 
 
 def resolve(config: Config) -> Config:
     """Replace ``auto`` and relative paths by what they mean here; check that the files exist."""
-    data: dict[str, Any] = {}
-    if config.data.path is not None:
+    files: dict[str, dict[str, str]] = {"data": {}, "replay": {}, "original": {}}
+    for name, found in files.items():
+        section = getattr(config, name)
+        if section is None or (name == "data" and section.path is None):
+            continue
         for key in ("path", "validation", "test"):
-            value = getattr(config.data, key)
+            value = getattr(section, key, None)
             if isinstance(value, str):
                 path = Path(value).expanduser().resolve()
-                text = config.model.task == "causal-lm"
+                text = tasks.of_settings(config).plain_text
                 if not (path.is_file() or (text and path.is_dir())):
                     more = ", a .txt file or a folder of these" if text else ""
                     raise FileNotFoundError(
-                        f"data: {key} is {value}; expected a .csv, .tsv or .jsonl file{more}"
+                        f"{name}: {key} is {value}; expected a .csv, .tsv or .jsonl file{more}"
                     )
-                data[key] = str(path)
+                found[key] = str(path)
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update=data),
+            **{name: getattr(config, name).model_copy(update=f) for name, f in files.items() if f},
             "model": config.model.model_copy(update={"name": hf.check_model_name(config.model.name)}),
             "train": config.train.model_copy(update={"device": resolve_device(config.train.device).type}),
         }
@@ -218,7 +235,7 @@ def _open_run(directory: Path, config: Config, resume: bool) -> dict[str, Any] |
         values = []
         for key in differing:
             section, name = key.split(".")
-            was, now = (getattr(getattr(c, section), name) for c in (saved, config))
+            was, now = (getattr(getattr(c, section), name, None) for c in (saved, config))
             values.append(f"{key} (was {was!r}, now {now!r})")
         raise ValueError(
             f"resume: the configuration differs in {', '.join(values)}; expected that of"
@@ -233,14 +250,6 @@ def _label_order(labels: tuple[str, ...], base_config: Any) -> tuple[str, ...]:
     return theirs if set(theirs) == set(labels) and len(theirs) == len(labels) else labels
 
 
-def _use_fused_loss(model: Any, config: Config) -> None:
-    if config.model.task == "causal-lm" and config.train.fused_loss:
-        try:
-            hf.use_fused_loss(model, logits=False)
-        except ValueError as error:
-            raise ValueError(f"{error}, or train.fused_loss = false") from error
-
-
 def _fill_cache(config: Config, plan: Plan, splits: list[Any], listener: Listener) -> FilledCache | None:
     if config.train.cache is None:
         return None
@@ -248,7 +257,7 @@ def _fill_cache(config: Config, plan: Plan, splits: list[Any], listener: Listene
 
 
 def _counts(splits: Splits, encoded: dict[str, hf.Encoded]) -> dict[str, Any]:
-    tokens = {name: sum(part.lengths()) for name, part in encoded.items()}
+    tokens = {name: part.tokens() for name, part in encoded.items() if part.tokens() is not None}
     return ({"tokens": tokens} if tokens else {}) | {
         "train": len(splits.train),
         "validation": len(splits.validation),
@@ -289,13 +298,11 @@ def _describe_optimizer(config: Config) -> str:
 
 def _delta_notes(config: Config, task: Task, model: Any) -> dict[str, str]:
     """What ``superfine eval`` and ``superfine merge`` need beside the tensors."""
-    settings: tuple[str, ...] = ("id2label", "label2id", "problem_type", "pad_token_id", "superfine")
-    settings = ("superfine",) if task.is_language_model else settings
     return {
-        "task": json.dumps(asdict(task)),
+        "task": json.dumps(task.describe()),
         "base": config.model.name,
         "model_class": type(model).__name__,
-        "config": json.dumps({key: getattr(model.config, key, None) for key in settings}),
+        "config": json.dumps({key: getattr(model.config, key, None) for key in task.settings}),
     }
 
 
