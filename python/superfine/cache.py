@@ -105,7 +105,7 @@ class PrefixCache:
             )
         self.dtype, self.eval_prefix = dtype, eval_prefix
         self.hits = self.misses = 0
-        self.place = find_place(self.model, set(plan.names))
+        self.place = find_place(self.model, set(plan.trained_names))
         self.passes_through, self.computing = False, False
         self.states: Tensor | None = None  # of the forward pass under way
         self._taken = self._attached = False
