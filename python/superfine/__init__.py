@@ -18,10 +18,12 @@ from superfine_kernels import __version__
 if TYPE_CHECKING:
     from superfine import losses, optim
     from superfine.delta import DeltaInfo, load_delta, merge, save_delta
+    from superfine.slices import Slice
 
 __all__ = [
     "DeltaInfo",
     "Plan",
+    "Slice",
     "__version__",
     "load_delta",
     "losses",
@@ -39,4 +41,6 @@ def __getattr__(name: str) -> Any:  # submodules load on first use: `import supe
         return importlib.import_module(f"superfine.{name}")
     if name in _FROM_DELTA:
         return getattr(importlib.import_module("superfine.delta"), name)
+    if name == "Slice":
+        return importlib.import_module("superfine.slices").Slice
     raise AttributeError(f"module 'superfine' has no attribute {name!r}")
