@@ -258,6 +258,10 @@ def test_a_head_alone_is_asked_for_and_untied(tmp_path):
         select(model, rows={"lm_head": [3]})
     with pytest.raises(ValueError, match=r"tied is 'head'; expected the name of the head, 'lm_head\.weight'"):
         select(model, rows={"embed_tokens": [3]}, tied="head")
+    with pytest.raises(
+        ValueError, match="T5ForConditionalGeneration an encoder-decoder, which computes otherwise"
+    ):
+        select(t5(), rows={"lm_head": [3]}, tied="head")
     before = model.model.embed_tokens.weight.detach().clone()
     plan = prepared(model, rows={"lm_head": [3, 5]}, tied="head")
     train(model, plan, weight_decay=0.1)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from superfine.deltas import Deltas
     from superfine.forgetting import EWC, fisher, load_fisher, save_fisher
     from superfine.rotate import Rotation
+    from superfine.slices import Slice
 
 __all__ = [
     "EWC",
@@ -33,6 +34,7 @@ __all__ = [
     "PrefixCache",
     "Prepared",
     "Rotation",
+    "Slice",
     "__version__",
     "fisher",
     "fused_modules",
@@ -54,6 +56,7 @@ _FROM = {
     **dict.fromkeys(("EWC", "fisher", "load_fisher", "save_fisher"), "forgetting"),
     "Deltas": "deltas",
     "Rotation": "rotate",
+    "Slice": "slices",
 }
 
 

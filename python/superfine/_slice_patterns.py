@@ -42,6 +42,12 @@ def resolve(
     """
     if tied not in ("both", "head"):
         raise ValueError(f"select: tied is {tied!r}; expected 'both' or 'head'")
+    if tied == "head" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        # T5 and its kin scale what the head reads by whether it is tied.
+        raise ValueError(
+            f"select: tied is 'head' and {type(model).__name__} an encoder-decoder, which computes otherwise once "
+            "its head is untied; expected 'both'"
+        )
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"select: seed is {seed!r}, a {type(seed).__name__}; expected an integer")
     sharing: dict[int, list[str]] = {}
