@@ -204,6 +204,8 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         formula = self.formulas.get(func._overloadpacket)
+        if formula is None and func.namespace == "superfine":
+            formula = _OURS.get(func._opname)
         if formula is not None:
             self.flops[self.place()] += int(formula(*args, **(kwargs or {}), out_val=result))
         elif func.namespace not in ("aten", "prims", "prim") and not _without_products(func):
@@ -274,10 +276,8 @@ def _without_products(func: Any) -> bool:
 
 
 def _formulas() -> dict[Any, Callable[..., Any]]:
-    """torch's, those of attention on the CPU, which it lacks, and ours."""
+    """torch's, and those of attention on the CPU, which it lacks."""
     from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-
-    import superfine_kernels  # noqa: F401 (registers the ops)
 
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query.shape, key.shape, value.shape))
@@ -285,21 +285,27 @@ def _formulas() -> dict[Any, Callable[..., Any]]:
     def attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
 
-    def product(input: Any, weight: Any) -> int:
-        return 2 * input[..., 0].numel() * int(weight.numel())
-
-    def loss(input: Any, weight: Any, *_: Any, **__: Any) -> int:
-        return product(input, weight)
-
-    def loss_backward(input: Any, weight: Any, *more: Any, **_: Any) -> int:
-        kept, wants, _ = more[-3:]  # the logits are made again unless they were kept
-        return product(input, weight) * (int(not kept.numel()) + int(wants[0]) + int(wants[1]))
-
-    ours = torch.ops.superfine
     return {
         **flop_registry,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-        ours.linear_cross_entropy: loss,
-        ours.linear_cross_entropy_backward: loss_backward,
     }
+
+
+def _product(input: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of rows with a matrix, whichever way round that is kept."""
+    return 2 * input[..., 0].numel() * int(weight.numel())
+
+
+def _loss_backward(input: Any, weight: Any, *more: Any, **_: Any) -> int:
+    kept, wants, _into = more[-3:]  # the logits are made again unless they were kept
+    return _product(input, weight) * (int(not kept.numel()) + int(wants[0]) + int(wants[1]))
+
+
+#: Our ops that hold a matrix product; what others hold is made of torch's.
+_OURS: dict[str, Callable[..., int]] = {
+    "linear_cross_entropy": _product,
+    "linear_cross_entropy_backward": _loss_backward,
+    "slice_linear": _product,
+    "slice_linear_input_grad": _product,
+}

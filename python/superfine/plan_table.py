@@ -132,7 +132,8 @@ def plan_costs(
             reasons.append(str(error))
             continue
         # A prepared model runs its frozen part without a graph: it cannot say what training all of it would cost.
-        prepared = any(hasattr(type(module), "_superfine_parts") for module in model.modules())
+        marks = {"_superfine_prepared", "weight_slice"}
+        prepared = any(marks & vars(module).keys() for module in model.modules())
         full = None if prepared else step_costs(model, everything, candidate, places)
         return PlanCosts(costs, full, candidate)
     return PlanCosts(None, None, None, reasons[0])
