@@ -20,7 +20,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from superfine._first_step import watch_first_step
-from superfine._guard import watch_steps
 from superfine.selectors import layer_stacks, match
 
 __all__ = ["Plan", "select"]
@@ -150,7 +149,6 @@ class Plan:
             kind = {"adamw": AdamW, "adam": Adam, "lamb": LAMB}[name]
             optimizer = kind(groups, lr=lr, weight_decay=weight_decay, **kwargs)
         if first_step_check:
-            watch_steps(self.model, optimizer)
             watch_first_step(self.model, self.names, optimizer)
         return optimizer
 
