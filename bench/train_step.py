@@ -253,13 +253,18 @@ def _cost(family: str, size: Size, selection: str) -> Cost:
     except UnavailableError:
         return Cost(0, 0)
     select(model, SELECTIONS[selection])
+    return Cost(bytes=0, flops=flops_of_token(model) * size.rows * size.tokens)
+
+
+def flops_of_token(model: nn.Module) -> int:
+    """As `_cost` counts them, of the parameters that train now."""
     flops, trains_before = 0, False
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if type(module).__name__ in ("Linear", "Conv1D") and isinstance(weight, Tensor):
             flops += 2 * weight.numel() * (1 + trains_before + weight.requires_grad)
         trains_before |= any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-    return Cost(bytes=0, flops=flops * size.rows * size.tokens)
+    return flops
 
 
 def _memory(size: Size) -> int:

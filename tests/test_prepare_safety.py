@@ -272,13 +272,13 @@ def test_accelerates_mixed_precision_keeps_a_forward_that_outlives_update_and_re
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile's own imports
-def test_a_compiled_model_has_the_same_gradients():
+def test_a_compiled_model_is_one_graph_with_the_same_gradients():
     torch.compiler.reset()
     model = without_dropout(bert(layers=2)).double().train()
     plan = superfine.select(model, "last:1", "head")
     expected = gradients(model)
     superfine.prepare(model, plan, checkpointing=True, fuse=False)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for _ in range(2):
         loss_of = compiled(TOKENS, attention_mask=mask()).logits.square().sum()
         model.zero_grad()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from superfine._guard import watch_steps
+
 __all__ = ["FirstStep", "watch_first_step"]
 
 
@@ -27,9 +29,12 @@ def watch_first_step(model: nn.Module, names: Iterable[str], optimizer: torch.op
     unfrozen. After the step: a frozen one has moved. One selected parameter with a zero gradient is a
     ``UserWarning`` only: a zero-initialised neighbour, as in LoRA, makes it legitimate.
 
+    Of a prepared model every step looks at requires_grad, from then on.
+
     A step that a ``GradScaler`` skips does not count. With a closure, gradients are checked after the step.
     ``remove()`` of what is returned calls the check off.
     """
+    watch_steps(model, optimizer)
     return FirstStep(model, frozenset(names), optimizer)
 
 

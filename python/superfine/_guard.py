@@ -55,12 +55,17 @@ def _reject(where: str, name: str, problem: str) -> None:
 
 def watch_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Every step of `optimizer` looks at the flags of `model`, before anything moves, if it is prepared by now."""
-    if "_superfine_prepared" not in vars(model):
-        return  # a hook for nothing would cost torch's 60 microseconds a step
+    # A hook for nothing would cost torch's 60 microseconds a step.
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    if "_superfine_prepared" in vars(model) and not any(isinstance(hook, _StepCheck) for hook in hooks):
+        optimizer.register_step_pre_hook(_StepCheck(model))
 
-    def check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        prepared = vars(model).get("_superfine_prepared")
+
+class _StepCheck:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        prepared = vars(self.model).get("_superfine_prepared")
         if prepared is not None:
             prepared.flags.check("step")
-
-    optimizer.register_step_pre_hook(check)

@@ -43,9 +43,15 @@ def reads_last(layer: nn.Module) -> bool:
 
 def attention_modules(layer: nn.Module) -> list[nn.Module]:
     """The modules of a layer that are passed by, whose hooks would hear nothing."""
-    found = [layer._modules.get(name) for name in ("attention", "attn", "self_attn")]
-    modules = [module for module in found if module is not None]
-    return modules + [inner for module in modules if (inner := module._modules.get("self")) is not None]
+    found: list[nn.Module] = []
+    for name in ("attention", "attn", "self_attn"):
+        module = layer._modules.get(name)
+        if module is not None:
+            found.append(module)
+            inner = module._modules.get("self")
+            if inner is not None:
+                found.append(inner)
+    return found
 
 
 def _has(module: Any, *names: str) -> bool:
@@ -92,13 +98,13 @@ def _llama(
     rotate = sys.modules[type(attention).__module__].__dict__["apply_rotary_pos_emb"]
     cos, sin = arguments["position_embeddings"]
     rows = hidden.shape[0]
-    at = [_at(each.expand(rows, -1, -1), index) for each in (cos, sin)]
-    q, k = (_heads(each, attention.head_dim) for each in (q, k))
+    q, k = _heads(q, attention.head_dim), _heads(k, attention.head_dim)
     if hasattr(attention, "q_norm"):  # Qwen3: of each head
         q, k = attention.q_norm(q), attention.k_norm(k)
     q, k = q.transpose(1, 2), k.transpose(1, 2)
-    q, k = rotate(q, q, *at)[0], rotate(k, k, cos, sin)[1]
-    q, k = (each.transpose(1, 2).flatten(2) for each in (q, k))
+    there = _at(cos.expand(rows, -1, -1), index), _at(sin.expand(rows, -1, -1), index)
+    q, k = rotate(q, q, *there)[0], rotate(k, k, cos, sin)[1]
+    q, k = q.transpose(1, 2).flatten(2), k.transpose(1, 2).flatten(2)
     context = _attend(attention, attention.head_dim, q, k, v, mask, index, attention.attention_dropout)
     attended = one + attention.o_proj(context)
     return cast(Tensor, attended + layer.mlp(layer.post_attention_layernorm(attended)))
@@ -126,7 +132,8 @@ def _attend(
     dropout: float,
 ) -> Tensor:
     """Attention of one position to all: (rows, 1, heads * size of a head)."""
-    q, k, v = (_heads(each, size).transpose(1, 2) for each in (query, key, value))
+    q, k = _heads(query, size).transpose(1, 2), _heads(key, size).transpose(1, 2)
+    v = _heads(value, size).transpose(1, 2)
     rows, tokens = k.shape[0], k.shape[2]
     if mask is not None:
         mask = _at(mask[..., :tokens].expand(rows, -1, -1, -1).transpose(1, 2), index).transpose(1, 2)

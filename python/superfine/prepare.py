@@ -149,7 +149,8 @@ class Prepared:
         """Prepare the same model for another plan, with the same options, as when selections rotate.
 
         `plan` is what a later `superfine.select` of the model returned. Optimizers of the earlier plan no longer fit.
-        Not after the model was wrapped for data parallelism. Raises as :func:`prepare` does.
+        Not after the model was wrapped for data parallelism, and not with slices: `select` asks to restore the model
+        before, and `prepare` takes the new plan. Raises as :func:`prepare` does.
         """
         model = _checked(self.model, plan)
         if vars(model).get("_superfine_prepared") is not self:

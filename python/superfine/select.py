@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from superfine._first_step import watch_first_step
-from superfine._guard import watch_steps
 from superfine.selectors import depths_below_top, match
 
 if TYPE_CHECKING:
@@ -208,7 +207,6 @@ class Plan:
         groups = self.param_groups(weight_decay, lr=lr, layer_decay=layer_decay)
         optimizer: torch.optim.Optimizer = kind(groups, lr=lr, weight_decay=weight_decay, **kwargs)
         if first_step_check:
-            watch_steps(self.model, optimizer)
             watch_first_step(self.model, (name for name, _ in self.named_parameters()), optimizer)
         return optimizer
 
