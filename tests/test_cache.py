@@ -1,4 +1,4 @@
-"""PrefixCache: losses and gradients are those without it, what is stale is never used, what cannot be served is said."""
+"""PrefixCache: losses and gradients are those without it, nothing stale is used, what cannot be served is said."""
 
 from __future__ import annotations
 
@@ -43,7 +43,11 @@ def batch(model, side="right", rows=4, tokens=6):
     if side == "left":
         mask = mask.flip(1)
     ids = ids.masked_fill(mask == 0, model.config.pad_token_id or 0)
-    if model.config.architectures is None and hasattr(model, "num_labels") and "Sequence" in type(model).__name__:
+    if (
+        model.config.architectures is None
+        and hasattr(model, "num_labels")
+        and "Sequence" in type(model).__name__
+    ):
         labels = torch.arange(rows) % model.num_labels
     else:
         labels = ids.masked_fill(mask == 0, -100)
@@ -61,7 +65,9 @@ def outcome(model, plan, inputs):
     model.zero_grad()
     outputs = model(**inputs)
     outputs.loss.backward()
-    return outputs.loss.detach(), {name: parameter.grad.clone() for name, parameter in plan.named_parameters()}
+    return outputs.loss.detach(), {
+        name: parameter.grad.clone() for name, parameter in plan.named_parameters()
+    }
 
 
 def assert_equal(actual, expected, tolerance=1e-6):
@@ -100,7 +106,10 @@ def test_samples_are_found_again_in_other_batches():
     with cache:
         model(**inputs)
         chosen = torch.tensor([3, 1, 3])  # at most 5 tokens
-        narrow = {name: value[chosen][..., :5] if value.ndim > 1 else value[chosen] for name, value in inputs.items()}
+        narrow = {
+            name: value[chosen][..., :5] if value.ndim > 1 else value[chosen]
+            for name, value in inputs.items()
+        }
         cached = outcome(model, plan, narrow)
         assert (cache.hits, cache.misses) == (3, 4)
     assert_equal(cached, outcome(model, plan, narrow))
@@ -125,7 +134,9 @@ def test_int8_keeps_infinities_and_nans_apart_from_other_tokens():
     states = torch.randn(1, 4, 8)
     states[0, 1, 2], states[0, 2, 0], states[0, 3] = torch.nan, torch.inf, 0
     samples = cache._samples(batch(model, rows=1, tokens=4))
-    again = cache._assemble(samples, cache._encode(states, [4]), cache._encode(states, [4])[0], states.device)[0]
+    again = cache._assemble(
+        samples, cache._encode(states, [4]), cache._encode(states, [4])[0], states.device
+    )[0]
     assert (again[0] - states[0, 0]).abs().max() <= states[0, 0].abs().max() / 250
     assert not again[1].isfinite().any()
     assert not again[2].isfinite().all()
@@ -207,23 +218,27 @@ def test_weights_that_change_are_noticed():
         assert torch.equal(model(**inputs).loss, expected)
         with torch.no_grad():
             weight[0, 0] += 1
-        with pytest.raises(ValueError, match=r"'bert.encoder.layer.0.output.dense.weight' has changed since .* make a new"):
+        with pytest.raises(
+            ValueError, match=r"'bert.encoder.layer.0.output.dense.weight' has changed since .* make a new"
+        ):
             model(**inputs)
     with pytest.raises(ValueError, match="has changed since the cache was made"):
         cache.attach()
     cache = superfine.PrefixCache(model, plan)
     weight.data[0, 0] += 1  # seen when it is attached
-    with pytest.raises(ValueError, match="a frozen tensor has changed|dense.weight' has changed"):
+    with pytest.raises(ValueError, match=r"a frozen tensor has changed|dense.weight' has changed"):
         cache.attach()
     cache = superfine.PrefixCache(model, plan)
     with cache:
         model(**inputs)
-        model.bert.encoder.layer[1].output.dense.weight = nn.Parameter(torch.zeros(8, 16), requires_grad=False)
+        model.bert.encoder.layer[1].output.dense.weight = nn.Parameter(
+            torch.zeros(8, 16), requires_grad=False
+        )
         with pytest.raises(ValueError, match=r"'bert.encoder.layer.1.output.dense.weight' has changed"):
             model(**inputs)
     with superfine.PrefixCache(model, plan):
         superfine.select(model, "all")
-        with pytest.raises(ValueError, match="'bert.embeddings.word_embeddings.weight' requires a gradient"):
+        with pytest.raises(ValueError, match=r"'bert.embeddings.word_embeddings.weight' requires a gradient"):
             model(**inputs)
 
 
@@ -254,7 +269,10 @@ def test_dropout_in_the_prefix_is_refused_unless_agreed():
     model, plan, cache = made()
     inputs = batch(model)
     model.train()
-    with cache, pytest.raises(ValueError, match=r"'bert.embeddings.dropout' is in train mode.* expected eval_prefix"):
+    with (
+        cache,
+        pytest.raises(ValueError, match=r"'bert.embeddings.dropout' is in train mode.* expected eval_prefix"),
+    ):
         model(**inputs)
     for module in (model.bert.embeddings, model.bert.encoder.layer[:3]):
         module.eval()
@@ -273,17 +291,29 @@ def test_dropout_in_the_prefix_is_refused_unless_agreed():
 
 
 REFUSED = {
-    "packed positions": (dict(position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 4)), "start anew within a row"),
-    "4-D mask": (dict(attention_mask=torch.ones(4, 1, 6, 6)), r"attention_mask has the shape \(4, 1, 6, 6\)"),
-    "weights as a mask": (dict(attention_mask=torch.full((4, 6), 0.5)), "other values than 0 and 1"),
-    "packed sequences": (dict(cu_seq_lens_q=torch.tensor([0, 3, 6])), "cu_seq_lens_q is given; expected one document"),
-    "hidden states": (dict(output_hidden_states=True), "output_hidden_states is set; expected not"),
-    "attentions": (dict(output_attentions=True), "output_attentions is set"),
-    "something unknown": (dict(langs=torch.zeros(4, 6)), "langs is given; expected none beside input_ids"),
-    "embeddings": (dict(input_ids=None, inputs_embeds=torch.zeros(4, 6, 8)), "inputs_embeds is given; expected input_ids"),
-    "positions of another shape": (dict(position_ids=torch.zeros(3, 4, 6, dtype=torch.long)), "position_ids has the shape"),
-    "floats as ids": (dict(input_ids=torch.zeros(4, 6)), "input_ids is torch.float32; expected a tensor of integers"),
-}  # fmt: skip
+    "packed positions": ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 4)}, "start anew within a row"),
+    "4-D mask": ({"attention_mask": torch.ones(4, 1, 6, 6)}, r"attention_mask has the shape \(4, 1, 6, 6\)"),
+    "weights as a mask": ({"attention_mask": torch.full((4, 6), 0.5)}, "other values than 0 and 1"),
+    "packed sequences": (
+        {"cu_seq_lens_q": torch.tensor([0, 3, 6])},
+        "cu_seq_lens_q is given; expected one document",
+    ),
+    "hidden states": ({"output_hidden_states": True}, "output_hidden_states is set; expected not"),
+    "attentions": ({"output_attentions": True}, "output_attentions is set"),
+    "something unknown": ({"langs": torch.zeros(4, 6)}, "langs is given; expected none beside input_ids"),
+    "embeddings": (
+        {"input_ids": None, "inputs_embeds": torch.zeros(4, 6, 8)},
+        "inputs_embeds is given; expected inp",
+    ),
+    "positions of another shape": (
+        {"position_ids": torch.zeros(3, 4, 6, dtype=torch.long)},
+        "position_ids has the",
+    ),
+    "floats as ids": (
+        {"input_ids": torch.zeros(4, 6)},
+        "input_ids is torch.float32; expected a tensor of integers",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -298,7 +328,9 @@ def test_calls_that_cannot_be_served_are_refused(case):
 
 def test_models_that_cannot_be_served_are_refused():
     model = small_models.bert()
-    with pytest.raises(ValueError, match=r"'bert.embeddings.word_embeddings.weight' trains; expected a frozen prefix"):
+    with pytest.raises(
+        ValueError, match=r"'bert.embeddings.word_embeddings.weight' trains; expected a frozen prefix"
+    ):
         superfine.PrefixCache(model, superfine.select(model, "all"))
     with pytest.raises(ValueError, match=r"'bert.encoder.layer.0.attention.self.query.bias' trains"):
         superfine.PrefixCache(model, superfine.select(model, "*query*"))
@@ -311,16 +343,21 @@ def test_models_that_cannot_be_served_are_refused():
         superfine.PrefixCache(small_models.bert(), plan)
     with pytest.raises(TypeError, match="plan is str"):
         superfine.PrefixCache(model, "last:1")
-    with superfine.PrefixCache(model, plan), pytest.raises(ValueError, match="has a cache attached; expected none"):
+    with (
+        superfine.PrefixCache(model, plan),
+        pytest.raises(ValueError, match="has a cache attached; expected none"),
+    ):
         superfine.PrefixCache(model, plan)
     tied = small_models.gpt2()
     with pytest.raises(ValueError, match=r"'transformer.wte.weight' trains; expected a frozen prefix"):
         superfine.PrefixCache(tied, superfine.select(tied, "transformer.wte.weight", "lm_head.weight"))
     plain = small_models.mlp()
-    with pytest.raises(ValueError, match="nothing around .* takes input_ids; expected a model of token ids"):
+    with pytest.raises(ValueError, match=r"nothing around .* takes input_ids; expected a model of token ids"):
         superfine.PrefixCache(plain, superfine.select(plain, "4.*"))
     partly = t5()
-    with pytest.raises(ValueError, match="hands more to the next block than hidden states; expected all 3 blocks"):
+    with pytest.raises(
+        ValueError, match="hands more to the next block than hidden states; expected all 3 blocks"
+    ):
         superfine.PrefixCache(partly, superfine.select(partly, "encoder.block.2.*"))
 
 
@@ -357,7 +394,9 @@ def test_copies_and_pickles_have_no_cache():
 def test_memory_is_bounded_by_what_was_used_last():
     model, plan, _ = made()
     inputs = batch(model)
-    cache = superfine.PrefixCache(model, plan, max_bytes=13 * 8 * 4)  # tokens of the three shortest: 5 + 4 + 3, and 1
+    cache = superfine.PrefixCache(
+        model, plan, max_bytes=13 * 8 * 4
+    )  # tokens of the three shortest: 5 + 4 + 3, and 1
     with cache:
         expected = model(**inputs).loss
         assert cache.nbytes <= 13 * 8 * 4
@@ -381,12 +420,14 @@ def test_fill_and_a_directory_that_outlives_the_process(tmp_path):
     with again:
         assert_equal(outcome(model, plan, inputs), expected)
         assert (again.hits, again.misses) == (4, 0)
-    with pytest.raises(ValueError, match="with dtype 'fp32'; expected 'int8': pass another directory, or delete"):
+    with pytest.raises(
+        ValueError, match="with dtype 'fp32'; expected 'int8': pass another directory, or delete"
+    ):
         superfine.PrefixCache(model, plan, tmp_path / "states", dtype="int8")
     with pytest.raises(ValueError, match="another model or plan, with blocks '3 of 4'; expected '2 of 4'"):
         superfine.PrefixCache(model, superfine.select(model, "last:2"), tmp_path / "states")
     other = small_models.bert()
-    with pytest.raises(ValueError, match="another model or plan, with prefix '.*'; expected '.*'"):
+    with pytest.raises(ValueError, match=r"another model or plan, with prefix '.*'; expected '.*'"):
         superfine.PrefixCache(other, superfine.select(other, "last:1"), tmp_path / "states")
 
 

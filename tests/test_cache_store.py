@@ -68,7 +68,9 @@ def test_disk_returns_what_was_stored_to_another_process(tmp_path, tokens, store
 def test_a_record_half_written_is_ignored_and_overwritten(tmp_path):
     """Whatever of the last record's data and entry a killed process had written, in that order, the rest is whole."""
     filled(tmp_path / "two", 2)
-    data_before, index_before = ((tmp_path / "two" / name).stat().st_size for name in ("data.bin", "index.bin"))
+    data_before, index_before = (
+        (tmp_path / "two" / name).stat().st_size for name in ("data.bin", "index.bin")
+    )
     filled(tmp_path / "two", 3)
     data = (tmp_path / "two" / "data.bin").read_bytes()
     index = (tmp_path / "two" / "index.bin").read_bytes()
@@ -164,7 +166,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_cache_valid(tmp_path, monkeypatc
         return write(descriptor, view, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(OSError, match="no space is left in .*; expected some: free space") as error:
+    with pytest.raises(OSError, match=r"no space is left in .*; expected some: free space") as error:
         store.put([(key(2), record(2))])
     assert error.value.errno == errno.ENOSPC
     assert_same(store.get([key(1)])[0], record(1))
@@ -185,7 +187,9 @@ def test_a_directory_that_cannot_be_written_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", read_only)  # permissions do not hold root back
     store = DiskStore(tmp_path / "c", HEADER, None)
     assert_same(store.get([key(1)])[0], record(1))
-    with pytest.warns(UserWarning, match="cannot be written to: what is missing there is computed and not stored"):
+    with pytest.warns(
+        UserWarning, match="cannot be written to: what is missing there is computed and not stored"
+    ):
         store.put([(key(2), record(2))])
     store.put([(key(3), record(3))])  # warned once
     assert store.get([key(2), key(3)]) == [None, None]
@@ -204,7 +208,9 @@ def test_max_bytes_ends_the_growth_of_a_directory(tmp_path):
 @pytest.mark.parametrize(("name", "value"), [("prefix", "cd" * 16), ("blocks", "3 of 4"), ("dtype", "int8")])
 def test_another_model_is_refused(tmp_path, name, value):
     filled(tmp_path / "c", 1)
-    with pytest.raises(ValueError, match=f"filled by another model or plan, with {name} .*; expected '{value}'"):
+    with pytest.raises(
+        ValueError, match=f"filled by another model or plan, with {name} .*; expected '{value}'"
+    ):
         DiskStore(tmp_path / "c", HEADER | {name: value}, None)
 
 
@@ -221,7 +227,9 @@ def test_other_formats_and_folders_are_refused(tmp_path):
             DiskStore(tmp_path / "c", HEADER, None)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match="which holds 'cat.jpg' and no cache; expected a new or an empty folder"):
+    with pytest.raises(
+        ValueError, match=r"which holds 'cat.jpg' and no cache; expected a new or an empty folder"
+    ):
         DiskStore(tmp_path / "photos", HEADER, None)
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
     with pytest.raises(ValueError, match="a file; expected a folder"):
@@ -240,10 +248,14 @@ def test_damage_is_an_error_that_says_what_to_do(tmp_path):
 
     for position in range(80):  # any bit of an entry that others follow
         damaged("index.bin", position)
-        with pytest.raises(ValueError, match=r"damaged: entry . of index.bin is bad; .* delete the directory"):
+        with pytest.raises(
+            ValueError, match=r"damaged: entry . of index.bin is bad; .* delete the directory"
+        ):
             DiskStore(tmp_path / "c", HEADER, None)
     damaged("data.bin", 70)
     store = DiskStore(tmp_path / "c", HEADER, None)
     assert_same(store.get([key(0)])[0], record(0))
-    with pytest.raises(ValueError, match=r"damaged: the record at byte 64 .* checksum; .* delete the directory"):
+    with pytest.raises(
+        ValueError, match=r"damaged: the record at byte 64 .* checksum; .* delete the directory"
+    ):
         store.get([key(1)])

@@ -1,4 +1,4 @@
-"""superfine tune --cache: the frozen layers' states are computed once; scores as without, resumed runs as unbroken."""
+"""superfine tune --cache: the frozen layers' states are computed once; scores as without, resumed runs as whole."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def test_cached_runs_score_as_without_and_resume_to_the_same_bits(data, tmp_path
     for name in ("broken", "cached"):  # hits count one session
         log = tmp_path / name / "metrics.jsonl"
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        kept = [{k: v for k, v in line.items() if k not in ("cache_hits", "seconds_per_epoch")} for line in lines]
+        kept = [
+            {k: v for k, v in line.items() if k not in ("cache_hits", "seconds_per_epoch")} for line in lines
+        ]
         log.write_text("".join(json.dumps(line) + "\n" for line in kept))
     assert_same_run(tmp_path / "broken", tmp_path / "cached")
 

@@ -33,7 +33,9 @@ class Samples:
     keys: list[bytes]
 
 
-def flat_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def flat_arguments(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """The arguments of a call by name; those that are None are left out."""
     arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
@@ -68,8 +70,8 @@ def generates(arguments: Mapping[str, Any]) -> bool:
 def read_samples(arguments: Mapping[str, Any], config: Any, base: Any) -> Samples:
     """The samples of a call. ``base``: a blake2b object that has read what all keys of the call share.
 
-    A sample is a row up to the last token that the mask leaves, padding on its left included: that moves positions, and
-    is what a language model predicts the first token from. Its key is over its token ids, over token types and
+    A sample is a row up to the last token that the mask leaves, padding on its left included: that moves positions,
+    and is what a language model predicts the first token from. Its key is over its token ids, over token types and
     positions where they are given, and over its mask unless that leaves all of it. No mask is a mask of ones.
 
     Raises ``ValueError`` where the states of a sample would depend on more than that.
@@ -83,7 +85,11 @@ def read_samples(arguments: Mapping[str, Any], config: Any, base: Any) -> Sample
     for name in ("token_type_ids", "position_ids"):
         if name in arguments:
             values = _integers(arguments, name)
-            if values.ndim > 2 or values.shape[-1:] != (tokens,) or values.shape[:-1] not in ((), (1,), (rows,)):
+            if (
+                values.ndim > 2
+                or values.shape[-1:] != (tokens,)
+                or values.shape[:-1] not in ((), (1,), (rows,))
+            ):
                 raise _refusal(f"{name} has the shape {values.shape}", f"({rows}, {tokens}) as input_ids")
             columns.append(np.broadcast_to(values, ids.shape))
     explicit = "position_ids" in arguments
@@ -148,8 +154,12 @@ def _valid(arguments: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray |
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
-        what = f"has the shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is {type(mask).__name__}"
-        raise _refusal(f"attention_mask {what}", f"{shape}: masks between pairs of tokens may hold several documents")
+        what = (
+            f"has the shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is {type(mask).__name__}"
+        )
+        raise _refusal(
+            f"attention_mask {what}", f"{shape}: masks between pairs of tokens may hold several documents"
+        )
     values = mask.detach().cpu()
     valid: np.ndarray = (values != 0).numpy()
     if values.is_floating_point() and not bool(((values == 0) | (values == 1)).all()):
@@ -158,9 +168,15 @@ def _valid(arguments: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray |
 
 
 def _check_increasing(positions: np.ndarray, valid: np.ndarray | None) -> None:
-    rows = [positions] if valid is None else [row[mask][None] for row, mask in zip(positions, valid, strict=True)]
+    rows = (
+        [positions]
+        if valid is None
+        else [row[mask][None] for row, mask in zip(positions, valid, strict=True)]
+    )
     if any((np.diff(row, axis=1) <= 0).any() for row in rows):
-        raise _refusal("position_ids start anew within a row", "one document a row, not several packed into it")
+        raise _refusal(
+            "position_ids start anew within a row", "one document a row, not several packed into it"
+        )
 
 
 def _refusal(problem: str, expected: str) -> ValueError:

@@ -16,7 +16,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import numpy as np
@@ -64,8 +64,8 @@ class PrefixCache:
     the encoder. ``dtype``: ``"fp32"`` keeps what the model computes as it is, also where that has 16 bits; ``"bf16"``
     and ``"fp16"`` round it; ``"int8"`` keeps 8 bits an element and a float32 scale a token, the largest magnitude of
     the token / 127. ``max_bytes`` bounds the memory, out of which what was used the longest ago goes first; in a
-    directory it bounds the data, and what comes later is computed each time. ``eval_prefix=True`` agrees that a prefix
-    with dropout runs as in evaluation while the model trains; without it such a forward pass is an error.
+    directory it bounds the data, and what comes later is computed each time. ``eval_prefix=True`` agrees that a
+    prefix with dropout runs as in evaluation while the model trains; without it such a forward pass is an error.
 
     While the cache is attached (``with cache:``, or ``attach`` and ``detach``) every forward pass of the model looks
     its samples up. Those that are missing run through the prefix alone, in eval mode and without gradients. States of
@@ -91,19 +91,25 @@ class PrefixCache:
         if not isinstance(model, nn.Module):
             raise TypeError(f"PrefixCache: model is {type(model).__name__}; expected a torch.nn.Module")
         if not isinstance(plan, Plan):
-            raise TypeError(f"PrefixCache: plan is {type(plan).__name__}; expected what superfine.select returned")
+            raise TypeError(
+                f"PrefixCache: plan is {type(plan).__name__}; expected what superfine.select returned"
+            )
         self.model = uncompiled(model)
         if plan.model is not self.model:
             raise ValueError("PrefixCache: plan is another model's; expected the plan of the model given")
         if dtype not in DTYPES:
             raise ValueError(f"PrefixCache: dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
         if max_bytes is not None and max_bytes <= 0:
-            raise ValueError(f"PrefixCache: max_bytes is {max_bytes}; expected a positive number of bytes, or None")
+            raise ValueError(
+                f"PrefixCache: max_bytes is {max_bytes}; expected a positive number of bytes, or None"
+            )
         self.dtype, self.eval_prefix = dtype, eval_prefix
         self.hits = self.misses = 0
-        self.place = find_place(self.model, set(plan.names))
+        # Rows or columns of a weight that train alone are no parameters of their own before they are installed.
+        trained = {*plan.names, *(piece.name for piece in getattr(plan, "slices", ()))}
+        self.place = find_place(self.model, trained)
         self.passes_through, self.computing = False, False
-        self.states: Tensor | None = None  # of the forward pass under way
+        self.states: Any = None  # (rows, tokens, width) of the forward pass under way
         self._taken = self._attached = False
         self._backbone: Any = self.model.get_submodule(self.place.backbone)
         self._signature = inspect.signature(self._backbone.forward)
@@ -115,7 +121,7 @@ class PrefixCache:
         self._look = look(self.model, self.place)
         modules = named_modules(self.model, self._look.read)
         around = {name: self.model.get_submodule(name) for name in self.place.path[:-1]}
-        self._tensors = [
+        self._tensors: list[tuple[str, dict[str, Any], str]] = [
             (f"{name}.{key}" if name else key, owner, key)
             for name, module in (modules | around).items()
             for owner in (module._parameters, module._buffers)
@@ -140,7 +146,9 @@ class PrefixCache:
             return self
         other = attached_cache(self._backbone)
         if other is not None:
-            raise ValueError("PrefixCache: the model has a cache attached; expected none (detach the other first)")
+            raise ValueError(
+                "PrefixCache: the model has a cache attached; expected none (detach the other first)"
+            )
         # Writing through .data leaves no trace in the versions that each forward pass compares.
         self._validate(reread=True)
         install(self.model, self.place, self._look, self)
@@ -231,7 +239,6 @@ class PrefixCache:
 
     def take(self, requires_grad: bool) -> Tensor:
         """The states of the forward pass under way."""
-        assert self.states is not None  # noqa: S101
         self._taken = True
         return self.states.requires_grad_() if requires_grad else self.states
 
@@ -243,7 +250,6 @@ class PrefixCache:
     @torch.compiler.disable
     def stand_in(self, module: nn.Module) -> Tensor:
         """Zeros of the shape of the module's output, which share one element."""
-        assert self.states is not None  # noqa: S101
         if self._zero is None or self._zero.device != self.states.device:
             self._zero = torch.zeros((), dtype=self._look.embedding_dtype, device=self.states.device)
         rows, tokens = self.states.shape[:2]
@@ -259,7 +265,11 @@ class PrefixCache:
         device = arguments["input_ids"].device.type if "input_ids" in arguments else "cpu"
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         adapters = tuple(
-            (m._disable_adapters, repr(getattr(m, "active_adapter", None)), tuple(getattr(m, "merged_adapters", ())))
+            (
+                m._disable_adapters,
+                repr(getattr(m, "active_adapter", None)),
+                tuple(getattr(m, "merged_adapters", ())),
+            )
             for m in self._adapters
         )
         state = (device, str(autocast), torch.get_float32_matmul_precision(), adapters)
@@ -291,7 +301,9 @@ class PrefixCache:
                 missed += 1
         if rows:
             chosen = list(rows.values())
-            computed = self._encode(self._compute(arguments, samples, chosen), [samples.lengths[r] for r in chosen])
+            computed = self._encode(
+                self._compute(arguments, samples, chosen), [samples.lengths[r] for r in chosen]
+            )
             fresh = dict(zip(rows, computed, strict=True))
             for row, key in enumerate(samples.keys):
                 if records[row] is None:
@@ -319,7 +331,9 @@ class PrefixCache:
             return captured.states
         finally:
             self.passes_through = self.computing = False
-        raise RuntimeError(f"PrefixCache: {self.place.blocks[-1]!r} did not run; expected every frozen block to")
+        raise RuntimeError(
+            f"PrefixCache: {self.place.blocks[-1]!r} did not run; expected every frozen block to"
+        )
 
     def _encode(self, states: Tensor, lengths: list[int]) -> list[Record]:
         states = states.detach()
@@ -335,12 +349,12 @@ class PrefixCache:
         else:
             kept = states if self.dtype == "fp32" else states.to(getattr(torch, DTYPES[self.dtype]))
             if self.dtype == "fp16" and bool((kept.isinf() & states.isfinite()).any()):
-                raise ValueError("PrefixCache: a hidden state is beyond 65504; expected dtype 'bf16' or 'fp32'")
+                raise ValueError(
+                    "PrefixCache: a hidden state is beyond 65504; expected dtype 'bf16' or 'fp32'"
+                )
             parts, stored = [_bytes(kept)], _CODE[str(kept.dtype).removeprefix("torch.")]
         return [
-            Record(
-                length, stored, dtype, np.concatenate([part[row, :length].reshape(-1) for part in parts])
-            )
+            Record(length, stored, dtype, np.concatenate([part[row, :length].reshape(-1) for part in parts]))
             for row, length in enumerate(lengths)
         ]
 
@@ -380,7 +394,7 @@ class PrefixCache:
         for name, owner, key in self._tensors:
             tensor = owner[key].detach()
             digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def _validate(self, reread: bool = False) -> None:
@@ -389,11 +403,15 @@ class PrefixCache:
         if not reread and marks == self._marks:
             return
         if self._hash() != self._weights:
-            changed = [tensor[0] for tensor, was, now in zip(self._tensors, self._marks, marks, strict=True) if was != now]
+            changed = [
+                tensor[0]
+                for tensor, was, now in zip(self._tensors, self._marks, marks, strict=True)
+                if was != now
+            ]
             what = repr(changed[0]) if changed else "a frozen tensor"
             raise ValueError(
-                f"PrefixCache: {what} has changed since the cache was made; expected a frozen prefix: make a new cache"
-                " (in another directory), for what this one keeps belongs to the weights from before"
+                f"PrefixCache: {what} has changed since the cache was made; expected a frozen prefix: make a new"
+                " cache (in another directory), for what this one keeps belongs to the weights from before"
             )
         self._marks = marks  # moved, or written with the same values
 
@@ -401,8 +419,8 @@ class PrefixCache:
         for name, owner, key in self._tensors:
             if owner[key].requires_grad:
                 raise ValueError(
-                    f"PrefixCache: {name!r} requires a gradient; expected all of the prefix to be frozen (select after"
-                    " loading, and make the cache from that plan)"
+                    f"PrefixCache: {name!r} requires a gradient; expected all of the prefix to be frozen (select"
+                    " after loading, and make the cache from that plan)"
                 )
 
     def _check_mode(self) -> None:
@@ -411,8 +429,8 @@ class PrefixCache:
                 if module.training:
                     raise ValueError(
                         f"PrefixCache: {name!r} is in train mode, where it has dropout or statistics of the batch;"
-                        " expected eval_prefix=True, which agrees that the frozen prefix runs as in evaluation (losses"
-                        " then differ from those with dropout), or the prefix in eval mode"
+                        " expected eval_prefix=True, which agrees that the frozen prefix runs as in evaluation"
+                        " (losses then differ from those with dropout), or the prefix in eval mode"
                     )
 
     def _header(self) -> dict[str, Any]:
@@ -440,10 +458,12 @@ class PrefixCache:
         expected, actual = found.outputs[mask], outputs[mask]
         tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
         scale = float(expected.abs().amax().nan_to_num(0))
-        if not self._taken or not torch.allclose(actual, expected, rtol=0, atol=tolerance * scale, equal_nan=True):
+        if not self._taken or not torch.allclose(
+            actual, expected, rtol=0, atol=tolerance * scale, equal_nan=True
+        ):
             raise ValueError(
-                f"PrefixCache: {type(self.model).__name__} uses more of its frozen blocks than the hidden states after"
-                f" {self.place.blocks[-1]!r}; expected the blocks to follow each other"
+                f"PrefixCache: {type(self.model).__name__} uses more of its frozen blocks than the hidden states"
+                f" after {self.place.blocks[-1]!r}; expected the blocks to follow each other"
             )
 
 
@@ -459,5 +479,5 @@ def _shown(batches: Iterable[Any]) -> Iterable[Any]:
     from rich.progress import track
 
     console = Console(stderr=True)
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     return track(batches, "frozen prefix", total, console=console, disable=not console.is_terminal)

@@ -138,7 +138,9 @@ class TrainConfig(_Section):
     patience: int = Field(default=3, ge=0)  # validations without improvement before stopping; 0: never
     checkpoint_every: int = Field(default=100, ge=0)  # 0: only at validations
     log_every: int = Field(default=10, ge=1)
-    cache: str | None = Field(default=None, min_length=1)  # directory: what the frozen layers compute is kept there
+    cache: str | None = Field(
+        default=None, min_length=1
+    )  # directory: what the frozen layers compute is kept there
     cache_dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
