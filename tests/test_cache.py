@@ -9,13 +9,12 @@ import pytest
 import small_models
 import superfine
 import torch
+import transformers
 from superfine._swap import _split
 from superfine.hf import use_fused_loss
 from torch import nn
 
-
-def t5():
-    return small_models.t5()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 #: Model, what trains, and how many of how many blocks are cached.
@@ -28,7 +27,7 @@ FAMILIES = {
     "gpt2": (small_models.gpt2, ("last:1",), "2 of 3"),
     "gpt2 classifier": (lambda: small_models.gpt2("GPT2ForSequenceClassification"), ("head",), "3 of 3"),
     "llama": (small_models.llama, ("last:1", "head"), "2 of 3"),
-    "t5": (t5, ("decoder.block.*",), "3 of 3"),
+    "t5": (small_models.t5, ("decoder.block.*",), "3 of 3"),
 }
 
 
@@ -354,7 +353,7 @@ def test_models_that_cannot_be_served_are_refused():
     plain = small_models.mlp()
     with pytest.raises(ValueError, match=r"nothing around .* takes input_ids; expected a model of token ids"):
         superfine.PrefixCache(plain, superfine.select(plain, "4.*"))
-    partly = t5()
+    partly = small_models.t5()
     with pytest.raises(
         ValueError, match="hands more to the next block than hidden states; expected all 3 blocks"
     ):
@@ -464,3 +463,27 @@ def test_under_torch_compile():
     for name, parameter in plan.named_parameters():
         assert (parameter.grad - expected[1][name]).abs().max() <= 1e-6
     torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("default")  # Trainer and accelerate give warnings of their own
+def test_under_transformers_trainer(tmp_path):
+    """Which passes arguments of its own, trains for epochs in other orders, and validates."""
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
+    model, plan, _ = made("gpt2")
+    inputs = batch(model)
+    rows = [{name: value[row] for name, value in inputs.items()} for row in range(4)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=3,
+        per_device_train_batch_size=2,
+        eval_strategy="epoch",
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    before = model.transformer.h[2].mlp.c_fc.weight.detach().clone()
+    with superfine.PrefixCache(model, plan, eval_prefix=True) as cache:
+        transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows).train()
+        assert (cache.misses, cache.hits) == (4, 3 * 4 + 3 * 4 - 4)
+    assert not torch.equal(model.transformer.h[2].mlp.c_fc.weight, before)
