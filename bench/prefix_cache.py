@@ -69,7 +69,7 @@ def main(
         runs = {kind: Run(tweets, selection, kind) for kind in (None, *(dtypes or ["fp32"]))}
         for run in runs.values():
             run.epoch(0)
-        timed = {kind: [] for kind in runs}  # type: dict[str | None, list[tuple[float, float, float]]]
+        timed: dict[str | None, list[tuple[float, float, float]]] = {kind: [] for kind in runs}
         for number in range(1, epochs + 1):  # in turn: a machine slows down and speeds up
             for kind, run in runs.items():
                 timed[kind].append(run.epoch(number))
