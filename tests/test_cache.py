@@ -1,4 +1,4 @@
-"""PrefixCache: losses and gradients are those without it, what is stale is never used, what cannot be served is said."""
+"""PrefixCache: losses and gradients are those without it, nothing stale is used, what cannot be served is said."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import pytest
 import small_models
 import superfine
 import torch
+import transformers
 from superfine._swap import _split
 from superfine.hf import use_fused_loss
 from torch import nn
 
-
-def t5():
-    return small_models.t5()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 #: Model, what trains, and how many of how many blocks are cached.
@@ -28,7 +27,7 @@ FAMILIES = {
     "gpt2": (small_models.gpt2, ("last:1",), "2 of 3"),
     "gpt2 classifier": (lambda: small_models.gpt2("GPT2ForSequenceClassification"), ("head",), "3 of 3"),
     "llama": (small_models.llama, ("last:1", "head"), "2 of 3"),
-    "t5": (t5, ("decoder.block.*",), "3 of 3"),
+    "t5": (small_models.t5, ("decoder.block.*",), "3 of 3"),
 }
 
 
@@ -226,7 +225,7 @@ def test_weights_that_change_are_noticed():
         cache.attach()
     cache = superfine.PrefixCache(model, plan)
     weight.data[0, 0] += 1  # seen when it is attached
-    with pytest.raises(ValueError, match="a frozen tensor has changed|dense.weight' has changed"):
+    with pytest.raises(ValueError, match=r"a frozen tensor has changed|dense.weight' has changed"):
         cache.attach()
     cache = superfine.PrefixCache(model, plan)
     with cache:
@@ -238,7 +237,7 @@ def test_weights_that_change_are_noticed():
             model(**inputs)
     with superfine.PrefixCache(model, plan):
         superfine.select(model, "all")
-        with pytest.raises(ValueError, match="'bert.embeddings.word_embeddings.weight' requires a gradient"):
+        with pytest.raises(ValueError, match=r"'bert.embeddings.word_embeddings.weight' requires a gradient"):
             model(**inputs)
 
 
@@ -291,17 +290,29 @@ def test_dropout_in_the_prefix_is_refused_unless_agreed():
 
 
 REFUSED = {
-    "packed positions": (dict(position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 4)), "start anew within a row"),
-    "4-D mask": (dict(attention_mask=torch.ones(4, 1, 6, 6)), r"attention_mask has the shape \(4, 1, 6, 6\)"),
-    "weights as a mask": (dict(attention_mask=torch.full((4, 6), 0.5)), "other values than 0 and 1"),
-    "packed sequences": (dict(cu_seq_lens_q=torch.tensor([0, 3, 6])), "cu_seq_lens_q is given; expected one document"),
-    "hidden states": (dict(output_hidden_states=True), "output_hidden_states is set; expected not"),
-    "attentions": (dict(output_attentions=True), "output_attentions is set"),
-    "something unknown": (dict(langs=torch.zeros(4, 6)), "langs is given; expected none beside input_ids"),
-    "embeddings": (dict(input_ids=None, inputs_embeds=torch.zeros(4, 6, 8)), "inputs_embeds is given; expected input_ids"),
-    "positions of another shape": (dict(position_ids=torch.zeros(3, 4, 6, dtype=torch.long)), "position_ids has the shape"),
-    "floats as ids": (dict(input_ids=torch.zeros(4, 6)), "input_ids is torch.float32; expected a tensor of integers"),
-}  # fmt: skip
+    "packed positions": ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 4)}, "start anew within a row"),
+    "4-D mask": ({"attention_mask": torch.ones(4, 1, 6, 6)}, r"attention_mask has the shape \(4, 1, 6, 6\)"),
+    "weights as a mask": ({"attention_mask": torch.full((4, 6), 0.5)}, "other values than 0 and 1"),
+    "packed sequences": (
+        {"cu_seq_lens_q": torch.tensor([0, 3, 6])},
+        "cu_seq_lens_q is given; expected one document",
+    ),
+    "hidden states": ({"output_hidden_states": True}, "output_hidden_states is set; expected not"),
+    "attentions": ({"output_attentions": True}, "output_attentions is set"),
+    "something unknown": ({"langs": torch.zeros(4, 6)}, "langs is given; expected none beside input_ids"),
+    "embeddings": (
+        {"input_ids": None, "inputs_embeds": torch.zeros(4, 6, 8)},
+        "inputs_embeds is given; expected inp",
+    ),
+    "positions of another shape": (
+        {"position_ids": torch.zeros(3, 4, 6, dtype=torch.long)},
+        "position_ids has the",
+    ),
+    "floats as ids": (
+        {"input_ids": torch.zeros(4, 6)},
+        "input_ids is torch.float32; expected a tensor of integers",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -340,9 +351,9 @@ def test_models_that_cannot_be_served_are_refused():
     with pytest.raises(ValueError, match=r"'transformer.wte.weight' trains; expected a frozen prefix"):
         superfine.PrefixCache(tied, superfine.select(tied, "transformer.wte.weight", "lm_head.weight"))
     plain = small_models.mlp()
-    with pytest.raises(ValueError, match="nothing around .* takes input_ids; expected a model of token ids"):
+    with pytest.raises(ValueError, match=r"nothing around .* takes input_ids; expected a model of token ids"):
         superfine.PrefixCache(plain, superfine.select(plain, "4.*"))
-    partly = t5()
+    partly = small_models.t5()
     with pytest.raises(
         ValueError, match="hands more to the next block than hidden states; expected all 3 blocks"
     ):
@@ -415,7 +426,7 @@ def test_fill_and_a_directory_that_outlives_the_process(tmp_path):
     with pytest.raises(ValueError, match="another model or plan, with blocks '3 of 4'; expected '2 of 4'"):
         superfine.PrefixCache(model, superfine.select(model, "last:2"), tmp_path / "states")
     other = small_models.bert()
-    with pytest.raises(ValueError, match="another model or plan, with prefix '.*'; expected '.*'"):
+    with pytest.raises(ValueError, match=r"another model or plan, with prefix '.*'; expected '.*'"):
         superfine.PrefixCache(other, superfine.select(other, "last:1"), tmp_path / "states")
 
 
@@ -452,3 +463,27 @@ def test_under_torch_compile():
     for name, parameter in plan.named_parameters():
         assert (parameter.grad - expected[1][name]).abs().max() <= 1e-6
     torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("default")  # Trainer and accelerate give warnings of their own
+def test_under_transformers_trainer(tmp_path):
+    """Which passes arguments of its own, trains for epochs in other orders, and validates."""
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
+    model, plan, _ = made("gpt2")
+    inputs = batch(model)
+    rows = [{name: value[row] for name, value in inputs.items()} for row in range(4)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=3,
+        per_device_train_batch_size=2,
+        eval_strategy="epoch",
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    before = model.transformer.h[2].mlp.c_fc.weight.detach().clone()
+    with superfine.PrefixCache(model, plan, eval_prefix=True) as cache:
+        transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows).train()
+        assert (cache.misses, cache.hits) == (4, 3 * 4 + 3 * 4 - 4)
+    assert not torch.equal(model.transformer.h[2].mlp.c_fc.weight, before)

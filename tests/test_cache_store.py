@@ -166,7 +166,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_cache_valid(tmp_path, monkeypatc
         return write(descriptor, view, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(OSError, match="no space is left in .*; expected some: free space") as error:
+    with pytest.raises(OSError, match=r"no space is left in .*; expected some: free space") as error:
         store.put([(key(2), record(2))])
     assert error.value.errno == errno.ENOSPC
     assert_same(store.get([key(1)])[0], record(1))
@@ -228,7 +228,7 @@ def test_other_formats_and_folders_are_refused(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
     with pytest.raises(
-        ValueError, match="which holds 'cat.jpg' and no cache; expected a new or an empty folder"
+        ValueError, match=r"which holds 'cat.jpg' and no cache; expected a new or an empty folder"
     ):
         DiskStore(tmp_path / "photos", HEADER, None)
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]

@@ -1,4 +1,4 @@
-"""superfine tune --cache: the frozen layers' states are computed once; scores as without, resumed runs as unbroken."""
+"""superfine tune --cache: the frozen layers' states are computed once; scores as without, resumed runs as whole."""
 
 from __future__ import annotations
 

@@ -70,8 +70,8 @@ def generates(arguments: Mapping[str, Any]) -> bool:
 def read_samples(arguments: Mapping[str, Any], config: Any, base: Any) -> Samples:
     """The samples of a call. ``base``: a blake2b object that has read what all keys of the call share.
 
-    A sample is a row up to the last token that the mask leaves, padding on its left included: that moves positions, and
-    is what a language model predicts the first token from. Its key is over its token ids, over token types and
+    A sample is a row up to the last token that the mask leaves, padding on its left included: that moves positions,
+    and is what a language model predicts the first token from. Its key is over its token ids, over token types and
     positions where they are given, and over its mask unless that leaves all of it. No mask is a mask of ones.
 
     Raises ``ValueError`` where the states of a sample would depend on more than that.

@@ -1,5 +1,5 @@
-"""How :class:`superfine.PrefixCache` gets into a model: parts that let the frozen prefix cost nothing, and the look at
-the model that finds where they belong."""
+"""How :class:`superfine.PrefixCache` gets into a model: parts that let the frozen prefix cost nothing, and the look
+at the model that finds where they belong."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class CachedBackbone(Part):
             taken = cache.finish()
         if not taken:
             raise RuntimeError(
-                f"PrefixCache: the last frozen block of {type(self).__name__} was left out of a forward pass; expected"
-                " every block to run (layer drop is not supported)"
+                f"PrefixCache: the last frozen block of {type(self).__name__} was left out of a forward pass;"
+                " expected every block to run (layer drop is not supported)"
             )
         return outputs
 
@@ -271,8 +271,8 @@ def _encoder(model: nn.Module) -> str:
     stacks = [stack for stack in layer_stacks(model) if "encoder" in stack.path.split(".")]
     if not stacks:
         raise ValueError(
-            f"PrefixCache: {type(model).__name__} is an encoder-decoder without an encoder's stack of blocks; expected"
-            " one, as in T5 and BART"
+            f"PrefixCache: {type(model).__name__} is an encoder-decoder without an encoder's stack of blocks;"
+            " expected one, as in T5 and BART"
         )
     parts = stacks[0].path.split(".")
     return ".".join(parts[: parts.index("encoder") + 1])

@@ -1,7 +1,7 @@
 """Where :class:`superfine.PrefixCache` keeps hidden states: in memory, or in a directory that outlives the process.
 
-A directory holds ``header.json`` (what the states were computed with), ``data.bin`` (records, each at a multiple of 64
-bytes), ``index.bin`` (one entry of 40 bytes a record, in the order of writing) and ``lock``. Writers hold the lock
+A directory holds ``header.json`` (what the states were computed with), ``data.bin`` (records, each at a multiple of
+64 bytes), ``index.bin`` (one entry of 40 bytes a record, in the order of writing) and ``lock``. Writers hold the lock
 alone: they write a record, then its entry. So what a killed process leaves is a record without an entry, or half an
 entry at the end; neither counts, and the next writer overwrites it. Nothing that has an entry is ever changed.
 """
@@ -32,7 +32,7 @@ __all__ = ["CODES", "DiskStore", "MemoryStore", "Record", "record_bytes"]
 FORMAT = "superfine prefix cache"
 VERSION = 1
 
-#: How elements are stored, by the number that files hold: name and bytes an element. int8 has a float32 scale a token.
+#: How elements are stored, by the number that files hold: name and bytes an element; int8 also a float32 a token.
 CODES = {0: ("float32", 4), 1: ("bfloat16", 2), 2: ("float16", 2), 3: ("float64", 8), 4: ("int8", 1)}
 INT8 = 4
 
@@ -274,7 +274,7 @@ class DiskStore:
             )  # the earlier one lives in its arrays
         payload = np.frombuffer(self._map, np.uint8, size, offset)
         if key not in self._checked:
-            if zlib.crc32(payload) != checksum:
+            if zlib.crc32(payload.data) != checksum:
                 raise self._damaged(f"the record at byte {offset} of data.bin does not match its checksum")
             self._checked.add(key)
         return Record(tokens, stored, dtype, payload)

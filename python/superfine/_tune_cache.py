@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from superfine.cache import PrefixCache
 from superfine.config import Config
@@ -20,20 +19,19 @@ __all__ = ["FilledCache"]
 class FilledCache:
     """A cache that holds every sample of ``splits`` before training begins; in a ``with`` block it is attached.
 
-    Batches are those of the configuration's size, sorted by length, whatever the seed: so an interrupted run finds, or
-    computes again, the same bits.
+    Batches are those of the configuration's size, sorted by length, whatever the seed: so an interrupted run finds,
+    or computes again, the same bits.
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, config: Config, splits: Sequence[Any], listener: Any
+        self, directory: str, plan: Plan, config: Config, splits: Sequence[Any], listener: Any
     ) -> None:
-        assert config.train.cache is not None
-        self.cache = PrefixCache(model, plan, config.train.cache, config.train.cache_dtype, eval_prefix=True)
+        self.cache = PrefixCache(plan.model, plan, directory, config.train.cache_dtype, eval_prefix=True)
         self.listener = listener
         place = self.cache.place
         listener.note(
             f"frozen prefix: {len(place.blocks)} of {len(place.prefix.stack.blocks)} layers, without dropout, from"
-            f" {config.train.cache} ({config.train.cache_dtype})"
+            f" {directory} ({config.train.cache_dtype})"
         )
         if any(split.padding_side == "left" for split in splits):
             # Padding moves positions there, so that batches of other lengths have other states.
@@ -61,7 +59,8 @@ class FilledCache:
         """What the summary of a run says, of this session and of validation too."""
         cache, per_epoch = self.cache, seconds / max(epochs, 1e-9)
         self.listener.note(
-            f"frozen prefix: {cache.hits:,} of {cache.hits + cache.misses:,} samples found, {per_epoch:.2f} s an epoch"
+            f"frozen prefix: {cache.hits:,} of {cache.hits + cache.misses:,} samples found,"
+            f" {per_epoch:.2f} s an epoch"
         )
         return {
             "seconds_per_epoch": round(per_epoch, 3),

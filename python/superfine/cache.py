@@ -16,7 +16,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import numpy as np
@@ -64,8 +64,8 @@ class PrefixCache:
     the encoder. ``dtype``: ``"fp32"`` keeps what the model computes as it is, also where that has 16 bits; ``"bf16"``
     and ``"fp16"`` round it; ``"int8"`` keeps 8 bits an element and a float32 scale a token, the largest magnitude of
     the token / 127. ``max_bytes`` bounds the memory, out of which what was used the longest ago goes first; in a
-    directory it bounds the data, and what comes later is computed each time. ``eval_prefix=True`` agrees that a prefix
-    with dropout runs as in evaluation while the model trains; without it such a forward pass is an error.
+    directory it bounds the data, and what comes later is computed each time. ``eval_prefix=True`` agrees that a
+    prefix with dropout runs as in evaluation while the model trains; without it such a forward pass is an error.
 
     While the cache is attached (``with cache:``, or ``attach`` and ``detach``) every forward pass of the model looks
     its samples up. Those that are missing run through the prefix alone, in eval mode and without gradients. States of
@@ -107,7 +107,7 @@ class PrefixCache:
         self.hits = self.misses = 0
         self.place = find_place(self.model, set(plan.trained_names))
         self.passes_through, self.computing = False, False
-        self.states: Tensor | None = None  # of the forward pass under way
+        self.states: Any = None  # (rows, tokens, width) of the forward pass under way
         self._taken = self._attached = False
         self._backbone: Any = self.model.get_submodule(self.place.backbone)
         self._signature = inspect.signature(self._backbone.forward)
@@ -119,7 +119,7 @@ class PrefixCache:
         self._look = look(self.model, self.place)
         modules = named_modules(self.model, self._look.read)
         around = {name: self.model.get_submodule(name) for name in self.place.path[:-1]}
-        self._tensors = [
+        self._tensors: list[tuple[str, dict[str, Any], str]] = [
             (f"{name}.{key}" if name else key, owner, key)
             for name, module in (modules | around).items()
             for owner in (module._parameters, module._buffers)
@@ -237,7 +237,6 @@ class PrefixCache:
 
     def take(self, requires_grad: bool) -> Tensor:
         """The states of the forward pass under way."""
-        assert self.states is not None
         self._taken = True
         return self.states.requires_grad_() if requires_grad else self.states
 
@@ -249,7 +248,6 @@ class PrefixCache:
     @torch.compiler.disable
     def stand_in(self, module: nn.Module) -> Tensor:
         """Zeros of the shape of the module's output, which share one element."""
-        assert self.states is not None
         if self._zero is None or self._zero.device != self.states.device:
             self._zero = torch.zeros((), dtype=self._look.embedding_dtype, device=self.states.device)
         rows, tokens = self.states.shape[:2]
@@ -394,7 +392,7 @@ class PrefixCache:
         for name, owner, key in self._tensors:
             tensor = owner[key].detach()
             digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def _validate(self, reread: bool = False) -> None:
@@ -410,8 +408,8 @@ class PrefixCache:
             ]
             what = repr(changed[0]) if changed else "a frozen tensor"
             raise ValueError(
-                f"PrefixCache: {what} has changed since the cache was made; expected a frozen prefix: make a new cache"
-                " (in another directory), for what this one keeps belongs to the weights from before"
+                f"PrefixCache: {what} has changed since the cache was made; expected a frozen prefix: make a new"
+                " cache (in another directory), for what this one keeps belongs to the weights from before"
             )
         self._marks = marks  # moved, or written with the same values
 
@@ -419,8 +417,8 @@ class PrefixCache:
         for name, owner, key in self._tensors:
             if owner[key].requires_grad:
                 raise ValueError(
-                    f"PrefixCache: {name!r} requires a gradient; expected all of the prefix to be frozen (select after"
-                    " loading, and make the cache from that plan)"
+                    f"PrefixCache: {name!r} requires a gradient; expected all of the prefix to be frozen (select"
+                    " after loading, and make the cache from that plan)"
                 )
 
     def _check_mode(self) -> None:
@@ -429,8 +427,8 @@ class PrefixCache:
                 if module.training:
                     raise ValueError(
                         f"PrefixCache: {name!r} is in train mode, where it has dropout or statistics of the batch;"
-                        " expected eval_prefix=True, which agrees that the frozen prefix runs as in evaluation (losses"
-                        " then differ from those with dropout), or the prefix in eval mode"
+                        " expected eval_prefix=True, which agrees that the frozen prefix runs as in evaluation"
+                        " (losses then differ from those with dropout), or the prefix in eval mode"
                     )
 
     def _header(self) -> dict[str, Any]:
@@ -462,8 +460,8 @@ class PrefixCache:
             actual, expected, rtol=0, atol=tolerance * scale, equal_nan=True
         ):
             raise ValueError(
-                f"PrefixCache: {type(self.model).__name__} uses more of its frozen blocks than the hidden states after"
-                f" {self.place.blocks[-1]!r}; expected the blocks to follow each other"
+                f"PrefixCache: {type(self.model).__name__} uses more of its frozen blocks than the hidden states"
+                f" after {self.place.blocks[-1]!r}; expected the blocks to follow each other"
             )
 
 
@@ -479,5 +477,5 @@ def _shown(batches: Iterable[Any]) -> Iterable[Any]:
     from rich.progress import track
 
     console = Console(stderr=True)
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     return track(batches, "frozen prefix", total, console=console, disable=not console.is_terminal)

@@ -253,7 +253,7 @@ def _label_order(labels: tuple[str, ...], base_config: Any) -> tuple[str, ...]:
 def _fill_cache(config: Config, plan: Plan, splits: list[Any], listener: Listener) -> FilledCache | None:
     if config.train.cache is None:
         return None
-    return FilledCache(plan.model, plan, config, splits, listener)
+    return FilledCache(config.train.cache, plan, config, splits, listener)
 
 
 def _counts(splits: Splits, encoded: dict[str, hf.Encoded]) -> dict[str, Any]:
