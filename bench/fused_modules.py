@@ -143,6 +143,7 @@ def _case(family: str, selection: str, dtype: torch.dtype, size: Size = SIZE) ->
         before=lambda inputs: None,
         check=_check,
         providers=PROVIDERS,
+        in_quick=family == "llama" and dtype == torch.bfloat16,
         gemm=name,
     )
 

@@ -10,7 +10,7 @@ import transformers
 from small_models import TOKENS, VOCAB
 from superfine import fused_modules
 from superfine._activations import saved_bytes
-from superfine._recompute import origin, recomputed, remember
+from superfine._recompute import origin
 from torch import nn
 
 peft = pytest.importorskip("peft")
@@ -112,9 +112,9 @@ FAMILIES = {
     "t5 gated": t5_gated,
 }
 BECOMES = {
-    "bert": {"layer_norm", "layer_norm with residual", "gelu"},
-    "roberta": {"layer_norm", "layer_norm with residual", "gelu"},
-    "distilbert": {"layer_norm", "gelu"},
+    "bert": {"layer_norm", "layer_norm with residual"},
+    "roberta": {"layer_norm", "layer_norm with residual"},
+    "distilbert": {"layer_norm"},
     "gpt2": {"layer_norm", "gelu"},
     "llama": {"rms_norm", "swiglu"},
     "qwen": {"rms_norm", "swiglu"},
@@ -129,7 +129,7 @@ def test_gradients_of_every_family_stay(family):
     model = scramble(FAMILIES[family]()).train()  # with dropout where the family has it by default
     small = ["norms", "biases"] if family in ("bert", "roberta", "distilbert", "gpt2", "qwen") else ["norms"]
     # In float32 the ops round at other places than eager torch; float64 shows that the formulas are the same.
-    cases = [(torch.float32, 3e-6, small), (torch.float64, 1e-10, small), (torch.float64, 1e-10, ["all"])]
+    cases = [(torch.float32, 5e-6, small), (torch.float64, 1e-10, small), (torch.float64, 1e-10, ["all"])]
     for dtype, tolerance, selectors in cases:
         superfine.select(model.to(dtype), *selectors)
         wanted = gradients(model)
@@ -149,7 +149,7 @@ def test_gradients_of_every_family_stay(family):
 def test_gradients_of_lora_are_those_of_peft(family, dropout):
     settings = {"fan_in_fan_out": True} if family == "gpt2" else {}
     model = lora(scramble(FAMILIES[family]()), lora_dropout=dropout, **settings).train()
-    for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-10)):
+    for dtype, tolerance in ((torch.float32, 5e-6), (torch.float64, 1e-10)):
         model.to(dtype)
         wanted = gradients(model)
         for recompute in (False, True):
@@ -400,6 +400,7 @@ def test_lookalikes_stay_with_the_reason():
             "image": nn.LayerNorm((2, 4)),
             "patched": nn.LayerNorm(4),
             "relu": nn.ReLU(),
+            "erf": nn.GELU(),
         }
     )
     model["patched"].forward = lambda x: x
@@ -412,8 +413,22 @@ def test_lookalikes_stay_with_the_reason():
         "mlp": "SwappedMLP computes something else than its parts suggest",
         "image": "it is over more than one dimension",
         "patched": "its forward was replaced on the module itself",
+        "erf": "torch's own gelu keeps no more than its input either, and is not slower",
     }
     assert "left: norm: CubedRMSNorm" in str(report)
+
+
+@pytest.mark.parametrize(
+    "name", ["gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"]
+)
+def test_every_other_form_of_gelu(name):
+    model = nn.Sequential(copy.deepcopy(transformers.activations.ACT2FN[name]))
+    x = torch.randn(5, 7, dtype=torch.float64)
+    expected = model(x)
+    assert fused_modules.install(model).changed == {"0": "gelu"}
+    torch.testing.assert_close(model(x), expected, rtol=1e-8, atol=1e-9)
+    with pytest.raises(TypeError):  # what is no tensor reaches the module's own forward
+        model("x")
 
 
 def test_adapters_that_are_no_pair_of_matrices_stay():
@@ -464,56 +479,6 @@ def test_installed_twice():
     fused_modules.install(model, superfine.select(model, "all"))
     with pytest.raises(ValueError, match="'0' is fused already"):
         fused_modules.install(model)
-
-
-# --- recomputed -----------------------------------------------------------------------------------------------
-
-
-def test_recomputed_runs_once_more_and_only_in_backward():
-    layer, calls = nn.Linear(3, 3).double(), []
-    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-
-    def function(x):
-        calls.append(torch.is_grad_enabled())
-        return torch.tanh(layer(x))
-
-    output = recomputed(function, x, list(layer.parameters()))
-    assert calls == [False]
-    output.square().sum().backward()
-    assert calls == [False, True]
-    wanted = torch.autograd.grad(torch.tanh(layer(x)).square().sum(), [x, *layer.parameters()])
-    torch.testing.assert_close([x.grad, *(p.grad for p in layer.parameters())], list(wanted))
-
-
-def test_recomputed_has_second_derivatives():
-    layer = nn.Linear(3, 2).double()
-    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-
-    def function(x, *parameters):
-        y = torch.sin(x)
-        remember(y, torch.sin, (x,))
-        return recomputed(lambda y: torch.tanh(layer(y)), y, parameters)
-
-    assert torch.autograd.gradgradcheck(function, (x, *layer.parameters()))
-
-
-def test_a_parameter_that_changed_before_backward_is_noticed():
-    layer = nn.Linear(3, 3)
-    output = recomputed(layer, torch.randn(2, 3), list(layer.parameters()))
-    with torch.no_grad():
-        layer.weight.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        output.sum().backward()
-
-
-def test_an_origin_ends_with_its_tensor_and_with_writing():
-    x = torch.ones(3, requires_grad=True)
-    y = x * 2
-    remember(y, torch.mul, (x, x))
-    assert origin(y).tensors == (x, x)
-    y += 1
-    assert origin(y) is None
-    assert origin(x) is None
 
 
 def test_gradients_of_one_adapter_alone():

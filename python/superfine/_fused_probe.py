@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from superfine._fused_parts import Activation, Mlp, Norm, norm_forward, original_class
 
-__all__ = ["activation_of", "mlp_of", "norm_of", "residual_norm_of"]
+__all__ = ["activation_of", "by_torch", "mlp_of", "norm_of", "residual_norm_of"]
 
 _TANH = {"NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh", "AccurateGELUActivation"}
 
@@ -182,6 +182,12 @@ def activation_of(module: nn.Module) -> Activation | None:
     with _Trial():
         x = torch.linspace(-8, 8, 257, device="cpu", dtype=torch.float64)
         return found if _agree(original.forward(module, x), function(x)) else None
+
+
+def by_torch(module: Any, activation: Activation) -> bool:
+    """Whether the module is torch's gelu by the error function, in one operation."""
+    composed = original_class(module).__name__ == "GELUActivation" and module.act is not F.gelu
+    return activation == Activation("gelu", "none") and not composed
 
 
 def _gelu(approximate: str) -> Any:

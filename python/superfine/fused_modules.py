@@ -31,7 +31,7 @@ from superfine._fused_parts import (
     original_class,
     why_no_lora_node,
 )
-from superfine._fused_probe import activation_of, mlp_of, norm_of, residual_norm_of
+from superfine._fused_probe import activation_of, by_torch, mlp_of, norm_of, residual_norm_of
 from superfine._swap import Part, add_part, remove_part
 from superfine.select import Plan, uncompiled
 
@@ -64,7 +64,7 @@ def install(model: nn.Module, plan: Plan | None = None, *, recompute: bool = Fal
 
     - LayerNorm, RMSNorm, and the RMS norms of Hugging Face models: `superfine_kernels.layer_norm`, `rms_norm`;
     - a dense layer whose output is added to its residual and normalised, as in BERT: one op for sum and norm;
-    - GELU in its forms: `superfine_kernels.gelu`;
+    - GELU by the hyperbolic tangent, and what computes it operation by operation: `superfine_kernels.gelu`;
     - gated MLPs (Llama, Mistral, Qwen, Gemma, T5 1.1): `swiglu` or `geglu` between their products;
     - PEFT's LoRA linears: `superfine_kernels.lora_linear`.
 
@@ -143,7 +143,11 @@ def _change(module: nn.Module, recompute: bool, tried: dict[Any, Any]) -> _Chang
         return _Change(FusedResidualNorm, ResidualNorm(recompute), "layer_norm with residual")
     activation = _once(tried, module, activation_of)
     if activation is not None:
-        return _Change(FusedActivation, activation, "gelu") if activation.name == "gelu" else None
+        if activation.name == "silu":
+            return None
+        if by_torch(module, activation):
+            return "torch's own gelu keeps no more than its input either, and is not slower"
+        return _Change(FusedActivation, activation, "gelu")
     return _mlp_change(module, recompute, tried)
 
 
