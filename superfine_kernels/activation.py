@@ -190,7 +190,7 @@ def _op_backward(
     function: str, grad: Tensor, gate: Tensor, up: Tensor | None, of_gate: bool, of_up: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     dgate, dup = (new_gradient(gate) if wanted else None for wanted in (of_gate, of_up))
-    if gate.numel() > 0:
+    if gate.numel() > 0 and (of_gate or of_up):
         _run(function, backend, gate, up, grad, dgate, dup)
     return gate.new_empty(0) if dgate is None else dgate, gate.new_empty(0) if dup is None else dup
 

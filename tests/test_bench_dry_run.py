@@ -32,6 +32,7 @@ def test_lists_every_kernel_of_both_backends_and_no_kernel_spills():
     rows = dry_run.dry_run(["sm_90"], 3350.0)
     triton = by_backend(rows, "triton")
     assert {(row.op, row.kernel) for row in triton} >= {
+        ("activation", "_activation"),
         ("adamw", "_adamw"),
         ("cross_entropy", "_forward"),
         ("cross_entropy", "_backward"),

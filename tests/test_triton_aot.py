@@ -118,6 +118,13 @@ def test_elementwise_losses_read_and_write_16_bytes_where_tensors_are_aligned(ke
         assert_16_bytes_wide(kernel.ptx)
 
 
+def test_activations_read_and_write_16_bytes_and_compute_in_float64_for_float64_only(kernels):
+    for kernel in of_op(kernels, "activation", OPMATH="fp32"):
+        assert ".f64" not in kernel.ptx, kernel
+        if "columns" in kernel.aligned and "gate" in kernel.aligned:
+            assert_16_bytes_wide(kernel.ptx)
+
+
 def test_cross_entropy_has_one_kernel_for_all_values_of_its_options(kernels):
     values = {
         "smoothing",

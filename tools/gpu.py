@@ -128,6 +128,7 @@ def run_all(runner: Runner) -> None:
             str(ROOT / "tests" / f"test_{name}.py")
             for name in (
                 "golden",
+                "cuda_activation",
                 "cuda_adamw",
                 "cuda_lamb",
                 "cuda_step",

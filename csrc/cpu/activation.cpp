@@ -9,7 +9,6 @@
 #include <cstring>
 
 #include "core/parallel_for.h"
-#include "cpu/stream.h"
 
 namespace superfine::cpu::SF_ISA {
 namespace {
@@ -48,23 +47,37 @@ const double* read(const void* from, DType, std::int64_t begin, std::int64_t cou
   return strip_of(from, begin, count, buffer);
 }
 
-template <class E>
-void narrow(const float* values, std::int64_t groups, E* buffer) {
-  for (std::int64_t j = 0; j < groups * kGroup; ++j) store(&buffer[j], values[j]);
+// Where the next `count` results go: the output itself, if they are Reals and whole groups, else `buffer`. What is
+// written stays in the caches, as the product that takes it comes next.
+template <class T>
+T* room(void* to, DType dtype, std::int64_t begin, std::int64_t count, T* buffer) {
+  const bool direct = count % kGroup == 0 && dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32);
+  return direct ? static_cast<T*>(to) + begin : buffer;
 }
 
-void write(void* to, DType dtype, std::int64_t begin, std::int64_t count, const void* values, bool stream) {
-  alignas(64) std::uint16_t narrowed[kStrip];
+template <class E>
+void narrow(const float* values, void* to, std::int64_t begin, std::int64_t count) {
+  E tail[kStrip];
+  E* const out = static_cast<E*>(to) + begin;
+  E* const narrowed = count % kGroup == 0 ? out : tail;
   const std::int64_t groups = (count + kGroup - 1) / kGroup;
-  std::int64_t size = dtype == DType::f64 ? 8 : 4;
-  if (dtype == DType::bf16 || dtype == DType::f16) {
-    size = 2;
-    dtype == DType::bf16 ? narrow(static_cast<const float*>(values), groups, reinterpret_cast<bf16*>(narrowed))
-                         : narrow(static_cast<const float*>(values), groups, reinterpret_cast<f16*>(narrowed));
-    values = narrowed;
+  for (std::int64_t j = 0; j < groups * kGroup; ++j) store(&narrowed[j], values[j]);
+  if (narrowed == tail) std::memcpy(static_cast<void*>(out), tail, static_cast<std::size_t>(count) * sizeof(E));
+}
+
+// To the output, unless they are there.
+void write(void* to, DType dtype, std::int64_t begin, std::int64_t count, const float* values) {
+  float* const out = static_cast<float*>(to) + begin;
+  switch (dtype) {
+    case DType::bf16: return narrow<bf16>(values, to, begin, count);
+    case DType::f16: return narrow<f16>(values, to, begin, count);
+    default:
+      if (out != values) std::memcpy(out, values, static_cast<std::size_t>(count) * sizeof(float));
   }
-  char* const out = static_cast<char*>(to) + begin * size;
-  stream ? stream_out(out, values, count * size) : static_cast<void>(std::memcpy(out, values, count * size));
+}
+void write(void* to, DType, std::int64_t begin, std::int64_t count, const double* values) {
+  double* const out = static_cast<double*>(to) + begin;
+  if (out != values) std::memcpy(out, values, static_cast<std::size_t>(count) * sizeof(double));
 }
 
 template <Function kFunction, class T>
@@ -72,11 +85,15 @@ SF_HD ValueAndSlope<T> of(T x) {
   return kFunction == Function::gelu ? gelu(x) : kFunction == Function::gelu_tanh ? gelu_tanh(x) : silu(x);
 }
 
-// Values, and for the gradient slopes.
+// Values, slopes, or both.
 template <Function kFunction, class T>
 void compute(const T* x, std::int64_t groups, T* __restrict__ values, T* __restrict__ slopes) {
   if (slopes == nullptr) {
     for (std::int64_t j = 0; j < groups * kGroup; ++j) values[j] = of<kFunction>(x[j]).value;
+    return;
+  }
+  if (values == nullptr) {
+    for (std::int64_t j = 0; j < groups * kGroup; ++j) slopes[j] = of<kFunction>(x[j]).slope;
     return;
   }
   for (std::int64_t j = 0; j < groups * kGroup; ++j) {
@@ -102,8 +119,10 @@ void multiply(T* __restrict__ values, const T* by, std::int64_t groups) {
 
 template <class T>
 void run(const Activation& args, int threads) {
-  const std::int64_t size = args.dtype == DType::f64 ? 8 : args.dtype == DType::f32 ? 4 : 2;
-  const bool stream = args.rows * args.columns * size >= kStreamBytes;
+  // Of values and slopes, in the backward pass where the gradients of up and gate go.
+  void* const of_values = args.grad.data == nullptr ? args.out : args.dup;
+  void* const of_slopes = args.grad.data == nullptr ? nullptr : args.out;
+  if (of_values == nullptr && of_slopes == nullptr) return;
   const std::int64_t pieces = (args.columns + kPiece - 1) / kPiece;
   const std::int64_t grain = args.columns < kPiece ? kPiece / args.columns : 1;
   parallel_for(args.rows * pieces, grain, threads, [&](Ranges& ranges) {
@@ -119,23 +138,18 @@ void run(const Activation& args, int threads) {
           const auto strip = [&](const RowsOf& of, T* buffer) {
             return read(of.data, args.dtype, row * of.stride + begin, count, buffer);
           };
-          const bool backward = args.grad.data != nullptr;
-          compute(args.function, strip(args.gate, x), groups, values, backward ? slopes : static_cast<T*>(nullptr));
-          if (!backward) {
-            if (args.up.data != nullptr) multiply(values, strip(args.up, up), groups);
-            write(args.out, args.dtype, at, count, values, stream);
-            continue;
+          T* const f = of_values ? room(of_values, args.dtype, at, count, values) : nullptr;
+          T* const df = of_slopes ? room(of_slopes, args.dtype, at, count, slopes) : nullptr;
+          compute(args.function, strip(args.gate, x), groups, f, df);
+          if (args.grad.data != nullptr) {
+            const T* const upstream = strip(args.grad, grad);
+            if (f) multiply(f, upstream, groups);
+            if (df) multiply(df, upstream, groups);
           }
-          const T* const upstream = strip(args.grad, grad);
-          if (args.dup != nullptr) {
-            multiply(values, upstream, groups);
-            write(args.dup, args.dtype, at, count, values, stream);
-          }
-          if (args.out != nullptr) {
-            multiply(slopes, upstream, groups);
-            if (args.up.data != nullptr) multiply(slopes, strip(args.up, up), groups);
-            write(args.out, args.dtype, at, count, slopes, stream);
-          }
+          T* const by_up = args.grad.data == nullptr ? f : df;
+          if (by_up && args.up.data != nullptr) multiply(by_up, strip(args.up, up), groups);
+          if (f) write(of_values, args.dtype, at, count, f);
+          if (df) write(of_slopes, args.dtype, at, count, df);
         }
       }
   });

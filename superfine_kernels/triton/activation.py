@@ -24,7 +24,8 @@ from torch import Tensor
 from superfine_kernels._library import opmath_dtype
 from superfine_kernels.activation import CODES, Layout
 
-#: Elements of a program: 8 a thread, two 16-byte loads in float32 and one in bfloat16.
+#: Elements of a program: 8 a thread, two 16-byte loads in float32 and one in bfloat16; half as many in float64, whose
+#: error function would spill registers.
 BLOCK = 1024
 WARPS = 4
 
@@ -91,10 +92,11 @@ def activation(function: str, layout: Layout, out: Tensor | None, dup: Tensor | 
     gate, up, grad = layout.tensors
     if gate is None:
         raise ValueError("activation: gate is None; expected a tensor")
-    blocks = triton.cdiv(layout.columns, BLOCK)
+    wide = opmath_dtype(gate.dtype) == torch.float64
+    block = BLOCK // 2 if wide else BLOCK
+    blocks = triton.cdiv(layout.columns, block)
     with torch.cuda.device(gate.device) if gate.device.type == "cuda" else contextlib.nullcontext():
         _activation[(layout.rows * blocks,)](
             gate, up, grad, out, dup, layout.columns, blocks, *layout.strides,
-            FUNCTION=CODES[function], OPMATH=tl.float64 if opmath_dtype(gate.dtype) == torch.float64 else tl.float32,
-            BLOCK=BLOCK, num_warps=WARPS,
+            FUNCTION=CODES[function], OPMATH=tl.float64 if wide else tl.float32, BLOCK=block, num_warps=WARPS,
         )  # fmt: skip
