@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,29 @@ from torch import Tensor
 from superfine_kernels import _cpu
 
 ISAS = _cpu.isas()
+
+
+def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """A few of all combinations, in which every two values of different factors meet: for the parameters of a test.
+
+    Almost every error depends on one or two of them, and the full product takes several times as long.
+    """
+    positions = range(len(factors))
+
+    def pairs(chosen: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
+        return {(i, chosen[i], j, chosen[j]) for i, j in itertools.combinations(positions, 2)}
+
+    rest = list(itertools.product(*(range(len(values)) for values in factors)))
+    missing = set().union(*map(pairs, rest))
+    found = []
+    while missing:
+        best = max(
+            rest, key=lambda chosen: len(pairs(chosen) & missing)
+        )  # the first of equals: deterministic
+        missing -= pairs(best)
+        found.append(tuple(values[i] for values, i in zip(factors, best, strict=True)))
+    return found
+
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import ADAMW_DTYPES, AdamWCase
-from support import ISAS, assert_same_bits_in_lists, one_warning, same_bits, threads
+from support import ISAS, assert_same_bits_in_lists, one_warning, pairwise, same_bits, threads
 from torch import Tensor
 
 import superfine_kernels
@@ -54,22 +54,21 @@ def assert_step_agrees_with_float64(
             assert (error <= 8 * info.eps * (terms + info.smallest_normal)).all(), f"list {k}, tensor {i}"
 
 
+OPTIONS = [
+    {},
+    {"maximize": True},
+    {"weight_decay": 0.0},
+    {"lr": 0.0},
+    {"beta1": 0.0, "beta2": 0.0, "eps": 1e-3},
+    {"lr": 0.3, "beta1": 0.5, "beta2": 0.95},
+]
+
+
 @pytest.mark.parametrize(
-    "hyper",
-    [
-        {},
-        {"maximize": True},
-        {"weight_decay": 0.0},
-        {"lr": 0.0},
-        {"beta1": 0.0, "beta2": 0.0, "eps": 1e-3},
-        {"lr": 0.3, "beta1": 0.5, "beta2": 0.95},
-    ],
-    ids=str,
+    ("dtypes", "amsgrad", "hyper"), pairwise(ADAMW_DTYPES, [False, True], OPTIONS), ids=str
 )
-@pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize(("param", "state"), ADAMW_DTYPES)
-def test_agrees_with_the_formula_in_float64(param, state, amsgrad, hyper):
-    case = AdamWCase.random(SIZES, param, state, amsgrad)
+def test_agrees_with_the_formula_in_float64(dtypes, amsgrad, hyper):
+    case = AdamWCase.random(SIZES, *dtypes, amsgrad)
     for _ in range(3):
         assert_step_agrees_with_float64(case.lists(), **hyper)
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import GRADIENT_TOLERANCE, LOGIT_DTYPES, LOSS_TOLERANCE, class_weights, labels, logits
-from support import ISAS, same_bits, threads
+from support import ISAS, pairwise, same_bits, threads
 from torch import Tensor
 
 from superfine_kernels import cross_entropy
@@ -68,10 +68,10 @@ def assert_agrees_with_float64(
 # --- values --------------------
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", LOGIT_DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "reduction", "label_smoothing", "weighted"),
+    pairwise(LOGIT_DTYPES, ["mean", "sum", "none"], [0.0, 0.1, 1.0], [False, True]),
+)
 def test_agrees_with_torch_in_float64(dtype, reduction, label_smoothing, weighted):
     for vocab in VOCABS:
         x, t = logits(5, vocab, dtype), labels(5, vocab)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import GRADIENT_TOLERANCE, LOGIT_DTYPES, LOSS_TOLERANCE, class_weights
-from support import ISAS, same_bits, threads
+from support import ISAS, pairwise, same_bits, threads
 from torch import Tensor
 
 from superfine_kernels import cross_entropy, linear_cross_entropy
@@ -103,10 +103,10 @@ def targets(kind: str, classes: int, count: int = 5) -> tuple[Tensor, Tensor | N
     return target, torch.rand(ROWS, count)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("kind", ["labels", "few", "dense"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", LOGIT_DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "reduction", "kind", "options"),
+    pairwise(LOGIT_DTYPES, ["mean", "sum", "none"], ["labels", "few", "dense"], list(OPTIONS)),
+)
 def test_agrees_with_the_formula_in_float64(dtype, reduction, kind, options):
     for number, vocab in enumerate(VOCABS):
         x = (3 * torch.randn(ROWS, vocab, dtype=torch.float64)).to(dtype)
@@ -120,7 +120,7 @@ def test_agrees_with_the_formula_in_float64(dtype, reduction, kind, options):
                 reduction=reduction,
                 probabilities=probabilities,
                 inplace=inplace,
-                **options,
+                **OPTIONS[options],
             )
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import ISAS, one_warning
+from support import ISAS, one_warning, pairwise
 from torch import Tensor
 
 from superfine_kernels import linear_cross_entropy
@@ -53,11 +53,16 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float)
         assert e.numel() == 0 or ((a.double() - e).abs().amax() / scale).item() <= tolerance
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "reduction", "weighted", "smoothing", "backend"),
+    pairwise(
+        [torch.float32, torch.bfloat16, torch.float16, torch.float64],
+        ["mean", "sum", "none"],
+        [False, True],
+        [0.0, 0.1],
+        BACKENDS,
+    ),
+)
 def test_loss_and_gradients_are_those_of_float64(dtype, reduction, weighted, smoothing, backend):
     x, w, b, target = problem(dtype)
     weight = torch.rand(CLASSES, dtype=torch.float64).to(dtype) if weighted else None

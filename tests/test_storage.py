@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import AdamWCase, LambCase
-from support import ISAS, assert_same_bits_in_lists, same_bits, threads
+from support import ISAS, assert_same_bits_in_lists, pairwise, same_bits, threads
 
 from superfine_kernels import _storage, adamw_, lamb_
 
@@ -242,11 +242,9 @@ STORAGES = [
 ]
 
 
-@pytest.mark.parametrize(("op", "kind"), OPS)
-@pytest.mark.parametrize(("param", "state", "options"), STORAGES)
-@pytest.mark.parametrize("anchored", [False, True])
-def test_same_bits_on_every_instruction_set_and_thread_count(op, kind, param, state, options, anchored):
-    results = []
+@pytest.mark.parametrize(("of", "storage", "anchored"), pairwise(OPS, STORAGES, [False, True]), ids=str)
+def test_same_bits_on_every_instruction_set_and_thread_count(of, storage, anchored):
+    (op, kind), (param, state, options), results = of, storage, []
     for isa in ISAS:
         for count in (1, 2, 3):
             given = dict(options)

@@ -46,7 +46,9 @@ def step(case: AdamWCase, **hyper: float) -> list[int]:
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize(("param", "state"), [pair for pair in ADAMW_DTYPES if pair[0] != torch.float64])
 def test_gives_the_bits_of_the_cpu_kernel(param, state, amsgrad):
-    case = AdamWCase.random(SIZES, param, state, amsgrad)
+    case = AdamWCase.random(
+        SIZES if param == state == torch.float32 else [0, 513, 4097], param, state, amsgrad
+    )
     expected = same_step_on_cpu(case)
     assert step(case) == []
     assert_same_bits(case, expected)
@@ -54,7 +56,7 @@ def test_gives_the_bits_of_the_cpu_kernel(param, state, amsgrad):
 
 @pytest.mark.parametrize(("param", "state", "names", "amsgrad"), with_amsgrad(OPTIONS))
 def test_options_give_the_bits_of_the_cpu_kernel(param, state, names, amsgrad):
-    case = AdamWCase.random([0, 513, 4097], param, state, amsgrad)
+    case = AdamWCase.random([0, 513] if amsgrad else [4097], param, state, amsgrad)
     options = random_options(case, names)
     expected, expected_options = case.to("cpu"), on_cpu(options)
     superfine_kernels.adamw_(*expected.lists(), **HYPER, **expected_options, backend="cpu")
@@ -121,7 +123,7 @@ def test_numbers_at_the_ends_of_their_range_as_on_the_cpu(param, state, names):
     ],
 )
 def test_coupled_decay_gives_the_bits_of_the_cpu_kernel(param, state, names, weight_decay):
-    case = AdamWCase.random([513, 4097], param, state)
+    case = AdamWCase.random([513], param, state)
     options = random_options(case, names)
     expected, expected_options = case.to("cpu"), on_cpu(options)
     hyper = {**HYPER, "weight_decay": weight_decay, "decoupled": False, "gradient_scale": -0.3}
