@@ -35,6 +35,8 @@ FILES = {
     "linear_cross_entropy": "linear_cross_entropy",
     "bce_with_logits": "elementwise_loss",
     "mse": "elementwise_loss",
+    "layer_norm": "layer_norm",
+    "rms_norm": "layer_norm",
     "train_step": "train_step",
 }
 OPS = tuple(FILES)

@@ -47,6 +47,8 @@ OP_NAMES = {
     "linear_cross_entropy": "linear + cross-entropy, forward + backward",
     "bce_with_logits": "binary cross-entropy, forward + backward",
     "mse": "mean squared error, forward + backward",
+    "layer_norm": "layer norm, forward + backward",
+    "rms_norm": "RMS norm, forward + backward",
     "train_step": "whole training step",
 }
 

@@ -106,9 +106,10 @@ def _dense(*tensors: Tensor | None) -> Any:
 
 @torch.library.impl(LIBRARY, "layer_norm", "CompositeExplicitAutograd")
 def _op(input, weight, bias, residual, rms, eps, weight_offset, cast_before_weight, backend):
-    dense = _dense(input, weight, bias, residual)
+    input, weight, bias, residual = _dense(input, weight, bias, residual)
+    chosen = kernel_for(NAMES[rms], input, backend)
     output, sums, statistics = forward(
-        rms, *dense, eps, weight_offset, cast_before_weight, kernel_for(NAMES[rms], input, backend), True
+        rms, input, weight, bias, residual, eps, weight_offset, cast_before_weight, chosen, True
     )
     return output, input.new_empty(0) if sums is None else sums, statistics
 
@@ -125,8 +126,9 @@ def _op_fake(input, weight, bias, residual, rms, eps, weight_offset, cast_before
 
 @torch.library.impl(LIBRARY, "layer_norm_backward", "CompositeExplicitAutograd")
 def _op_backward(grad, grad_sum, input, weight, statistics, rms, weight_offset, wanted, backend):
-    dense = _dense(grad, grad_sum, input, weight, statistics)
-    found = gradients(rms, *dense, weight_offset, tuple(wanted), kernel_for(NAMES[rms], grad, backend))
+    grad, grad_sum, input, weight, statistics = _dense(grad, grad_sum, input, weight, statistics)
+    chosen = kernel_for(NAMES[rms], grad, backend)
+    found = gradients(rms, grad, grad_sum, input, weight, statistics, weight_offset, tuple(wanted), chosen)
     return tuple(grad.new_empty(0) if one is None else one for one in found)
 
 
@@ -164,14 +166,15 @@ def _keep(ctx: Any, x: Tensor, weight: Tensor | None, statistics: Tensor | None,
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    input, weight, bias, residual, *options = inputs
+    input, weight, bias, residual, rms, eps, weight_offset, cast_before_weight, backend = inputs
     _, sums, statistics = output
     of_input, of_weight, of_bias, of_residual = ctx.needs_input_grad[:4]
     wanted = (of_input or of_residual, of_weight, of_bias)
-    dtypes = [None if p is None else p.dtype for p in (weight, bias)]
+    dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
+    plan = _Plan(rms, eps, weight_offset, cast_before_weight, backend, wanted, *dtypes)
     kept = residual is not None
     ctx.mark_non_differentiable(*(() if kept and wanted[0] else (sums,)), statistics)
-    _keep(ctx, sums if kept else input, weight, statistics, _Plan(*options, wanted, *dtypes))
+    _keep(ctx, sums if kept else input, weight, statistics, plan)
 
 
 def _backward(
@@ -186,8 +189,10 @@ def _backward(
             dinput, dweight, dbias = _differentiable(plan, grad, grad_sum, input, weight)
         elif is_plain((grad,)):
             backend = plan.backend or kernel_for(NAMES[plan.rms], grad, None)
-            tensors = _dense(grad, grad_sum, input, weight, statistics)
-            dinput, dweight, dbias = gradients(plan.rms, *tensors, plan.weight_offset, plan.wanted, backend)
+            grad, grad_sum, input, weight, statistics = _dense(grad, grad_sum, input, weight, statistics)
+            dinput, dweight, dbias = gradients(
+                plan.rms, grad, grad_sum, input, weight, statistics, plan.weight_offset, plan.wanted, backend
+            )
         else:
             found = torch.ops.superfine.layer_norm_backward(
                 grad,
@@ -262,7 +267,6 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, input, weight, bias, residual, rms, eps, weight_offset, cast_before_weight, backend):
         of_input, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
         of_input = of_input or of_residual
-        options = (rms, eps, weight_offset, cast_before_weight, backend)
         output, sums, statistics = forward(
             rms,
             input,
@@ -276,7 +280,8 @@ class _Norm(torch.autograd.Function):
             of_input or of_weight,
         )
         dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
-        plan = _Plan(*options, (of_input, of_weight, of_bias), *dtypes)
+        wanted = (of_input, of_weight, of_bias)
+        plan = _Plan(rms, eps, weight_offset, cast_before_weight, backend, wanted, *dtypes)
         _keep(ctx, input if sums is None else sums, weight, statistics, plan)
         if sums is None:
             return output
