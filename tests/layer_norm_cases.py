@@ -22,6 +22,13 @@ class Case:
     tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # input, weight, bias, residual
     upstream: tuple[Tensor, ...]
 
+    def to(self, device: str) -> Case:
+        """The same on another device."""
+        moved = [
+            None if t is None else t.detach().to(device).requires_grad_(t.requires_grad) for t in self.tensors
+        ]
+        return Case(self.op, tuple(moved), tuple(g.to(device) for g in self.upstream))
+
     def run(self, **options: Any) -> tuple[Tensor, ...]:
         """The output, and with a residual the sum."""
         x, weight, bias, residual = self.tensors
