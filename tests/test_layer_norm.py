@@ -58,6 +58,14 @@ def test_a_large_mean_does_not_cancel():
         assert_agrees("layer_norm", case, tolerance=2e-6)
 
 
+def test_a_first_element_far_from_the_mean_does_not_cancel():
+    # The sums are taken less the first element; a second pass takes the mean where that is far away.
+    for first, offset in ((1e4, 0.0), (0.0, 1e4), (-1e6, 0.0)):
+        case = inputs("layer_norm", (8, 768), torch.float32, False, "weight bias", offset=offset)
+        case.tensors[0].data[:, 0] = first
+        assert_agrees("layer_norm", case, tolerance=3e-6)
+
+
 def test_strides_and_expanded_gradients():
     wide = torch.randn(6, 10, 200)
     for x in (wide[..., ::2], wide.transpose(0, 1)[2:5], wide[0, :1].expand(5, 200)):
