@@ -41,6 +41,8 @@ FILES = {
     "rows_linear": "slices",
     "cols_linear": "slices",
     "rows_embedding": "slices",
+    "layer_norm": "layer_norm",
+    "rms_norm": "layer_norm",
     "train_step": "train_step",
     "prepare": "prepare",
     "fused_modules": "fused_modules",

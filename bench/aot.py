@@ -183,10 +183,10 @@ def _elementwise_loss(kernels: Any) -> None:
 
 
 def _layer_norm(kernels: Any) -> None:
-    # Short rows share a program; 768 fills a block but in part; 8192 (float64: 4096) is the longest row.
-    for dtype, size in itertools.product(DTYPES, (64, 768, 8192)):
+    # Short rows share a program; 768 fills a block but in part; the longest rows need the most registers.
+    sizes = [(dtype, 4096 if dtype == torch.float64 else 8192) for dtype in DTYPES]
+    for dtype, size in [*sizes, *itertools.product((torch.float32, torch.bfloat16), (64, 768))]:
         real = torch.float64 if dtype == torch.float64 else torch.float32
-        size = min(size, 4096) if dtype == torch.float64 else size
         x, y, more = (torch.empty(4096, size, dtype=dtype) for _ in range(3))
         weight, dweight, dbias = (torch.empty(size, dtype=kind) for kind in (dtype, real, real))
         for rms in (False, True):

@@ -53,6 +53,8 @@ OP_NAMES = {
     "rows_linear": "linear layer, few rows train, forward + backward",
     "cols_linear": "linear layer, few columns train, forward + backward",
     "rows_embedding": "embedding, few rows train, forward + backward + step",
+    "layer_norm": "layer norm, forward + backward",
+    "rms_norm": "RMS norm, forward + backward",
     "train_step": "whole training step",
     "fused_modules": "forward + backward with fused modules",
 }

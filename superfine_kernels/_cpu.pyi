@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import types
 import typing
-__all__: list[str] = ['CrossEntropy', 'MomentPlan', 'TensorReader', 'activation', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'cross_entropy_part', 'elementwise_loss', 'isas', 'lamb', 'lamb_groups', 'sum_of_squares']
+__all__: list[str] = ['CrossEntropy', 'MomentPlan', 'TensorReader', 'activation', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'cross_entropy_part', 'elementwise_loss', 'isas', 'lamb', 'lamb_groups', 'layer_norm', 'layer_norm_gradient', 'sum_of_squares']
 class TensorReader:
     """
     Reads torch tensors natively; made once from the torch module.
@@ -81,6 +81,14 @@ def lamb(reader: TensorReader, lists: collections.abc.Sequence[list], hyper: dic
 def lamb_groups(reader: TensorReader, groups: list, state: dict, plan: MomentPlan, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[tuple[int, typing.Any]] | None:
     """
     One step over an optimizer's groups, pairs of parameters and hyperparameters. Returns what it left alone: pairs of a group's number and a parameter. None, and nothing done, where a parameter is a tensor subclass or lies elsewhere.
+    """
+def layer_norm(rms: bool, rows: typing.SupportsInt | typing.SupportsIndex, size: typing.SupportsInt | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, weight_offset: typing.SupportsFloat | typing.SupportsIndex, cast_before_weight: bool, input: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, residual: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, weight_dtype: typing.SupportsInt | typing.SupportsIndex, bias: typing.SupportsInt | typing.SupportsIndex, bias_dtype: typing.SupportsInt | typing.SupportsIndex, sum: typing.SupportsInt | typing.SupportsIndex, output: typing.SupportsInt | typing.SupportsIndex, output_dtype: typing.SupportsInt | typing.SupportsIndex, mean: typing.SupportsInt | typing.SupportsIndex, rstd: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> None:
+    """
+    Rows normalised, and unless their addresses are 0 the sum of input and residual, mean and rstd of every row; see csrc/math/layer_norm.h.
+    """
+def layer_norm_gradient(rms: bool, rows: typing.SupportsInt | typing.SupportsIndex, size: typing.SupportsInt | typing.SupportsIndex, weight_offset: typing.SupportsFloat | typing.SupportsIndex, grad: typing.SupportsInt | typing.SupportsIndex, grad_dtype: typing.SupportsInt | typing.SupportsIndex, grad_sum: typing.SupportsInt | typing.SupportsIndex, input: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, weight_dtype: typing.SupportsInt | typing.SupportsIndex, mean: typing.SupportsInt | typing.SupportsIndex, rstd: typing.SupportsInt | typing.SupportsIndex, dinput: typing.SupportsInt | typing.SupportsIndex, dweight: typing.SupportsInt | typing.SupportsIndex, dbias: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> None:
+    """
+    Unless their addresses are 0, the gradients of input, weight and bias.
     """
 def sum_of_squares(reader: TensorReader, tensors: list, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> float | None:
     """

@@ -21,17 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from superfine_kernels import _backends, _cpu
-from superfine_kernels._cross_entropy_backends import HUGE_PAGE_BYTES
+from superfine_kernels._layer_norm_backends import forward, gradients, kernel_for, output_dtype, why_no_kernel
 from superfine_kernels._library import (
     DTYPE_CODES,
     LIBRARY,
     Cost,
-    in_functional_transform,
     is_plain,
     opmath_dtype,
     reject,
-    threads,
     warn_once,
 )
 
@@ -87,114 +84,7 @@ def reference(
         n = n * (weight.to(real) + weight_offset if weight_offset else weight.to(real))
     if bias is not None:
         n = n + bias.to(real)
-    return n.to(_output_dtype(input, weight, cast_before_weight)), x
-
-
-def _output_dtype(input: Tensor, weight: Tensor | None, cast_before_weight: bool) -> torch.dtype:
-    return input.dtype if weight is None or not cast_before_weight else weight.dtype
-
-
-# --- backends ---------------------------------------------------------------------------------------------
-
-
-def _empty_like(input: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty_like(input, dtype=dtype)
-    if out.nbytes >= HUGE_PAGE_BYTES and out.device.type == "cpu":
-        _cpu.advise_huge_pages(out.data_ptr(), out.nbytes)
-    return out
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _code(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else DTYPE_CODES[tensor.dtype]
-
-
-def _statistics_addresses(rms: bool, statistics: Tensor | None, rows: int) -> tuple[int, int]:
-    """Of mean and rstd, the rows of `statistics`; indexing it would take as long as a small norm."""
-    if statistics is None:
-        return 0, 0
-    address = statistics.data_ptr()
-    return (0, address) if rms else (address, address + rows * statistics.itemsize)
-
-
-def _forward(
-    rms: bool,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    cast_before_weight: bool,
-    backend: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The output; the sum with a residual; and the rows' rstd (1, rows), in a layer norm mean and rstd (2, rows)."""
-    size = input.shape[-1]
-    rows = input.numel() // size
-    dtype = input.dtype
-    output = _empty_like(input, _output_dtype(input, weight, cast_before_weight))
-    sums = None if residual is None else _empty_like(input, dtype)
-    statistics = None
-    mean = rstd = 0
-    if keep:
-        statistics = torch.empty((2 - rms, rows), dtype=opmath_dtype(dtype), device=input.device)
-        mean, rstd = _statistics_addresses(rms, statistics, rows)
-    name, _, isa = backend.partition(":")
-    if name == "triton":
-        from superfine_kernels.triton import layer_norm as kernels
-
-        kernels.layer_norm(
-            rms, input, weight, bias, residual, eps, weight_offset, cast_before_weight, sums, output, statistics
-        )  # fmt: skip
-    else:
-        _cpu.layer_norm(
-            rms, rows, size, eps, weight_offset, cast_before_weight,
-            input.data_ptr(), DTYPE_CODES[dtype], _address(residual), _address(weight), _code(weight),
-            _address(bias), _code(bias), _address(sums), output.data_ptr(), DTYPE_CODES[output.dtype],
-            mean, rstd, threads(), isa,
-        )  # fmt: skip
-    return output, sums, statistics
-
-
-def _gradients(
-    rms: bool,
-    grad: Tensor,
-    grad_sum: Tensor | None,
-    input: Tensor | None,
-    weight: Tensor | None,
-    statistics: Tensor | None,
-    weight_offset: float,
-    wanted: tuple[bool, bool, bool],
-    backend: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Those `wanted` of input, weight and bias; the latter two as float32 (float64)."""
-    like = grad if input is None else input
-    size = grad.shape[-1]
-    rows = grad.numel() // size
-    real = opmath_dtype(like.dtype)
-    dinput = _empty_like(like, like.dtype) if wanted[0] else None
-    dweight, dbias = (
-        torch.empty(size, dtype=real, device=grad.device) if want else None for want in wanted[1:]
-    )
-    name, _, isa = backend.partition(":")
-    if name == "triton":
-        from superfine_kernels.triton import layer_norm as kernels
-
-        kernels.layer_norm_gradient(
-            rms, grad, grad_sum, input, weight, statistics, weight_offset, dinput, dweight, dbias
-        )
-    else:
-        _cpu.layer_norm_gradient(
-            rms, rows, size, weight_offset, grad.data_ptr(), DTYPE_CODES[grad.dtype], _address(grad_sum),
-            _address(input), DTYPE_CODES[like.dtype], _address(weight), _code(weight),
-            *_statistics_addresses(rms, statistics, rows),
-            _address(dinput), _address(dweight), _address(dbias), threads(), isa,
-        )  # fmt: skip
-    return dinput, dweight, dbias
+    return n.to(output_dtype(input, weight, cast_before_weight)), x
 
 
 # --- ops and autograd -------------------------------------------------------------------------------------
@@ -209,16 +99,17 @@ LIBRARY.define(
 )
 
 
-def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _dense(*tensors: Tensor | None) -> Any:
     """As the kernels want them; a compiler may have laid them out otherwise."""
     return tuple([t if t is None or t.is_contiguous() else t.contiguous() for t in tensors])
 
 
 @torch.library.impl(LIBRARY, "layer_norm", "CompositeExplicitAutograd")
 def _op(input, weight, bias, residual, rms, eps, weight_offset, cast_before_weight, backend):
-    dense = _dense(input, weight, bias, residual)
-    output, sums, statistics = _forward(
-        rms, *dense, eps, weight_offset, cast_before_weight, _kernel(NAMES[rms], input, backend), True
+    input, weight, bias, residual = _dense(input, weight, bias, residual)
+    chosen = kernel_for(NAMES[rms], input, backend)
+    output, sums, statistics = forward(
+        rms, input, weight, bias, residual, eps, weight_offset, cast_before_weight, chosen, True
     )
     return output, input.new_empty(0) if sums is None else sums, statistics
 
@@ -227,7 +118,7 @@ def _op(input, weight, bias, residual, rms, eps, weight_offset, cast_before_weig
 def _op_fake(input, weight, bias, residual, rms, eps, weight_offset, cast_before_weight, backend):
     rows = input.shape[:-1].numel()
     return (
-        input.new_empty(input.shape, dtype=_output_dtype(input, weight, cast_before_weight)),
+        input.new_empty(input.shape, dtype=output_dtype(input, weight, cast_before_weight)),
         input.new_empty(0 if residual is None else input.shape),
         input.new_empty((2 - rms, rows), dtype=opmath_dtype(input.dtype)),
     )
@@ -235,8 +126,9 @@ def _op_fake(input, weight, bias, residual, rms, eps, weight_offset, cast_before
 
 @torch.library.impl(LIBRARY, "layer_norm_backward", "CompositeExplicitAutograd")
 def _op_backward(grad, grad_sum, input, weight, statistics, rms, weight_offset, wanted, backend):
-    dense = _dense(grad, grad_sum, input, weight, statistics)
-    found = _gradients(rms, *dense, weight_offset, tuple(wanted), _kernel(NAMES[rms], grad, backend))
+    grad, grad_sum, input, weight, statistics = _dense(grad, grad_sum, input, weight, statistics)
+    chosen = kernel_for(NAMES[rms], grad, backend)
+    found = gradients(rms, grad, grad_sum, input, weight, statistics, weight_offset, tuple(wanted), chosen)
     return tuple(grad.new_empty(0) if one is None else one for one in found)
 
 
@@ -274,14 +166,15 @@ def _keep(ctx: Any, x: Tensor, weight: Tensor | None, statistics: Tensor | None,
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    input, weight, bias, residual, *options = inputs
+    input, weight, bias, residual, rms, eps, weight_offset, cast_before_weight, backend = inputs
     _, sums, statistics = output
     of_input, of_weight, of_bias, of_residual = ctx.needs_input_grad[:4]
     wanted = (of_input or of_residual, of_weight, of_bias)
-    dtypes = (None if p is None else p.dtype for p in (weight, bias))
+    dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
+    plan = _Plan(rms, eps, weight_offset, cast_before_weight, backend, wanted, *dtypes)
     kept = residual is not None
     ctx.mark_non_differentiable(*(() if kept and wanted[0] else (sums,)), statistics)
-    _keep(ctx, sums if kept else input, weight, statistics, _Plan(*options, wanted, *dtypes))
+    _keep(ctx, sums if kept else input, weight, statistics, plan)
 
 
 def _backward(
@@ -295,9 +188,11 @@ def _backward(
         if torch.is_grad_enabled():  # backward(create_graph=True)
             dinput, dweight, dbias = _differentiable(plan, grad, grad_sum, input, weight)
         elif is_plain((grad,)):
-            backend = plan.backend or _kernel(NAMES[plan.rms], grad, None)
-            tensors = _dense(grad, grad_sum, input, weight, statistics)
-            dinput, dweight, dbias = _gradients(plan.rms, *tensors, plan.weight_offset, plan.wanted, backend)
+            backend = plan.backend or kernel_for(NAMES[plan.rms], grad, None)
+            grad, grad_sum, input, weight, statistics = _dense(grad, grad_sum, input, weight, statistics)
+            dinput, dweight, dbias = gradients(
+                plan.rms, grad, grad_sum, input, weight, statistics, plan.weight_offset, plan.wanted, backend
+            )
         else:
             found = torch.ops.superfine.layer_norm_backward(
                 grad,
@@ -372,8 +267,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, input, weight, bias, residual, rms, eps, weight_offset, cast_before_weight, backend):
         of_input, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
         of_input = of_input or of_residual
-        options = (rms, eps, weight_offset, cast_before_weight, backend)
-        output, sums, statistics = _forward(
+        output, sums, statistics = forward(
             rms,
             input,
             weight,
@@ -386,7 +280,8 @@ class _Norm(torch.autograd.Function):
             of_input or of_weight,
         )
         dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
-        plan = _Plan(*options, (of_input, of_weight, of_bias), *dtypes)
+        wanted = (of_input, of_weight, of_bias)
+        plan = _Plan(rms, eps, weight_offset, cast_before_weight, backend, wanted, *dtypes)
         _keep(ctx, input if sums is None else sums, weight, statistics, plan)
         if sums is None:
             return output
@@ -482,7 +377,7 @@ def _norm(
     if not (
         plain and input.is_cpu and backend is None
     ):  # else there is a kernel, and what follows costs as much
-        why = None if backend == "reference" else _why_no_kernel(input, backend)
+        why = None if backend == "reference" else why_no_kernel(input, backend)
         if why is not None:
             warn_once(f"{op}: {why}; eager torch computes it")
             backend = "reference"
@@ -497,7 +392,7 @@ def _norm(
             input, weight, bias, residual, rms, eps, weight_offset, cast_before_weight, backend or ""
         )
         return output if residual is None else (output, sums)
-    backend = "cpu" if backend is None and input.is_cpu else _kernel(op, input, backend)
+    backend = "cpu" if backend is None and input.is_cpu else kernel_for(op, input, backend)
     input, weight, bias, residual = _dense(input, weight, bias, residual)
     if torch.is_grad_enabled() and (
         input.requires_grad
@@ -508,7 +403,7 @@ def _norm(
         return _Norm.apply(
             input, weight, bias, residual, rms, eps, weight_offset, cast_before_weight, backend
         )
-    output, sums, _ = _forward(
+    output, sums, _ = forward(
         rms, input, weight, bias, residual, eps, weight_offset, cast_before_weight, backend, False
     )
     return output if residual is None else (output, sums)
@@ -517,35 +412,6 @@ def _norm(
 def _fitting(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight as the kernels read it beside inputs of `dtype`."""
     return weight if weight.dtype == torch.float32 and dtype.itemsize == 2 else weight.to(dtype)
-
-
-def _kernel(op: str, input: Tensor, backend: str | None) -> str:
-    """The backend that runs: there is no CUDA C++ for norms, which Triton serves as well."""
-    if not backend:
-        return "cpu" if input.device.type == "cpu" else "triton"
-    name = backend.partition(":")[0]
-    if name not in ("cpu", "triton"):
-        reject(op, "backend", backend, "cpu, triton or reference")
-    return _backends.choose(op, input.device, backend)
-
-
-def _why_no_kernel(input: Tensor, backend: str | None) -> str | None:
-    if in_functional_transform():
-        return "torch.func and forward-mode AD have no kernel"
-    device = input.device.type
-    if device not in _backends.TABLE:
-        return f"there is no kernel for tensors on {device}"
-    if device == "cuda" and not backend and (why := _backends.why_unavailable("triton")):
-        return why
-    if device == "cuda" or backend == "triton":
-        most = MOST_TRITON // opmath_dtype(input.dtype).itemsize
-        if input.shape[-1] > most:
-            return f"Triton's kernel takes rows of up to {most} elements"
-    return None
-
-
-#: Bytes of a row as it is computed on that Triton's programs hold in registers.
-MOST_TRITON = 32768
 
 
 def _check(

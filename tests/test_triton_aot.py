@@ -125,6 +125,18 @@ def test_activations_read_and_write_16_bytes_and_compute_in_float64_for_float64_
             assert_16_bytes_wide(kernel.ptx)
 
 
+def test_norms_compute_in_float64_for_float64_only(kernels):
+    for kernel in of_op(kernels, "layer_norm", OPMATH="fp32"):
+        assert ".f64" not in kernel.ptx, kernel
+
+
+def test_norms_read_and_write_16_bytes_where_rows_are_aligned(kernels):
+    for kernel in of_op(kernels, "layer_norm"):
+        if kernel.constants["BLOCK"] != "64" and kernel.constants.get("dinput") != "None":
+            assert {"size"} <= set(kernel.aligned)
+            assert_16_bytes_wide(kernel.ptx)
+
+
 def test_cross_entropy_has_one_kernel_for_all_values_of_its_options(kernels):
     values = {
         "smoothing",

@@ -136,6 +136,7 @@ def run_all(runner: Runner) -> None:
                 "cuda_cross_entropy",
                 "cuda_cross_entropy_options",
                 "cuda_elementwise_loss",
+                "cuda_layer_norm",
             )
         ),
         "-m",

@@ -1,10 +1,10 @@
 // Layer norm and RMS norm of rows; the formulas are in math/layer_norm.h.
 //
 // Least traffic: forward 8 bytes an element in float32 and 4 in bf16, 16 and 8 with a residual and its sum; backward 12
-// and 6. A row is read once from memory; the passes over it, two in an RMS norm and three in a layer norm, run in the
-// L1 cache. What is not dense Reals in whole blocks of lanes is turned into them there, so one loop serves all dtypes
-// and lengths. Lanes, and the rows whose gradients of the weights are added up together, depend on the sizes alone:
-// so the bits are the same for every vector width and thread count.
+// and 6. A row is read once from memory; the passes over it, two of them, run in the L1 cache. What is not dense Reals
+// in whole blocks of lanes is turned into them there, so one loop serves all dtypes and lengths. Lanes, and the rows
+// whose gradients of the weights are added up together, depend on the sizes alone: so the bits are the same for every
+// vector width and thread count.
 #include "cpu/layer_norm.h"
 
 #include <cstdint>
@@ -117,32 +117,37 @@ SF_HD T tree(T* lanes) {
   }
 }
 
-template <bool kSquares, class T>
-T sum(const T* x, std::int64_t n) {
+template <class T>
+T sum_of_squares(const T* x, std::int64_t n) {
   T lanes[kLanes] = {};
   for (std::int64_t j = 0; j < n; j += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] = kSquares ? std::fma(x[j + l], x[j + l], lanes[l]) : lanes[l] + x[j + l];
+    for (int l = 0; l < kLanes; ++l) lanes[l] = std::fma(x[j + l], x[j + l], lanes[l]);
   }
   return tree<kLanes>(lanes);
 }
 
-// The statistics of a row. It is filled up with its mean, which adds nothing to the sums.
+// The statistics of a row, in one pass: sums of x and x^2 less a shift, the first element, with which the row is filled
+// up to whole blocks. Where that is so far from the mean that the variance cancels, a second pass takes the mean.
 template <bool kRms, class T>
 RowStatistics<T> statistics(const T* x, T* buffer, std::int64_t size, double eps) {
   const T n = static_cast<T>(size);
-  if (kRms) return {T(0), T(0), reciprocal_root<T>(sum<true>(x, whole(size)) / n, eps)};
-  const T mean = sum<false>(x, whole(size)) / n;
-  for (std::int64_t j = size; j < whole(size); ++j) buffer[j] = mean;
-  T rests[kLanes] = {}, squares[kLanes] = {};
-  for (std::int64_t j = 0; j < whole(size); j += kLanes) {
-    for (int l = 0; l < kLanes; ++l) {
-      const T difference = x[j + l] - mean;
-      rests[l] += difference;
-      squares[l] = std::fma(difference, difference, squares[l]);
+  if (kRms) return {T(0), T(0), reciprocal_root<T>(sum_of_squares(x, whole(size)) / n, eps)};
+  T shift = x[0];
+  for (bool again = false;; again = true) {
+    for (std::int64_t j = size; j < whole(size); ++j) buffer[j] = shift;
+    T sums[kLanes] = {}, squares[kLanes] = {};
+    for (std::int64_t j = 0; j < whole(size); j += kLanes) {
+      for (int l = 0; l < kLanes; ++l) {
+        const T difference = x[j + l] - shift;
+        sums[l] += difference;
+        squares[l] = std::fma(difference, difference, squares[l]);
+      }
     }
+    const T rest = tree<kLanes>(sums) / n, variance = tree<kLanes>(squares) / n - rest * rest;
+    const T mean = shift + rest;
+    if (again || rest * rest <= 8 * variance) return {mean, (shift - mean) + rest, reciprocal_root<T>(variance, eps)};
+    shift = mean;
   }
-  const T rest = tree<kLanes>(rests) / n;
-  return {mean, rest, reciprocal_root<T>(tree<kLanes>(squares) / n - rest * rest, eps)};
 }
 
 template <class T>

@@ -30,6 +30,9 @@ TILE = 2048
 #: Programs that add up gradients of weights: a few for each multiprocessor, and few partial sums.
 MOST_SUMS = 256
 
+#: Bytes of a row whose sums fit into registers beside the gradient of the input; longer ones take two launches.
+LONGEST_WITH_SUMS = 16384
+
 
 @triton.jit
 def _parameter(values, column, in_row, offset, OPMATH: tl.constexpr):
@@ -82,6 +85,7 @@ def _gradient(
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     in_row = column < size
+    w = _parameter(weight, column, in_row, real(weight_offset, OPMATH), OPMATH)[None, :]
     dw = tl.zeros((BLOCK,), OPMATH)
     db = tl.zeros((BLOCK,), OPMATH)
     for step in range(steps):
@@ -94,8 +98,7 @@ def _gradient(
         if input is not None:
             x = tl.load(input + at, mask=mask, other=0.0).to(OPMATH)
             r = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
-            # Read for every row: kept, it would cost long rows more registers than there are.
-            gw = g * _parameter(weight, column, in_row, real(weight_offset, OPMATH), OPMATH)[None, :]
+            gw = g * w
             if RMS:
                 n = x * r
                 centred = gw
@@ -168,6 +171,10 @@ def layer_norm_gradient(
     rows = grad.numel() // size
     tile, block, warps = _tile(size)
     summed = dweight is not None or dbias is not None
+    if dinput is not None and summed and block * opmath_dtype(like.dtype).itemsize > LONGEST_WITH_SUMS:
+        kept = (grad, grad_sum, input, weight, statistics, weight_offset)
+        layer_norm_gradient(rms, *kept, dinput, None, None)
+        dinput = None
     steps = triton.cdiv(rows, tile * MOST_SUMS) if summed else 1
     programs = triton.cdiv(rows, tile * steps)
     real_dtype = opmath_dtype(like.dtype)
