@@ -1,7 +1,6 @@
 import copy
 import pickle
 
-import fused_stand_ins
 import pytest
 import small_models
 import superfine
@@ -18,11 +17,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),  # peft's
 ]
-
-
-@pytest.fixture(autouse=True)
-def _ops(monkeypatch):
-    fused_stand_ins.install(monkeypatch)
 
 
 def causal(family, **settings):

@@ -72,13 +72,14 @@ class Norm(NamedTuple):
 def norm_forward(settings: Norm, eps: float | None, input: Tensor, weight: Any, bias: Any) -> Tensor:
     """The norm as a function of tensors alone."""
     output: Tensor
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
     if not settings.rms:
         output = kernels.layer_norm(input, weight, bias, eps)
         return output
     output = kernels.rms_norm(
         input,
         weight,
-        torch.finfo(input.dtype).eps if eps is None else eps,
+        eps,
         weight_offset=settings.weight_offset,
         cast_before_weight=settings.cast_before_weight,
     )

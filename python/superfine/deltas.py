@@ -10,17 +10,16 @@ deltas.switch(None)                        # the base
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from superfine import slices
 from superfine.delta import DeltaInfo, _read, _targets, base_hash
 from superfine.select import uncompiled
 
@@ -89,15 +88,14 @@ class Deltas:
         if not isinstance(name, str) or not name or name in self._pieces or name == "average":
             raise ValueError(f"Deltas: name is {name!r}; expected a new one, not 'average'")
         info, tensors = _read(path)
-        slices: tuple[Any, ...] = getattr(info, "slices", ())
-        untied = [piece.name for piece in slices if piece.untie]
+        untied = [piece.name for piece in info.slices if piece.untie]
         if untied:
             raise ValueError(
                 f"Deltas: {name!r} unties {untied[0]!r}; expected slices that leave weights tied"
             )
         targets = _targets(self.model, info, tensors)
         with self._base_in_the_model():
-            found = base_hash(self.model, info.names, *([slices] if slices else []))
+            found = base_hash(self.model, info.names, info.slices)
             if found != info.base_hash:
                 raise ValueError(
                     f"Deltas: {name!r} expects base {info.base_hash}, got {found}: it was trained on another base, "
@@ -108,8 +106,8 @@ class Deltas:
             for key, target in targets.items():
                 base = known[key] if key in known else target.detach().to("cpu", copy=True)
                 pieces.append(_Piece(key, target, tensors[key], base))
-            for piece in slices:
-                weight = importlib.import_module("superfine.slices").own_weight(self.model, piece)
+            for piece in info.slices:
+                weight = slices.own_weight(self.model, piece)
                 base = weight.detach().index_select(piece.dim, piece.indices.to(weight.device)).cpu()
                 values = tensors[piece.parameter_name]
                 pieces.append(_Piece(piece.name, weight, values, base, piece.dim, piece.indices))
@@ -179,12 +177,11 @@ class Deltas:
     def _writing(self) -> Iterator[None]:
         """Where slices of the model's own are installed, they take part in what is read and written."""
         installed = any("weight_slice" in vars(module) for module in self.model.modules())
-        slices: Any = importlib.import_module("superfine.slices") if installed else None
         with torch.no_grad():
-            if slices is not None:
+            if installed:
                 slices.write_values(self.model)
             yield
-            if slices is not None:
+            if installed:
                 slices.read_values(self.model)
 
     def _to_base(self) -> None:

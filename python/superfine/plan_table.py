@@ -95,7 +95,7 @@ def plan_table(
         ),
     ]
     share = 100 * plan.num_trainable / max(total.elements, 1)
-    pieces = [repr(piece) for piece in getattr(plan, "slices", ())]
+    pieces = [repr(piece) for piece in plan.slices]
     chosen = [*plan.selectors, *(pieces if len(pieces) < 4 else [f"{len(pieces)} slices"])]
     closing = [
         f"trains {share:.2f}% ({', '.join(chosen)})",
@@ -222,7 +222,7 @@ def _rows(plan: Plan) -> list[_Row]:
 
 def _slice_names(plan: Plan) -> set[str]:
     """Names of the parameters that rows and columns have of their own, beside the weights that they are part of."""
-    return {piece.parameter_name for piece in getattr(plan, "slices", ())}
+    return {piece.parameter_name for piece in plan.slices}
 
 
 def _runs(block: str, costs: StepCosts | None) -> bool:

@@ -169,11 +169,10 @@ class Prepared:
 
     def _install(self, every: int) -> None:
         model, plan, options = self.model, self.plan, self.options
-        slices = getattr(plan, "slices", ())
-        if slices:
-            importlib.import_module("superfine.slices").install(model, slices)
+        if plan.slices:
+            importlib.import_module("superfine.slices").install(model, plan.slices)
             self._sliced = True
-            self.done["slices"] = f"{len(slices)} with a parameter of their own"
+            self.done["slices"] = f"{len(plan.slices)} with a parameter of their own"
         trained = dict(plan.named_parameters())
         if options["fuse"]:
             report = importlib.import_module("superfine.fused_modules").install(

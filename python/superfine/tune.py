@@ -114,7 +114,7 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
     optimizer = plan.optimizer(config.optimizer.name, **config.optimizer.arguments())
     listener.note(_describe_optimizer(config))
     # Filled before the run counts as begun: stopped here, there is nothing to resume.
-    cache = _fill_cache(config, plan, [encoded["train"], encoded["validation"]], listener)
+    cache = _fill_cache(config, plan, encoded, listener)
 
     listener.stage(5, "train with validation")
     if not resume:
@@ -250,10 +250,13 @@ def _label_order(labels: tuple[str, ...], base_config: Any) -> tuple[str, ...]:
     return theirs if set(theirs) == set(labels) and len(theirs) == len(labels) else labels
 
 
-def _fill_cache(config: Config, plan: Plan, splits: list[Any], listener: Listener) -> FilledCache | None:
+def _fill_cache(
+    config: Config, plan: Plan, encoded: dict[str, hf.Encoded], listener: Listener
+) -> FilledCache | None:
     if config.train.cache is None:
         return None
-    return FilledCache(config.train.cache, plan, config, splits, listener)
+    seen = [encoded[name] for name in ("train", "replay", "validation") if name in encoded]
+    return FilledCache(config.train.cache, plan, config, seen, listener)
 
 
 def _counts(splits: Splits, encoded: dict[str, hf.Encoded]) -> dict[str, Any]:
