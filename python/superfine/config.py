@@ -147,9 +147,13 @@ class TrainConfig(_Section):
     patience: int = Field(default=3, ge=0)  # validations without improvement before stopping; 0: never
     checkpoint_every: int = Field(default=100, ge=0)  # 0: only at validations
     log_every: int = Field(default=10, ge=1)
-    cache: str | None = Field(
-        default=None, min_length=1
-    )  # directory: what the frozen layers compute is kept there
+    prepare: bool = (
+        True  # superfine.prepare: frozen layers without a graph, fused ops, the one position that counts
+    )
+    checkpointing: bool | str = (
+        False  # true or "every:N": trained layers run again in backward, for less memory
+    )
+    cache: str | None = Field(default=None, min_length=1)  # directory: what the frozen layers compute, kept
     cache_dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -159,6 +163,8 @@ class TrainConfig(_Section):
             raise ValueError(f"warmup is {self.warmup}; expected whole steps, or a fraction in [0.0, 1.0)")
         if self.label_smoothing and self.loss != "cross_entropy":
             raise ValueError(f"label_smoothing is {self.label_smoothing}; expected 0.0 with {self.loss}")
+        if self.checkpointing and not self.prepare:
+            raise ValueError(f"checkpointing is {self.checkpointing!r}; expected prepare = true with it")
         return self
 
 

@@ -30,6 +30,7 @@ from superfine.delta import base_hash, load_delta, save_delta
 from superfine.env import environment
 from superfine.evaluate import evaluate, resolve_device
 from superfine.replay import Mixture, load_others
+from superfine.prepare import prepare
 from superfine.select import Plan, select
 from superfine.tasks import Task
 from superfine.trainer import Interrupted, Listener, Trainer
@@ -103,6 +104,8 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
             f"select: {frozen_new[0]} is new, untrained and not selected; expected 'head' among the selectors"
         )
     listener.note(str(plan))
+    if config.train.prepare:
+        listener.note(str(prepare(model, plan, checkpointing=config.train.checkpointing)))
     hashes = {"data": splits.fingerprint(), "model": base_hash(model, plan.names)}
     if others.replay:
         hashes["data to replay"] = fingerprint([others.replay])
