@@ -29,8 +29,8 @@ from superfine.data import Splits, fingerprint, load_splits
 from superfine.delta import base_hash, load_delta, save_delta
 from superfine.env import environment
 from superfine.evaluate import evaluate, resolve_device
-from superfine.replay import Mixture, load_others
 from superfine.prepare import prepare
+from superfine.replay import Mixture, load_others
 from superfine.select import Plan, select
 from superfine.tasks import Task
 from superfine.trainer import Interrupted, Listener, Trainer
