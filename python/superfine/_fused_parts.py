@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import superfine_kernels as kernels
 from superfine._recompute import origin, recomputed, remember
-from superfine._swap import Part, _split
+from superfine._swap import Part, unmixed
 
 __all__ = [
     "PARTS",
@@ -27,17 +27,11 @@ __all__ = [
     "draws_numbers",
     "mlp_forward",
     "norm_forward",
-    "original_class",
     "why_no_lora_node",
 ]
 
 #: The attribute of a module that says what its part computes.
 SETTINGS = "_superfine_fused"
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module was made with, whatever parts it has."""
-    return _split(module)[0]
 
 
 def _hooked(module: Any) -> bool:
@@ -64,7 +58,7 @@ class Norm(NamedTuple):
     eps: str | None  # the module's attribute; None for float32's, or the input's, own
     weight_offset: float = 0.0
     cast_before_weight: bool = False
-    mixed: bool = False  # also where the weight has another dtype than the input
+    mixed: bool = False  # also where the weight is float32 and the input is not
     double: bool = True  # whether the module computes in float64 on such inputs; many compute in float32
     recompute: bool = False
 
@@ -111,7 +105,9 @@ def _takes(settings: Norm, input: Any, weight: Tensor | None) -> bool:
         return False  # torch's may give float32 there
     if input.dtype == torch.float64 and not settings.double:
         return False
-    return settings.mixed or weight is None or weight.dtype == input.dtype
+    if weight is None or weight.dtype == input.dtype:
+        return True
+    return settings.mixed and weight.dtype == torch.float32 and input.dtype != torch.float64
 
 
 class ResidualNorm(NamedTuple):
@@ -245,8 +241,9 @@ def why_no_lora_node(module: Any) -> str | None:
     a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
     if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None:
         return "its adapter is not two matrices without bias"
-    if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
-        return f"its base layer is {type(base).__name__}"
+    if type(base) is not nn.Linear and (type(base).__name__ != "Conv1D" or type(base) is not unmixed(base)):
+        parts = "" if type(base) is unmixed(base) else " with another forward"  # rows or columns that train
+        return f"its base layer is {type(base).__name__}{parts}"
     if not isinstance(dropout, (nn.Dropout, nn.Identity)):
         return f"its dropout is {type(dropout).__name__}"
     if any(type(t) not in _TENSORS for t in (base.weight, a.weight, b.weight)):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from superfine._fused_parts import Activation, Mlp, Norm, norm_forward, original_class
+from superfine._fused_parts import Activation, Mlp, Norm, norm_forward
+from superfine._swap import unmixed
 
 __all__ = ["activation_of", "by_torch", "mlp_of", "norm_of", "residual_norm_of"]
 
@@ -77,7 +78,7 @@ def _why_not(module: nn.Module) -> str | None:
 
 def norm_of(module: Any) -> Norm | str | None:
     """How the module is a norm; why it is not quite one; None where it does not look like one."""
-    original: Any = original_class(module)
+    original: Any = unmixed(module)
     layer_norm, rms_norm = (original.forward is cls.forward for cls in (nn.LayerNorm, nn.RMSNorm))
     looks = layer_norm or rms_norm or original.__name__.endswith(("RMSNorm", "T5LayerNorm"))
     if not looks:
@@ -135,10 +136,10 @@ def residual_norm_of(module: Any) -> bool | str | None:
         return None
     if why := _why_not(module):
         return why
-    original: Any = original_class(module)
+    original: Any = unmixed(module)
     norm: Any = module.LayerNorm
     if (
-        getattr(original_class(norm), "forward", None) is not nn.LayerNorm.forward
+        getattr(unmixed(norm), "forward", None) is not nn.LayerNorm.forward
         or len(norm.normalized_shape) != 1
     ):
         return "its norm is not a LayerNorm over one dimension"
@@ -167,7 +168,7 @@ def _agree(found: Any, expected: Tensor) -> bool:
 
 def activation_of(module: nn.Module) -> Activation | None:
     """silu or gelu, as the module computes it."""
-    original: Any = original_class(module)
+    original: Any = unmixed(module)
     if original.__name__ in ("SiLU", "SiLUActivation"):
         found, function = Activation("silu"), F.silu
     elif original.__name__ in ("GELU", "GELUActivation"):
@@ -186,7 +187,7 @@ def activation_of(module: nn.Module) -> Activation | None:
 
 def by_torch(module: Any, activation: Activation) -> bool:
     """Whether the module is torch's gelu by the error function, in one operation."""
-    composed = original_class(module).__name__ == "GELUActivation" and module.act is not F.gelu
+    composed = unmixed(module).__name__ == "GELUActivation" and module.act is not F.gelu
     return activation == Activation("gelu", "none") and not composed
 
 
@@ -206,7 +207,7 @@ def mlp_of(module: nn.Module) -> Mlp | str | None:
     activation = activation_of(module.get_submodule(mlp.act))
     if mlp.second is not None and activation is None:
         return f"{type(module.get_submodule(mlp.act)).__name__} has no gated op"
-    original: Any = original_class(module)
+    original: Any = unmixed(module)
     with _Trial():
         last = {} if mlp.last is None else {mlp.last: _linear(12, 8)}
         gate = {} if mlp.second is None else {mlp.second: _linear(8, 12)}

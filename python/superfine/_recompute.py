@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Origin", "origin", "recomputed", "remember"]
+__all__ = ["Origin", "forget", "origin", "recomputed", "remember"]
 
 
 class Origin(NamedTuple):
@@ -38,6 +38,12 @@ def remember(tensor: Tensor, function: Callable[..., Tensor], tensors: tuple[Ten
     """Notes that `tensor` is `function(*tensors)`. The function holds no tensors of its own."""
     if not torch.compiler.is_compiling() and tensor.requires_grad:
         _origins[tensor] = tensor._version, Origin(function, tensors)
+
+
+def forget(tensor: Tensor) -> None:
+    """Drops what is noted of a tensor that is kept itself, for which what it follows from would be kept as well."""
+    if not torch.compiler.is_compiling():
+        _origins.pop(tensor, None)
 
 
 def origin(tensor: Tensor) -> Origin | None:

@@ -247,6 +247,7 @@ def _chosen_by(what: str, rule: str, weight: Tensor, dim: int, seed: int) -> Ten
     else:
         if weight.is_meta:
             raise ValueError(f"select: {what} is on the meta device; expected a weight with values")
-        norms = torch.linalg.vector_norm(weight, dim=1 - dim, dtype=torch.float32)
+        real = torch.promote_types(weight.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(weight, dim=1 - dim, dtype=real)
         order = norms.cpu().argsort(descending=True, stable=True)
     return order[:count].sort().values

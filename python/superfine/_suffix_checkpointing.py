@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from superfine._recompute import forget
 from superfine._swap import Part, add_part, remove_part
 
 __all__ = ["checkpoint_blocks", "leave", "parse", "switch_off", "switch_on"]
@@ -31,6 +32,9 @@ class Checkpointed(Part):
                 "prepare: a checkpointed block was given a cache of keys and values, into which its second run would "
                 "write again; expected use_cache=False and no past_key_values in training"
             )
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor):
+                forget(value)
         return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
 
 

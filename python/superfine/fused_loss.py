@@ -1,12 +1,11 @@
 """Hugging Face models whose losses Superfine computes: language models without their logits, and classifiers.
 
-A model's class is replaced by a subclass of the same name, and its head's by one that can keep quiet. No closure or
-bound method holds on to the model, so copies, pickles and compiled models are what they would be without.
+A part (`_swap`) of the model's class computes the loss, and one of its head's can keep quiet. No closure or bound
+method holds on to the model, so copies, pickles and compiled models are what they would be without.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,15 +104,18 @@ class _Loss:
 
     def __init__(self, logits: bool | None) -> None:
         self.logits = logits
+        self.positional: tuple[str, ...] = ()  # names of the arguments that forward takes by position
         self.without_cache = False  # the model returns no past_key_values where it sees labels
 
     def install(self, model: Any) -> None:
+        signature = inspect.signature(unmixed(model).forward)
+        positional = [name for name, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self.positional = tuple(positional[1:])
+        add_part(model, _Fused)
         vars(model)["_fused_loss"] = self
-        own: Any = type(model)
-        model.__class__ = _fused_class(own)
 
     def uninstall(self, model: Any) -> None:
-        model.__class__ = type(model)._unfused
+        remove_part(model, _Fused)
         del vars(model)["_fused_loss"]
 
     def output(self, model: Any, forward: Callable[..., Any], arguments: dict[str, Any], logits: bool) -> Any:
@@ -178,7 +180,7 @@ class _LanguageModel(_Loss):
             )
         self.quiet = not logits
         try:
-            output = forward(model, **arguments)
+            output = forward(**arguments)
             loss = None
             if self.inside is None:
                 scores = output[0] if isinstance(output, tuple) else output.logits
@@ -241,9 +243,9 @@ class _Classifier(_Loss):
             config.problem_type = "single_label_classification"  # what the model's own forward concludes, too
         num_items = arguments.pop("num_items_in_batch", None)
         if not self.tokens and config.problem_type != "single_label_classification":
-            return forward(model, **arguments)
+            return forward(**arguments)
         self.take_labels(arguments)
-        output = forward(model, **arguments)
+        output = forward(**arguments)
         scores = output[0] if isinstance(output, tuple) else output.logits
         return _with(output, _loss_of_logits(scores, labels.to(scores.device), -100, num_items), logits=True)
 
@@ -282,52 +284,25 @@ class _Head(Part):
         return input.new_zeros(()).expand(*input.shape[:-1], 1)  # so that scaling or casting it costs nothing
 
 
-@functools.cache
-def _fused_class(original: Any) -> Any:
-    """A subclass whose forward with labels is that of its `_fused_loss`."""
-    signature = inspect.signature(original.forward)
-    positional = [name for name, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+class _Fused(Part):
+    """A model whose forward with labels is that of its `_fused_loss`."""
 
-    def forward(self: Any, *args: Any, output_logits: bool | None = None, **kwargs: Any) -> Any:
-        arguments = {**dict(zip(positional, args, strict=False)), **kwargs}
-        # Accelerate keeps this function on the model, also after remove().
-        fused = getattr(self, "_fused_loss", None)
-        if fused is None or arguments.get("labels") is None:
-            return original.forward(self, *args, **kwargs)
-        if len(arguments) < len(args) + len(kwargs):  # given twice, or too many: let it say so
-            return original.forward(self, *args, **kwargs)
+    _fused_loss: _Loss
+
+    def forward(self, *args: Any, output_logits: bool | None = None, **kwargs: Any) -> Any:
+        fused = self._fused_loss
+        arguments = {**dict(zip(fused.positional, args, strict=False)), **kwargs}
+        # Without labels, or with arguments given twice, or too many: let the model say so.
+        if arguments.get("labels") is None or len(arguments) < len(args) + len(kwargs):
+            return super().forward(*args, **kwargs)
         logits = fused.logits if output_logits is None else output_logits
         logits = not self.training if logits is None else logits
-        return fused.output(self, original.forward, arguments, logits)
+        return fused.output(self, super().forward, arguments, logits)
 
-    # Trainer reads the names of the inputs there. Not __wrapped__: accelerate unwraps as far as that goes.
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    forward.__doc__ = original.forward.__doc__
-
-    def loss_function(self: Any) -> Callable[..., Tensor]:
+    @property
+    def loss_function(self) -> Any:
         fused = self._fused_loss
-        return fused.loss if isinstance(fused, _LanguageModel) else original.loss_function.fget(self)
-
-    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = original.__reduce_ex__(self, protocol)
-        return (_new, (original,), *state)
-
-    members = {
-        "forward": forward,
-        "loss_function": property(loss_function),
-        "__reduce_ex__": reduce,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_unfused": original,
-    }
-    return type(original.__name__, (original,), members)
-
-
-def _new(original: Any) -> Any:
-    """An empty model for copy and pickle to fill: the class itself has no name that could be imported."""
-    made = _fused_class(original)
-    return made.__new__(made)
+        return fused.loss if isinstance(fused, _LanguageModel) else super().loss_function  # type: ignore[misc]
 
 
 # --- checks: what is between head and loss ----------------------------------------------------------------

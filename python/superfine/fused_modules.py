@@ -28,11 +28,10 @@ from superfine._fused_parts import (
     FusedNorm,
     FusedResidualNorm,
     ResidualNorm,
-    original_class,
     why_no_lora_node,
 )
 from superfine._fused_probe import activation_of, by_torch, mlp_of, norm_of, residual_norm_of
-from superfine._swap import Part, add_part, remove_part
+from superfine._swap import Part, add_part, remove_part, unmixed
 from superfine.select import Plan, uncompiled
 
 __all__ = ["Report", "install", "remove"]
@@ -102,9 +101,13 @@ def install(model: nn.Module, plan: Plan | None = None, *, recompute: bool = Fal
         elif found is not None:
             changes.append((module, found))
             report.changed[path] = found.what
-    for module, change in changes:
-        add_part(module, change.part)
-        setattr(module, SETTINGS, change.settings)
+    try:
+        for module, change in changes:
+            add_part(module, change.part)
+            setattr(module, SETTINGS, change.settings)
+    except BaseException:
+        remove(model)
+        raise
     return report
 
 
@@ -125,7 +128,7 @@ class _Change(NamedTuple):
 
 def _change(module: nn.Module, recompute: bool, tried: dict[Any, Any]) -> _Change | str | None:
     """What to make of the module; why it stays, where it looks like something; None for any other."""
-    original: Any = original_class(module)
+    original: Any = unmixed(module)
     if (original.__module__, original.__name__) == ("peft.tuners.lora.layer", "Linear"):
         if "forward" in vars(module):
             return "its forward was replaced on the module itself"
@@ -175,11 +178,16 @@ def _matrix_trains(module: nn.Module, name: str) -> bool:
 
 def _once(tried: dict[Any, Any], module: nn.Module, find: Any) -> Any:
     """`find(module)`, tried once for modules that differ in nothing that it looks at."""
-    plain = (bool, int, float, str, type(None), tuple)
-    settings = tuple((k, v) for k, v in vars(module).items() if isinstance(v, plain) and k != "training")
     tensors = tuple((k, None if p is None else p.shape) for k, p in module._parameters.items())
-    children = tuple((k, None if m is None else original_class(m)) for k, m in module._modules.items())
-    key = (find, original_class(module), "forward" in vars(module), settings, tensors, children)
+    children = tuple((k, None if m is None else _looks(m)) for k, m in module._modules.items())
+    key = (find, _looks(module), tensors, children)
     if key not in tried:
         tried[key] = find(module)
     return tried[key]
+
+
+def _looks(module: nn.Module) -> tuple[Any, ...]:
+    """What a module's forward depends on beside its tensors: an activation's `approximate`, a norm's eps."""
+    plain = (bool, int, float, str, type(None), tuple)
+    settings = tuple((k, v) for k, v in vars(module).items() if isinstance(v, plain) and k != "training")
+    return unmixed(module), "forward" in vars(module), settings

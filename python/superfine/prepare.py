@@ -46,8 +46,8 @@ def prepare(
     pickles, `torch.compile`, `transformers.Trainer` and PEFT see the model that they know. Prepare after `select`,
     and before the optimizer is made and the model is wrapped for data parallelism. The plan's slices are installed.
 
-    From then on every forward in training mode, and every step of a `plan.optimizer`, raises `ValueError` where a
-    parameter is frozen or unfrozen against the plan; :meth:`Prepared.update` changes the plan.
+    From then on every forward with gradients in training mode, and every step of a `plan.optimizer`, raises
+    `ValueError` where a parameter is frozen or unfrozen against the plan; :meth:`Prepared.update` changes the plan.
 
     Args:
         model: the plan's model, compiled or not.
@@ -107,7 +107,7 @@ def restore(model: nn.Module) -> None:
     """Make a prepared model what it was: classes, attributes, modes and transformers' checkpointing.
 
     Trained values stay, those of slices are merged into their weights. Raises `ValueError` where the model is not
-    prepared, or where its class was changed afterwards (`use_fused_loss`: `remove()` it first).
+    prepared, or where someone else changed its class afterwards (as `fully_shard` does).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model is {type(model).__name__}; expected a torch.nn.Module")
@@ -119,8 +119,8 @@ def restore(model: nn.Module) -> None:
         )
     if not has_part(model, Prepares) and isinstance(model, Prepares):
         raise ValueError(
-            "restore: the model's class was changed after prepare (as use_fused_loss does); expected remove() of it "
-            "before"
+            "restore: the model's class was changed after prepare (as fully_shard does); expected the class that "
+            "prepare gave it"
         )
     _take_back(model, prepared)
 
@@ -257,7 +257,8 @@ class Prepares(Part):
             kwargs["use_cache"] = False
         if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
-        if self.training:
+        # Without gradients nothing trains: PEFT's disable_adapter() freezes adapters for a reference's forward.
+        if self.training and torch.is_grad_enabled():
             prepared.flags.check("forward")
         truncation = prepared._truncation
         if truncation is None or truncation.checked or not torch.is_grad_enabled():

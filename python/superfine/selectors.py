@@ -348,6 +348,7 @@ def _near_misses(model: nn.Module, names: Iterable[str], selector: str) -> str:
     """``; did you mean ...?`` with up to three selectors that would match, or else what there is."""
     _, colon, argument = selector.partition(":")
     words = [f"{known}:{argument}" for known in PREFIXES] if colon else [*WORDS]
+    words = [word for word in words if word != selector]  # known, and nothing here is one
     modules = [f"{path}.*" for path, module in model.named_modules() if path and _has_parameters(module)]
     core = selector.strip("*.?").lower()
     containing = [name for name in (*modules, *names) if core and core in name.lower()]

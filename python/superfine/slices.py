@@ -234,6 +234,12 @@ def install(model: nn.Module, slices: Iterable[Slice]) -> None:
     names: dict[str, list[nn.Module]] = {}
     for piece in slices:
         names[piece.name] = _checked_owners("slices.install", model, piece)
+        for module in names[piece.name]:
+            if "forward" in vars(module):
+                raise ValueError(
+                    f"slices.install: {piece.name!r} belongs to a {type(module).__name__} whose forward was replaced "
+                    "on the module itself; expected the class's own"
+                )
     for piece in slices:
         if piece.untie:
             _untie(model, names[piece.name][0])
