@@ -6,15 +6,14 @@ import copy
 import pickle
 
 import pytest
+import superfine
 import torch
 import transformers
 from prepare_cases import assert_same_gradients, gradients, make
 from small_models import TOKENS, gpt2, llama
-from torch import nn
-
-import superfine
 from superfine import _recompute
 from superfine.fused_loss import use_fused_loss
+from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT's
 
@@ -53,7 +52,8 @@ def test_use_fused_loss_and_prepare_in_any_order(fused_first):
         assert model(TOKENS, labels=TOKENS).logits is None
         superfine.restore(model)
         fused.remove()
-    assert type(model) is transformers.LlamaForCausalLM and type(model.lm_head) is nn.Linear
+    assert type(model) is transformers.LlamaForCausalLM
+    assert type(model.lm_head) is nn.Linear
 
 
 def test_rows_below_an_adapter_train_also_in_a_conv1d():

@@ -138,10 +138,7 @@ def residual_norm_of(module: Any) -> bool | str | None:
         return why
     original: Any = unmixed(module)
     norm: Any = module.LayerNorm
-    if (
-        getattr(unmixed(norm), "forward", None) is not nn.LayerNorm.forward
-        or len(norm.normalized_shape) != 1
-    ):
+    if getattr(unmixed(norm), "forward", None) is not nn.LayerNorm.forward or len(norm.normalized_shape) != 1:
         return "its norm is not a LayerNorm over one dimension"
     with _Trial():
         scale = nn.LayerNorm(8, eps=norm.eps, device="cpu", dtype=torch.float64)

@@ -136,7 +136,9 @@ def _attend(
     v = _heads(value, size).transpose(1, 2)
     rows, tokens = k.shape[0], k.shape[2]
     if mask is not None:
-        mask = _at(mask[..., :tokens].expand(rows, -1, -1, -1).transpose(1, 2), index).transpose(1, 2)
+        mask = mask[..., :tokens].expand(rows, -1, -1, -1)
+        if mask.shape[2] > 1:  # else one for all positions
+            mask = _at(mask.transpose(1, 2), index).transpose(1, 2)
         mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)  # under autocast it is wider
     elif index is not None:  # the model is causal and nothing is padded
         mask = (torch.arange(tokens, device=q.device) <= index[:, None])[:, None, None]
