@@ -90,7 +90,7 @@ def prepare(
     if "forward" in vars(model):
         raise ValueError(
             "prepare: model.forward was replaced on the model itself (as accelerate does for mixed precision); "
-            "expected the class's own"
+            "expected the class's own, as after `del model.forward`"
         )
     _check_flags(model, plan, {name for name, _ in plan.named_parameters()})
     prepared = Prepared(model, plan, options)
