@@ -92,7 +92,7 @@ def test_causal_classifiers_compute_the_last_token_of_each_row(name, attention):
         {"input_ids": left, "attention_mask": (left != 0).long()},
         {"input_ids": right},
         {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)},
-        {"input_ids": right, "attention_mask": torch.zeros(2, 1, 1, TOKENS.shape[1])},  # one for all positions
+        {"input_ids": right, "attention_mask": torch.zeros(2, 1, 1, TOKENS.shape[1])},
         {"inputs_embeds": model.get_input_embeddings()(TOKENS).detach()},
     ]
 
