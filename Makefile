@@ -34,10 +34,10 @@ $(BIN)/python:
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
 
-# Triton decides at import whether it compiles or interprets, so the interpreter has a process of its own.
+# Triton decides at import whether it compiles or interprets, so the interpreter has processes of its own.
 test: .venv/.installed
 	$(BIN)/python -m pytest tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m triton_interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m triton_interpreter -n auto
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

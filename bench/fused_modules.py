@@ -1,48 +1,31 @@
 """Forward, loss and backward of partly trained models: as they are, and with modules that save less for backward.
 
-Every provider has a copy of the same model and trains the same parameters on the same batch, without dropout.
-``python -m superfine_bench.fused_modules`` prints the bytes that each one keeps between forward and backward.
+``python -m superfine_bench.fused_modules`` prints the bytes that each provider keeps between forward and backward.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from superfine import fused_modules
-from superfine._activations import saved_bytes
-from superfine.select import Plan, select
-from torch import Tensor, nn
+from superfine.select import Plan
+from torch import nn
 
 from superfine_kernels._library import Cost
 
 from .harness import Case, Provider, UnavailableError
 from .peers import require
 from .train_step import Size, _model
+from .trained_part import SIZE, Change, Gradients, Inputs, build, make_inputs, print_saved, saved, unchanged
 
 #: Of gradients, relative to their norm. In bfloat16 what is compared is the error against float32, eager's being the
 #: measure: both round, at different places.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-SIZE = Size(layers=8, hidden=256, heads=4, vocabulary=8192, rows=8, tokens=128)
 LORA = "LoRA, all linear layers"
 SELECTIONS = {"norms": "norms", "biases": "biases", LORA: "*lora_*"}
-
-Gradients = list[Tensor]
-
-
-@dataclass
-class Inputs:
-    """A model, what trains, a batch, and gradients in float32 by eager autograd."""
-
-    model: nn.Module
-    selector: str
-    batch: dict[str, Tensor]
-    dtype: torch.dtype
-    expected: Gradients
 
 
 def _inputs(
@@ -58,45 +41,11 @@ def _inputs(
             model = peft.get_peft_model(model.to(dtype), config).train()
     except UnavailableError as reason:
         return reason
-    model.to(device)
-    ids = torch.randint(size.vocabulary, (size.rows, size.tokens), device=device)
-    labels = torch.randint(3, (size.rows,), device=device) if family == "bert" else ids
-    inputs = Inputs(model, SELECTIONS[selection], {"input_ids": ids, "labels": labels}, dtype, [])
-    exact = Inputs(copy.deepcopy(model).float(), inputs.selector, inputs.batch, torch.float32, [])
-    inputs.expected = _build(exact, change=_nothing)()
-    return inputs
-
-
-def _nothing(model: Any, plan: Plan) -> None:
-    """Eager autograd, which keeps what its nodes save; LoRA by PEFT."""
+    return make_inputs(model.to(device), family, (SELECTIONS[selection],), size, dtype)
 
 
 def _fused(model: Any, plan: Plan, *, recompute: bool) -> None:
     fused_modules.install(model, plan, recompute=recompute)
-
-
-def _build(
-    inputs: Inputs | UnavailableError, *, change: Callable[[Any, Plan], None]
-) -> Callable[[], Gradients]:
-    if isinstance(inputs, UnavailableError):
-        raise inputs
-    forward, plan = _forward(inputs, change)
-    trained = list(plan.parameters())
-
-    def call() -> Gradients:
-        for parameter in trained:
-            parameter.grad = None
-        forward().backward()
-        return [parameter.grad for parameter in trained if parameter.grad is not None]
-
-    return call
-
-
-def _forward(inputs: Inputs, change: Callable[[Any, Plan], None]) -> tuple[Callable[[], Tensor], Plan]:
-    model: Any = copy.deepcopy(inputs.model).train()
-    plan = select(model, inputs.selector)
-    change(model, plan)
-    return lambda: model(**inputs.batch).loss, plan
 
 
 def _check(inputs: Inputs, call: Callable[[], Gradients]) -> float:
@@ -108,12 +57,12 @@ def _check(inputs: Inputs, call: Callable[[], Gradients]) -> float:
     return float(difference.norm() / total.norm()) / TOLERANCE[inputs.dtype]
 
 
-CHANGES: dict[str, Callable[[Any, Plan], None]] = {
-    "eager": _nothing,
+CHANGES: dict[str, Change] = {
+    "eager": unchanged,
     "superfine": partial(_fused, recompute=False),
     "superfine, recompute": partial(_fused, recompute=True),
 }
-PROVIDERS = tuple(Provider(name, partial(_build, change=change)) for name, change in CHANGES.items())
+PROVIDERS = tuple(Provider(name, partial(build, change=change)) for name, change in CHANGES.items())
 
 
 def _flops(family: str, size: Size) -> Cost:
@@ -158,20 +107,6 @@ def cases() -> list[Case]:
     ]
 
 
-def saved(case: Case) -> dict[str, int]:
-    """Bytes that each provider's forward keeps for its backward; nothing where a package is missing."""
-    inputs = case.inputs(torch.device("cpu"))
-    if isinstance(inputs, UnavailableError):
-        return {}
-    found = {}
-    for name, change in CHANGES.items():
-        forward, plan = _forward(inputs, change)
-        found[name] = saved_bytes(forward, [*plan.model.parameters(), *inputs.batch.values()])
-    return found
-
-
 if __name__ == "__main__":
     for case in cases():
-        print(f"{case.name}, {case.dtype}: kept for backward")
-        for name, count in saved(case).items():
-            print(f"  {name:24}{count / 1e6:9.1f} MB")
+        print_saved(f"{case.name}, {case.dtype}", saved(case.inputs(torch.device("cpu")), CHANGES))

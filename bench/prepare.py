@@ -1,47 +1,30 @@
 """Forward, loss and backward of a partly trained model: as it is, with transformers' checkpointing, and prepared.
 
-Every provider has a copy of the same model and trains the same parameters on the same batch, without dropout.
-``python -m superfine_bench.prepare`` prints the bytes that each one keeps between forward and backward.
+``python -m superfine_bench.prepare`` prints the bytes that each provider keeps between forward and backward.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import superfine
 import torch
-from superfine._activations import saved_bytes
 from superfine.select import Plan, select
-from torch import Tensor, nn
 
 from superfine_kernels._library import Cost
 
 from .harness import Case, Provider, UnavailableError
 from .train_step import Size, _model, flops_of_token
+from .trained_part import SIZE, Change, Gradients, Inputs, build, make_inputs, print_saved, saved, unchanged
 
 # Of gradients, relative to their norm: products in another order.
 TOLERANCE = 1e-4
-# 8 layers, of which the last 2 train: what a prefix costs where it need not cost anything.
-SIZE = Size(layers=8, hidden=256, heads=4, vocabulary=8192, rows=8, tokens=128)
+# Of 8 layers the last 2 train: what a prefix costs where it need not cost anything.
 TRAINED = {"bert": ("last:2", "head"), "llama": ("*layers.6.*lora_*", "*layers.7.*lora_*")}
 MADE = {"bert": "last:2", "llama": "LoRA"}  # in the words of train_step
 NAMES = {"bert": "last:2 + head", "llama": "LoRA on the last 2"}
-
-Gradients = list[Tensor]
-
-
-@dataclass
-class Inputs:
-    """A model, the selectors of what trains, a batch, and the gradients that eager autograd computes."""
-
-    model: nn.Module
-    selectors: tuple[str, ...]
-    batch: dict[str, Tensor]
-    expected: Gradients
 
 
 def _inputs(device: torch.device, *, family: str, size: Size) -> Inputs | UnavailableError:
@@ -50,15 +33,7 @@ def _inputs(device: torch.device, *, family: str, size: Size) -> Inputs | Unavai
         model = _model(family, size, MADE[family]).to(device)
     except UnavailableError as reason:
         return reason
-    ids = torch.randint(size.vocabulary, (size.rows, size.tokens), device=device)
-    labels = torch.randint(3, (size.rows,), device=device) if family == "bert" else ids
-    inputs = Inputs(model, TRAINED[family], {"input_ids": ids, "labels": labels}, [])
-    inputs.expected = _build(inputs, change=_nothing)()
-    return inputs
-
-
-def _nothing(model: Any, plan: Plan) -> None:
-    """Eager autograd, which keeps what its nodes save."""
+    return make_inputs(model, family, TRAINED[family], size, torch.float32)
 
 
 def _by_transformers(model: Any, plan: Plan) -> None:
@@ -69,30 +44,6 @@ def _by_transformers(model: Any, plan: Plan) -> None:
 
 def _prepared(model: Any, plan: Plan, **options: Any) -> None:
     superfine.prepare(model, plan, **options)
-
-
-def _build(
-    inputs: Inputs | UnavailableError, *, change: Callable[[Any, Plan], None]
-) -> Callable[[], Gradients]:
-    if isinstance(inputs, UnavailableError):
-        raise inputs
-    forward, plan = _forward(inputs, change)
-    trained = list(plan.parameters())
-
-    def call() -> Gradients:
-        for parameter in trained:
-            parameter.grad = None
-        forward().backward()
-        return [parameter.grad for parameter in trained if parameter.grad is not None]
-
-    return call
-
-
-def _forward(inputs: Inputs, change: Callable[[Any, Plan], None]) -> tuple[Callable[[], Tensor], Plan]:
-    model: Any = copy.deepcopy(inputs.model).train()
-    plan = select(model, *inputs.selectors)
-    change(model, plan)
-    return lambda: model(**inputs.batch).loss, plan
 
 
 def _check(inputs: Inputs, call: Callable[[], Gradients]) -> float:
@@ -108,14 +59,14 @@ def _check(inputs: Inputs, call: Callable[[], Gradients]) -> float:
     return max(errors) / TOLERANCE
 
 
-CHANGES: dict[str, Callable[[Any, Plan], None]] = {
+CHANGES: dict[str, Change] = {
     "transformers checkpointing": _by_transformers,
-    "eager": _nothing,
+    "eager": unchanged,
     "superfine": _prepared,
     "superfine, checkpointing": partial(_prepared, checkpointing=True),
     "superfine, checkpointing alone": partial(_prepared, checkpointing=True, fuse=False, shortcut=False),
 }
-PROVIDERS = tuple(Provider(name, partial(_build, change=change)) for name, change in CHANGES.items())
+PROVIDERS = tuple(Provider(name, partial(build, change=change)) for name, change in CHANGES.items())
 
 
 def _cost(family: str, size: Size) -> Cost:
@@ -153,23 +104,6 @@ def cases() -> list[Case]:
     return [_case(family) for family in TRAINED]
 
 
-def saved(family: str, size: Size = SIZE) -> dict[str, int]:
-    """Bytes that each provider's forward keeps for its backward; nothing where a package is missing."""
-    inputs = _inputs(torch.device("cpu"), family=family, size=size)
-    if isinstance(inputs, UnavailableError):
-        return {}
-    found = {}
-    for name, change in CHANGES.items():
-        forward, plan = _forward(inputs, change)
-        forward()  # the first one looks at the graph
-        found[name] = saved_bytes(forward, [*plan.model.parameters(), *inputs.batch.values()])
-    return found
-
-
 if __name__ == "__main__":
-    for family in TRAINED:
-        print(
-            f"{family} {SIZE.layers}x{SIZE.hidden}, {NAMES[family]}: kept on {SIZE.rows}x{SIZE.tokens} tokens"
-        )
-        for name, count in saved(family).items():
-            print(f"  {name:32}{count / 1e6:9.1f} MB")
+    for case in cases():
+        print_saved(case.name, saved(case.inputs(torch.device("cpu")), CHANGES))

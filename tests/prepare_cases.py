@@ -2,30 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import types
-
-import pytest
 import torch
 import transformers
 from small_models import TOKENS, VOCAB, bert, distilbert, gpt2, llama, mlp, roberta, t5
 from torch import nn
-
-
-@pytest.fixture(autouse=True)
-def fused_modules(monkeypatch):
-    """Records what is asked of superfine.fused_modules where that is missing."""
-    if importlib.util.find_spec("superfine.fused_modules") is not None:
-        return None
-    double = types.ModuleType("superfine.fused_modules")
-    double.calls = []
-    double.install = lambda model, plan=None, *, recompute=False: (
-        double.calls.append(("install", recompute)) or types.SimpleNamespace(changed={}, skipped={})
-    )
-    double.remove = lambda model: double.calls.append(("remove",))
-    monkeypatch.setitem(sys.modules, "superfine.fused_modules", double)
-    return double
 
 
 def qwen():

@@ -378,7 +378,7 @@ SMALL = [case for case in superfine_bench.all_cases() if case.memory < 2**24]
 def test_the_real_providers_pass_the_check_of_small_cases(case):
     rows = measure(case, CPU, replace(FAST, quick=True))
     found = {row.provider: (row.status, row.note) for row in rows if row.status != "unavailable"}
-    assert len(found) >= 3
+    assert len(found) >= 2  # ours and eager torch
     assert found == dict.fromkeys(found, ("ok", ""))
 
 

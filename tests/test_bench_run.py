@@ -176,13 +176,14 @@ def test_resume_measures_a_peer_that_has_been_installed_since(tmp_path, planted,
     assert superfine(*again).exit_code == 0
     assert len(planted) == 1
     case = planted_cases.case(Provider("peer", planted_cases.double))
-    here = run.environment() | {"peers": {"peer": "1.0"}}
+    peers = run.environment()["peers"] | {"peer": "1.0"}
+    here = run.environment() | {"peers": peers}
     monkeypatch.setattr(run, "environment", lambda: here)
     assert superfine(*again).exit_code == 0
     assert len(planted) == 2
     found = records.read(tmp_path)
     assert [row.status for row in found.rows] == ["ok", "ok"]
-    assert found.environment["peers"] == {"peer": "1.0"}
+    assert found.environment["peers"] == peers
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path, planted, monkeypatch):

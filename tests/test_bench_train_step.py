@@ -15,7 +15,10 @@ CPU = torch.device("cpu")
 TINY = Size(layers=3, hidden=64, heads=4, vocabulary=64, rows=2, tokens=8)
 ONE_TURN = Settings(seconds=0.0, turns=6, quick=True)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # peft asks transformers for what it has renamed
+]
 
 
 def make(family, selection, dtype=torch.float32):

@@ -12,7 +12,6 @@ import transformers
 from prepare_cases import (
     MODELS,
     assert_same_gradients,
-    fused_modules,  # noqa: F401
     gradients,
     loss,
     make,

@@ -10,7 +10,6 @@ import torch
 import transformers
 from prepare_cases import (
     assert_same_gradients,
-    fused_modules,  # noqa: F401
     gradients,
     loss,
     make,
