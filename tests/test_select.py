@@ -432,3 +432,11 @@ def test_select_stays_a_function_whatever_is_imported_first():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout == "('weight', 'bias')\n", done.stderr
+
+
+def test_the_head_of_a_t5_that_answers_questions():
+    from transformers import T5Config, T5ForQuestionAnswering
+
+    config = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    plan = select(T5ForQuestionAnswering(config), "head")
+    assert set(plan.names) == {"qa_outputs.weight", "qa_outputs.bias"}

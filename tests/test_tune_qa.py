@@ -107,6 +107,7 @@ def test_a_short_context_is_one_window_and_targets_are_its_tokens(base):
     assert encoded.targets.tolist() == [[7, 7]]
     assert encoded.offsets[0][7] == (12, 13)
     assert encoded.offsets[0][:4] == [None] * 4
+    assert windows(base, "the day was 5  ", " 5  ").targets.tolist() == [[7, 7]]  # spaces are in no token
 
 
 def test_windows_overlap_and_every_token_is_in_one(base):

@@ -192,3 +192,17 @@ def dropouts(modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
         if any(rate > 0 for rate in rates) or isinstance(module, nn.modules.batchnorm._BatchNorm):
             found.append((name, module))
     return found
+
+
+def settings(module: nn.Module) -> list[tuple[str, Any]]:
+    """Numbers, texts and flags that a module computes with in eval mode: eps, scales, sizes."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return []
+    return sorted(
+        (key, value)
+        for key, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str))
+        and not key.startswith("_")
+        and key not in ("training", "gradient_checkpointing")
+        and "drop" not in key
+    )

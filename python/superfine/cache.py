@@ -31,6 +31,7 @@ from superfine._cache_inputs import (
     flat_arguments,
     generates,
     read_samples,
+    settings,
     shared_key,
 )
 from superfine._cache_parts import (
@@ -44,6 +45,7 @@ from superfine._cache_parts import (
     uninstall,
 )
 from superfine._cache_store import CODES, INT8, DiskStore, MemoryStore, Record
+from superfine._swap import unmixed
 from superfine.select import Plan, uncompiled
 
 __all__ = ["PrefixCache"]
@@ -117,17 +119,7 @@ class PrefixCache:
         if attached_cache(self._backbone) is not None:
             raise ValueError("PrefixCache: the model has a cache attached; expected none (detach it first)")
         self._look = look(self.model, self.place)
-        modules = named_modules(self.model, self._look.read)
-        around = {name: self.model.get_submodule(name) for name in self.place.path[:-1]}
-        self._tensors: list[tuple[str, dict[str, Any], str]] = [
-            (f"{name}.{key}" if name else key, owner, key)
-            for name, module in (modules | around).items()
-            for owner in (module._parameters, module._buffers)
-            for key, value in owner.items()
-            if value is not None
-        ]
-        self._dropouts = dropouts(modules | around)
-        self._adapters = [module for module in modules.values() if hasattr(module, "_disable_adapters")]
+        self._read_modules()
         self._check_frozen()
         self._marks = self._mark()
         self._weights = self._hash()
@@ -257,14 +249,17 @@ class PrefixCache:
     # Samples
 
     def _samples(self, arguments: dict[str, Any]) -> Samples:
-        settings = vars(self._config) if self._config is not None else {}
-        if settings != self._settings:
-            self._settings, self._keys = dict(settings), {}
+        configured = vars(self._config) if self._config is not None else {}
+        if configured != self._settings:
+            self._settings, self._keys = dict(configured), {}
         device = arguments["input_ids"].device.type if "input_ids" in arguments else "cpu"
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if any(m._forward_pre_hooks for m in self._adapters):
+            raise ValueError("PrefixCache: adapter_names is given; expected one adapter for all samples")
         adapters = tuple(
             (
                 m._disable_adapters,
+                repr(getattr(m, "scaling", None)),
                 repr(getattr(m, "active_adapter", None)),
                 tuple(getattr(m, "merged_adapters", ())),
             )
@@ -379,16 +374,37 @@ class PrefixCache:
 
     # What must stay as it is
 
-    def _mark(self) -> list[tuple[int, int, int]]:
-        """Of each tensor of the prefix what changes when it is written to, moved or replaced."""
-        return [
-            (id(tensor := owner[key]), -1 if tensor.is_inference() else tensor._version, tensor.data_ptr())
-            for _, owner, key in self._tensors
+    def _read_modules(self) -> None:
+        """The modules of the prefix as they are now, and what they hold."""
+        inside = named_modules(self.model, {name: self.model.get_submodule(name) for name in self._look.read})
+        around = {name: self.model.get_submodule(name) for name in self.place.path[:-1]}
+        self._modules = inside | around
+        self._children = [(name, module._modules) for name, module in inside.items() if module._modules]
+        self._tensors: list[tuple[str, dict[str, Any], str]] = [
+            (f"{name}.{key}" if name else key, owner, key)
+            for name, module in self._modules.items()
+            for owner in (module._parameters, module._buffers)
+            for key, value in owner.items()
+            if value is not None
         ]
+        self._dropouts = dropouts(self._modules)
+        self._adapters = [module for module in inside.values() if hasattr(module, "_disable_adapters")]
+
+    def _mark(self) -> dict[str, Any]:
+        """Of each tensor what changes when it is written to, moved or replaced; of each module what is in it."""
+        marks: dict[str, Any] = {name: tuple(map(id, children.values())) for name, children in self._children}
+        for name, owner, key in self._tensors:
+            tensor = owner.get(key)
+            if tensor is not None:
+                version = -1 if tensor.is_inference() else tensor._version
+                marks[name] = (id(tensor), version, tensor.data_ptr())
+        return marks
 
     def _hash(self) -> str:
-        """Over names, dtypes, shapes and bytes of all parameters and buffers of the prefix."""
+        """Over names, classes and settings of the modules, and names, dtypes, shapes and bytes of the tensors."""
         digest = hashlib.blake2b(digest_size=16)
+        for name, module in self._modules.items():
+            digest.update(f"\n{name} {unmixed(module).__qualname__} {settings(module)}\n".encode())
         for name, owner, key in self._tensors:
             tensor = owner[key].detach()
             digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -400,13 +416,12 @@ class PrefixCache:
         marks = self._mark()
         if not reread and marks == self._marks:
             return
+        self._read_modules()
+        self._check_frozen()
+        marks = self._mark()
         if self._hash() != self._weights:
-            changed = [
-                tensor[0]
-                for tensor, was, now in zip(self._tensors, self._marks, marks, strict=True)
-                if was != now
-            ]
-            what = repr(changed[0]) if changed else "a frozen tensor"
+            changed = [name for name, mark in marks.items() if self._marks.get(name) != mark]
+            what = repr(changed[0]) if changed else "a frozen tensor or setting"
             raise ValueError(
                 f"PrefixCache: {what} has changed since the cache was made; expected a frozen prefix: make a new"
                 " cache (in another directory), for what this one keeps belongs to the weights from before"
@@ -415,7 +430,8 @@ class PrefixCache:
 
     def _check_frozen(self) -> None:
         for name, owner, key in self._tensors:
-            if owner[key].requires_grad:
+            tensor = owner.get(key)  # None where an adapter was taken out
+            if tensor is not None and tensor.requires_grad:
                 raise ValueError(
                     f"PrefixCache: {name!r} requires a gradient; expected all of the prefix to be frozen (select"
                     " after loading, and make the cache from that plan)"

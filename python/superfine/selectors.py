@@ -292,11 +292,12 @@ def _head(model: nn.Module, names: list[str]) -> set[str]:
         pooler = _join(backbone, "pooler")  # where a model builds one, its head reads it
         return outside and outside | {name for name in names if _under(name, pooler)}
     if isinstance(getattr(model, "base_model_prefix", None), str):
-        # T5ForConditionalGeneration is its own base model; a bare BertModel ends in its pooler.
+        # T5ForConditionalGeneration and T5ForQuestionAnswering are their own base models; a bare BertModel ends in
+        # its pooler.
         get_output = getattr(model, "get_output_embeddings", None)
         output = get_output() if callable(get_output) else None
         ends = [path for path, module in model.named_modules() if output is not None and module is output]
-        return {name for name in names if any(_under(name, path) for path in (*ends, "pooler"))}
+        return {name for name in names if any(_under(name, path) for path in (*ends, "pooler", "qa_outputs"))}
     path, module = "", model
     while True:  # a wrapper with one child is not yet a head
         children = [(name, child) for name, child in module.named_children() if _has_parameters(child)]

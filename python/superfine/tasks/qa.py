@@ -245,8 +245,9 @@ def _tokens_of(answers: Sequence[tuple[int, str]], offsets: Offsets, none: int) 
     """First and last token of the first answer where the window holds all of it, else ``none`` twice."""
     if not answers:
         return none, none
-    begin = answers[0][0]
-    end = begin + len(answers[0][1])
+    begin, text = answers[0]
+    begin += len(text) - len(text.lstrip())  # no token holds the spaces around it
+    end = begin + len(text.strip())
     places = [(index, place) for index, place in enumerate(offsets) if place is not None]
     covered = [index for index, (first, last) in places if first < end and last > begin]
     if not covered or places[0][1][0] > begin or places[-1][1][1] < end:
