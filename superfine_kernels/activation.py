@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 
 from superfine_kernels import _backends, _cpu
 from superfine_kernels._cross_entropy_backends import HUGE_PAGE_BYTES
@@ -369,12 +369,14 @@ def _activation(op: str, function: str, gate: Tensor, up: Tensor | None, backend
         if backend == "reference":
             return reference(function, gate, up)
     if not plain:
-        out: Tensor = torch.ops.superfine.activation(function, gate, up, backend or "")
-    elif torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
-        out = _apply(function, gate, up, backend or "")
-    else:
-        out = _op(function, gate, up, backend or "")
-    return out
+        traced: Tensor = torch.ops.superfine.activation(function, gate, up, backend or "")
+        return traced
+    gate = unwrap_if_dead(gate)  # what torch.func has left behind has no memory of its own
+    up = None if up is None else unwrap_if_dead(up)
+    if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
+        out: Tensor = _apply(function, gate, up, backend or "")
+        return out
+    return _op(function, gate, up, backend or "")
 
 
 def _check_up(op: str, gate: Tensor, up: Tensor) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 
 from superfine_kernels._layer_norm_backends import forward, gradients, kernel_for, output_dtype, why_no_kernel
 from superfine_kernels._library import (
@@ -104,7 +104,13 @@ LIBRARY.define(
 
 def _dense(*tensors: Tensor | None) -> Any:
     """As the kernels want them; a compiler may have laid them out otherwise."""
-    return tuple([t if t is None or t.is_contiguous() else t.contiguous() for t in tensors])
+    dense = []
+    for t in tensors:
+        if t is not None:
+            t = unwrap_if_dead(t)  # what torch.func has left behind has no memory of its own
+            t = t if t.is_contiguous() else t.contiguous()
+        dense.append(t)
+    return tuple(dense)
 
 
 @torch.library.impl(LIBRARY, "layer_norm", "CompositeExplicitAutograd")

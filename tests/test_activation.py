@@ -260,6 +260,15 @@ def test_many_gradients_at_once():
             torch.testing.assert_close(ours[i], alone)
 
 
+def test_a_tensor_that_a_functional_transform_has_left_behind():
+    x, left = torch.randn(2, 64), []
+    torch.func.grad(lambda x: left.append(x * 2) or x.sum())(x)
+    for op in (gelu, superfine_kernels.layer_norm):
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
+                assert torch.equal(op(left[0]), op(x * 2))
+
+
 @pytest.mark.filterwarnings("ignore")  # that tracing is deprecated
 def test_a_trace_holds_the_op_also_without_gradients():
     with torch.no_grad():
