@@ -206,9 +206,9 @@ def _activation(kernels: Any) -> None:
     layouts.append((torch.float32, _unaligned))
     for (dtype, empty), function in itertools.product(layouts, op.CODES):
         gate, up = empty(64, 8192, dtype=dtype).chunk(2, -1)
-        grad, out, dup = (empty(64 * 4096, dtype=dtype).view(64, 4096) for _ in range(3))
-        kernels.activation(function, op.Layout.of(gate.contiguous(), None, None), out, None)
-        kernels.activation(function, op.Layout.of(gate.contiguous(), None, grad), out, None)
+        dense, grad, out, dup = (empty(64 * 4096, dtype=dtype).view(64, 4096) for _ in range(4))
+        kernels.activation(function, op.Layout.of(dense, None, None), out, None)
+        kernels.activation(function, op.Layout.of(dense, None, grad), out, None)
         kernels.activation(function, op.Layout.of(gate, up, None), out, None)
         kernels.activation(function, op.Layout.of(gate, up, grad), out, dup)
         kernels.activation(function, op.Layout.of(gate, None, grad), None, dup)

@@ -18,7 +18,9 @@
 """
 
 import importlib
-from typing import Any
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 # torch comes first: it starts the OpenMP runtime that the CPU kernels then share. With the kernels
 # first, a second runtime would start and every call would pay for the fight over the cores.
@@ -31,10 +33,12 @@ from superfine_kernels._losses import CrossEntropyStats
 from superfine_kernels.adamw import adamw_, adamw_groups_
 from superfine_kernels.cross_entropy import cross_entropy
 from superfine_kernels.lamb import lamb_, lamb_groups_
-from superfine_kernels.layer_norm import layer_norm, rms_norm
-from superfine_kernels.linear_cross_entropy import linear_cross_entropy
-from superfine_kernels.lora_linear import lora_linear
 from superfine_kernels.norm import total_norm
+
+if TYPE_CHECKING:  # a checker would take the submodules of these names for them
+    from superfine_kernels.layer_norm import layer_norm, rms_norm
+    from superfine_kernels.linear_cross_entropy import linear_cross_entropy
+    from superfine_kernels.lora_linear import lora_linear
 
 __all__ = [
     "Cost",
@@ -74,8 +78,12 @@ _WHEN_ASKED_FOR = {
     "cols_linear": "slices",
     "geglu": "activation",
     "gelu": "activation",
+    "layer_norm": "layer_norm",
+    "linear_cross_entropy": "linear_cross_entropy",
     "linear_topk_kl_div": "distillation",
+    "lora_linear": "lora_linear",
     "mse": "elementwise_loss",
+    "rms_norm": "layer_norm",
     "rows_embedding": "slices",
     "rows_linear": "slices",
     "silu": "activation",
@@ -90,4 +98,17 @@ def __getattr__(name: str) -> Any:
     """What few programs use is imported when they do."""
     if name not in _WHEN_ASKED_FOR:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_WHEN_ASKED_FOR[name]}"), name)
+    globals()[name] = value = getattr(importlib.import_module(f"{__name__}.{_WHEN_ASKED_FOR[name]}"), name)
+    return value
+
+
+class _Package(ModuleType):
+    """Where an op and its file have one name, the op has it here, whoever has imported the file, and when."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in _WHEN_ASKED_FOR:  # set by the import of a submodule
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

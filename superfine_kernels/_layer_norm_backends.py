@@ -18,10 +18,17 @@ def output_dtype(input: Tensor, weight: Tensor | None, cast_before_weight: bool)
 
 
 def _empty_like(input: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty_like(input, dtype=dtype)
-    if out.nbytes >= HUGE_PAGE_BYTES and out.device.type == "cpu":
+    out = torch.empty_like(input) if dtype == input.dtype else torch.empty_like(input, dtype=dtype)
+    if out.nbytes >= HUGE_PAGE_BYTES and out.is_cpu:
         _cpu.advise_huge_pages(out.data_ptr(), out.nbytes)
     return out
+
+
+def _reals(like: Tensor, *shape: int) -> Tensor:
+    """Not set, of the type in which a kernel computes; what is passed costs as much as the call."""
+    if like.dtype.itemsize > 2:
+        return like.new_empty(shape)
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -41,11 +48,11 @@ def _statistics_addresses(rms: bool, statistics: Tensor | None, rows: int) -> tu
 
 
 def forward(
-    rms: bool,
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    rms: bool,
     eps: float,
     weight_offset: float,
     cast_before_weight: bool,
@@ -61,7 +68,7 @@ def forward(
     statistics = None
     mean = rstd = 0
     if keep:
-        statistics = torch.empty((2 - rms, rows), dtype=opmath_dtype(dtype), device=input.device)
+        statistics = _reals(input, 2 - rms, rows)
         mean, rstd = _statistics_addresses(rms, statistics, rows)
     name, _, isa = backend.partition(":")
     if name == "triton":
@@ -95,11 +102,9 @@ def gradients(
     like = grad if input is None else input
     size = grad.shape[-1]
     rows = grad.numel() // size
-    real = opmath_dtype(like.dtype)
     dinput = _empty_like(like, like.dtype) if wanted[0] else None
-    dweight, dbias = (
-        torch.empty(size, dtype=real, device=grad.device) if want else None for want in wanted[1:]
-    )
+    dweight = _reals(like, size) if wanted[1] else None
+    dbias = _reals(like, size) if wanted[2] else None
     name, _, isa = backend.partition(":")
     if name == "triton":
         from superfine_kernels.triton import layer_norm as kernels

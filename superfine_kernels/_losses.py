@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from superfine_kernels._library import DTYPE_CODES, in_functional_transform, is_plain, opmath_dtype, reject
+from superfine_kernels._library import DTYPE_CODES, is_batched, is_plain, opmath_dtype, reject
 
 _CPU = torch.device("cpu")
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -238,8 +238,7 @@ def reference_statistics(x: Tensor, target: Tensor, options: Options) -> Tensor:
 def times_upstream(dlogits: Tensor, grad: Tensor, op: str) -> Tensor:
     """The gradient that a forward pass has computed, times the upstream gradient unless that is 1."""
     # Reading the value is free on the CPU only, and only where nothing traces or batches.
-    batched = in_functional_transform() or torch._C._functorch.is_legacy_batchedtensor(grad)
-    readable = type(grad) is Tensor and not batched
+    readable = type(grad) is Tensor and not is_batched(grad)
     if not readable or grad.device.type != "cpu":
         dlogits = dlogits * grad
     elif not math.isfinite(value := grad.item()):

@@ -22,14 +22,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 
 from superfine_kernels import _backends, _cpu
-from superfine_kernels._cross_entropy_backends import new_gradient
+from superfine_kernels._cross_entropy_backends import HUGE_PAGE_BYTES
 from superfine_kernels._library import (
     DTYPE_CODES,
     LIBRARY,
     Cost,
+    direct,
     in_functional_transform,
+    is_batched,
     is_plain,
     opmath_dtype,
     reject,
@@ -127,6 +130,14 @@ def _backend(op: str, device: torch.device, backend: str) -> str:
     return _backends.choose(op, device, backend or ("triton" if device.type == "cuda" else ""))
 
 
+def _new(like: Tensor) -> Tensor:
+    """Dense, not set, of that shape."""
+    out = like.new_empty(like.shape)
+    if out.nbytes >= HUGE_PAGE_BYTES and out.is_cpu:
+        _cpu.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def _run(
     function: str,
     backend: str,
@@ -137,30 +148,21 @@ def _run(
     dup: Tensor | None,
 ) -> None:
     """Without `grad` fills `out` with f(gate) * up, with it `out` and `dup` with the gradients of gate and up."""
-    name, _, isa = _backend(function, gate.device, backend).partition(":")
+    chosen = "cpu" if not backend and gate.is_cpu else _backend(function, gate.device, backend)
+    name, _, isa = chosen.partition(":")
     layout = Layout.of(gate, up, grad)
     if name == "triton":
         from superfine_kernels.triton import activation as kernels
 
         kernels.activation(function, layout, out, dup)
         return
-    addresses = [0 if t is None else t.data_ptr() for t in layout.tensors]
+    x, u, g = [0 if t is None else t.data_ptr() for t in layout.tensors]
+    x_stride, u_stride, g_stride = layout.strides
     _cpu.activation(
-        function=CODES[function],
-        rows=layout.rows,
-        columns=layout.columns,
-        dtype=DTYPE_CODES[gate.dtype],
-        gate=addresses[0],
-        gate_stride=layout.strides[0],
-        up=addresses[1],
-        up_stride=layout.strides[1],
-        grad=addresses[2],
-        grad_stride=layout.strides[2],
-        out=0 if out is None else out.data_ptr(),
-        dup=0 if dup is None else dup.data_ptr(),
-        threads=threads(),
-        isa=isa,
-    )
+        CODES[function], layout.rows, layout.columns, DTYPE_CODES[gate.dtype],
+        x, x_stride, u, u_stride, g, g_stride,
+        0 if out is None else out.data_ptr(), 0 if dup is None else dup.data_ptr(), threads(), isa,
+    )  # fmt: skip
 
 
 # --- ops and autograd -------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ LIBRARY.define(
 
 @torch.library.impl(LIBRARY, "activation", "CompositeExplicitAutograd")
 def _op(function: str, gate: Tensor, up: Tensor | None, backend: str) -> Tensor:
-    out = new_gradient(gate)
+    out = _new(gate)
     if out.numel() > 0:
         _run(function, backend, gate, up, None, out, None)
     return out
@@ -189,10 +191,19 @@ def _op_fake(function: str, gate: Tensor, up: Tensor | None, backend: str) -> Te
 def _op_backward(
     function: str, grad: Tensor, gate: Tensor, up: Tensor | None, of_gate: bool, of_up: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    dgate, dup = (new_gradient(gate) if wanted else None for wanted in (of_gate, of_up))
-    if gate.numel() > 0 and (of_gate or of_up):
-        _run(function, backend, gate, up, grad, dgate, dup)
+    dgate, dup = _both(function, grad, gate, up, of_gate, of_up, backend)
     return gate.new_empty(0) if dgate is None else dgate, gate.new_empty(0) if dup is None else dup
+
+
+def _both(
+    function: str, grad: Tensor, gate: Tensor, up: Tensor | None, of_gate: bool, of_up: bool, backend: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that are wanted."""
+    dgate = _new(gate) if of_gate else None
+    dup = _new(gate) if of_up else None
+    if gate.numel() > 0:
+        _run(function, backend, gate, up, grad, dgate, dup)
+    return dgate, dup
 
 
 @torch.library.impl(LIBRARY, "activation_backward", "Meta")
@@ -215,24 +226,39 @@ def _gradients(
     if grad is None or not (of_gate or of_up):
         return None, None
     gate, up = ctx.saved_tensors
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (grad, gate, up)):
-        return _differentiable(ctx.function, grad, gate, up, of_gate, of_up)  # backward(create_graph=True)
-    call = _op_backward if is_plain((grad, gate)) else torch.ops.superfine.activation_backward
-    dgate, dup = call(ctx.function, grad, gate, up, of_gate, of_up, ctx.backend)
+    again = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (grad, gate, up)
+    )  # backward(create_graph=True)
+    if not again and is_plain((grad, gate)) and not is_legacy_batchedtensor(grad):
+        return _both(ctx.function, grad, gate, up, of_gate, of_up, ctx.backend)
+    if again or is_batched(grad):
+        return _differentiable(ctx.function, grad, gate, up, of_gate, of_up, again)
+    dgate, dup = torch.ops.superfine.activation_backward(
+        ctx.function, grad, gate, up, of_gate, of_up, ctx.backend
+    )
     return dgate if of_gate else None, dup if of_up else None
 
 
 def _differentiable(
-    function: str, grad: Tensor, gate: Tensor, up: Tensor | None, of_gate: bool, of_up: bool
+    function: str,
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    of_gate: bool,
+    of_up: bool,
+    again: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    warn_once(f"{function}: a second derivative is asked for; eager torch computes the gradient")
-    gate = gate.view_as(gate)  # a name of its own, should it be up, too
-    if up is None and of_up:
-        up = torch.ones_like(gate, requires_grad=True)  # the gradient of up does not depend on it
-    elif up is not None:
-        up = up.view_as(up)
+    why = "a second derivative is asked for" if again else "many gradients are asked for at once"
+    warn_once(f"{function}: {why}; eager torch computes the gradient")
+    with torch.enable_grad():
+        gate = gate.view_as(gate)  # a name of its own, should it be up, too
+        if up is None and of_up:
+            up = torch.ones_like(gate, requires_grad=True)  # the gradient of up does not depend on it
+        elif up is not None:
+            up = up.view_as(up)
+        out = reference(function, gate, up)
     of = [t for t, wanted in ((gate, of_gate), (up, of_up)) if wanted and t is not None]
-    gradients = list(torch.autograd.grad(reference(function, gate, up), of, grad, create_graph=True))
+    gradients = list(torch.autograd.grad(out, of, grad, create_graph=again))
     return gradients.pop(0) if of_gate else None, gradients.pop(0) if of_up else None
 
 
@@ -261,6 +287,9 @@ class _Direct(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
+_apply = direct(_Direct)
+
+
 # --- public -----------------------------------------------------------------------------------------------
 
 
@@ -282,12 +311,12 @@ def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None
 
     Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units".
     """
-    return _activation("gelu", _approximated("gelu", approximate), {"input": input}, backend)
+    return _activation("gelu", _approximated("gelu", approximate), input, None, backend)
 
 
 def silu(input: Tensor, *, backend: str | None = None) -> Tensor:
     """x sigmoid(x), also known as swish, as `torch.nn.functional.silu`; arguments and result as of `gelu`."""
-    return _activation("silu", "silu", {"input": input}, backend)
+    return _activation("silu", "silu", input, None, backend)
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -307,7 +336,8 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
-    return _activation("swiglu", "silu", {"gate": gate, "up": up}, backend)
+    _check_up("swiglu", gate, up)
+    return _activation("swiglu", "silu", gate, up, backend)
 
 
 def geglu(gate: Tensor, up: Tensor, approximate: str = "none", *, backend: str | None = None) -> Tensor:
@@ -315,7 +345,9 @@ def geglu(gate: Tensor, up: Tensor, approximate: str = "none", *, backend: str |
 
     Arguments, result and errors as of `swiglu`; `approximate` as of `gelu` (these models take "tanh").
     """
-    return _activation("geglu", _approximated("geglu", approximate), {"gate": gate, "up": up}, backend)
+    function = _approximated("geglu", approximate)
+    _check_up("geglu", gate, up)
+    return _activation("geglu", function, gate, up, backend)
 
 
 def _approximated(op: str, approximate: str) -> str:
@@ -324,35 +356,43 @@ def _approximated(op: str, approximate: str) -> str:
     return "gelu" if approximate == "none" else "gelu_tanh"
 
 
-def _activation(op: str, function: str, arguments: dict[str, Tensor], backend: str | None) -> Tensor:
-    _check(op, arguments)
-    tensors = tuple(arguments.values())
-    gate, up = tensors if len(tensors) == 2 else (tensors[0], None)
-    if backend and not torch.compiler.is_compiling():
-        _backend(op, gate.device, backend)
-    if why := _why_no_kernel(gate, backend):
-        warn_once(f"{op}: {why}; eager torch computes it")
-        backend = "reference"
-    if backend == "reference":
-        return reference(function, gate, up)
-    if is_plain(tensors):
-        return _Direct.apply(function, gate, up, backend or "")
-    return torch.ops.superfine.activation(function, gate, up, backend or "")
+def _activation(op: str, function: str, gate: Tensor, up: Tensor | None, backend: str | None) -> Tensor:
+    if up is None:
+        _check(op, "input", gate)
+    plain = is_plain((gate,) if up is None else (gate, up))
+    if not (plain and backend is None and gate.is_cpu):  # else there is a kernel, and asking costs as much
+        if backend and not torch.compiler.is_compiling():
+            _backend(op, gate.device, backend)
+        if why := _why_no_kernel(gate, backend):
+            warn_once(f"{op}: {why}; eager torch computes it")
+            backend = "reference"
+        if backend == "reference":
+            return reference(function, gate, up)
+    if not plain:
+        traced: Tensor = torch.ops.superfine.activation(function, gate, up, backend or "")
+        return traced
+    gate = unwrap_if_dead(gate)  # what torch.func has left behind has no memory of its own
+    up = None if up is None else unwrap_if_dead(up)
+    if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
+        out: Tensor = _apply(function, gate, up, backend or "")
+        return out
+    return _op(function, gate, up, backend or "")
 
 
-def _check(op: str, arguments: dict[str, Tensor]) -> None:
-    first: Tensor | None = None
-    for name, tensor in arguments.items():
-        if not isinstance(tensor, Tensor):
-            reject(op, name, tensor, "a torch.Tensor", TypeError)
-        if tensor.dtype not in DTYPE_CODES:
-            reject(op, name, tensor, "float32, bfloat16, float16 or float64", TypeError)
-        if first is None:
-            first = tensor
-        elif tensor.dtype != first.dtype:
-            reject(op, name, tensor, f"{str(first.dtype).removeprefix('torch.')}, as gate", TypeError)
-        elif tensor.shape != first.shape or tensor.device != first.device:
-            reject(op, name, tensor, f"shape {tuple(first.shape)} on {first.device}, as gate")
+def _check_up(op: str, gate: Tensor, up: Tensor) -> None:
+    _check(op, "gate", gate)
+    _check(op, "up", up)
+    if up.dtype != gate.dtype:
+        reject(op, "up", up, f"{str(gate.dtype).removeprefix('torch.')}, as gate", TypeError)
+    if up.shape != gate.shape or up.device != gate.device:
+        reject(op, "up", up, f"shape {tuple(gate.shape)} on {gate.device}, as gate")
+
+
+def _check(op: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        reject(op, name, tensor, "a torch.Tensor", TypeError)
+    if tensor.dtype not in DTYPE_CODES:
+        reject(op, name, tensor, "float32, bfloat16, float16 or float64", TypeError)
 
 
 def _why_no_kernel(gate: Tensor, backend: str | None) -> str | None:

@@ -20,12 +20,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 
 from superfine_kernels._layer_norm_backends import forward, gradients, kernel_for, output_dtype, why_no_kernel
 from superfine_kernels._library import (
     DTYPE_CODES,
     LIBRARY,
     Cost,
+    direct,
+    is_batched,
     is_plain,
     opmath_dtype,
     reject,
@@ -101,7 +104,13 @@ LIBRARY.define(
 
 def _dense(*tensors: Tensor | None) -> Any:
     """As the kernels want them; a compiler may have laid them out otherwise."""
-    return tuple([t if t is None or t.is_contiguous() else t.contiguous() for t in tensors])
+    dense = []
+    for t in tensors:
+        if t is not None:
+            t = unwrap_if_dead(t)  # what torch.func has left behind has no memory of its own
+            t = t if t.is_contiguous() else t.contiguous()
+        dense.append(t)
+    return tuple(dense)
 
 
 @torch.library.impl(LIBRARY, "layer_norm", "CompositeExplicitAutograd")
@@ -109,7 +118,7 @@ def _op(input, weight, bias, residual, rms, eps, weight_offset, cast_before_weig
     input, weight, bias, residual = _dense(input, weight, bias, residual)
     chosen = kernel_for(NAMES[rms], input, backend)
     output, sums, statistics = forward(
-        rms, input, weight, bias, residual, eps, weight_offset, cast_before_weight, chosen, True
+        input, weight, bias, residual, rms, eps, weight_offset, cast_before_weight, chosen, True
     )
     return output, input.new_empty(0) if sums is None else sums, statistics
 
@@ -177,22 +186,28 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     _keep(ctx, sums if kept else input, weight, statistics, plan)
 
 
-def _backward(
-    ctx: Any, grad: Tensor | None, grad_sum: Tensor | None = None, *_: Any
+def _backward_of_op(
+    ctx: Any, grad: Tensor | None, grad_sum: Tensor | None, _: Any
 ) -> tuple[Tensor | None, ...]:
+    return *_backward(ctx, grad, grad_sum), None, None, None, None, None
+
+
+def _backward(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of input, weight, bias and residual."""
     plan: _Plan = ctx.plan
     needs = ctx.needs_input_grad
     dinput, dweight, dbias = grad_sum, None, None
     if grad is not None:
         input, weight, statistics = ctx.saved_tensors or (None, None, None)
-        if torch.is_grad_enabled():  # backward(create_graph=True)
-            dinput, dweight, dbias = _differentiable(plan, grad, grad_sum, input, weight)
-        elif is_plain((grad,)):
+        again = torch.is_grad_enabled()  # backward(create_graph=True)
+        if not again and is_plain((grad,)) and not is_legacy_batchedtensor(grad):
             backend = plan.backend or kernel_for(NAMES[plan.rms], grad, None)
             grad, grad_sum, input, weight, statistics = _dense(grad, grad_sum, input, weight, statistics)
             dinput, dweight, dbias = gradients(
                 plan.rms, grad, grad_sum, input, weight, statistics, plan.weight_offset, plan.wanted, backend
             )
+        elif again or is_batched(grad):
+            dinput, dweight, dbias = _differentiable(plan, grad, grad_sum, input, weight)
         else:
             found = torch.ops.superfine.layer_norm_backward(
                 grad,
@@ -217,20 +232,17 @@ def _backward(
         dweight,
         dbias,
         dinput if needs[3] else None,
-        None,
-        None,
-        None,
-        None,
-        None,
     )
 
 
 def _differentiable(
     plan: _Plan, grad: Tensor, grad_sum: Tensor | None, input: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by eager torch, with a graph of their own."""
+    """The gradients by eager torch, with a graph of their own where one is asked for."""
     op = NAMES[plan.rms]
-    warn_once(f"{op}: a second derivative is asked for; eager torch computes the gradient")
+    again = torch.is_grad_enabled()
+    why = "a second derivative is asked for" if again else "many gradients are asked for at once"
+    warn_once(f"{op}: {why}; eager torch computes the gradient")
     of_input, of_weight, of_bias = plan.wanted
     if input is None:  # only a bias trains
         return None, None, grad.to(opmath_dtype(grad.dtype)).reshape(-1, grad.shape[-1]).sum(0)
@@ -239,49 +251,46 @@ def _differentiable(
     bias = None
     if of_bias:
         bias = torch.zeros(input.shape[-1], dtype=plan.bias_dtype, device=input.device, requires_grad=True)
-    y, _ = reference(
-        op,
-        input,
-        weight,
-        bias,
-        plan.eps,
-        weight_offset=plan.weight_offset,
-        cast_before_weight=plan.cast_before_weight,
-    )
+    with torch.enable_grad():  # names of their own: the input may have been made from the weight
+        input = input.view_as(input)
+        weight = None if weight is None else weight.view_as(weight)
+        y, _ = reference(
+            op,
+            input,
+            weight,
+            bias,
+            plan.eps,
+            weight_offset=plan.weight_offset,
+            cast_before_weight=plan.cast_before_weight,
+        )
     wanted = [(of_input, input), (of_weight, weight), (of_bias, bias)]
     chosen = [tensor for want, tensor in wanted if want and tensor is not None]
-    found = iter(torch.autograd.grad(y, chosen, grad, create_graph=True))
+    found = iter(torch.autograd.grad(y, chosen, grad, create_graph=again))
     dinput, dweight, dbias = (next(found) if want else None for want, _ in wanted)
     if dinput is not None and grad_sum is not None:
         dinput = dinput + grad_sum
     return dinput, dweight, dbias
 
 
-torch.library.register_autograd("superfine::layer_norm", _backward, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(
+    "superfine::layer_norm", _backward_of_op, setup_context=_setup_context, lib=LIBRARY
+)
 
 
 class _Norm(torch.autograd.Function):
     """The same without the dispatcher, which for few elements costs more than the norm."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, residual, rms, eps, weight_offset, cast_before_weight, backend):
-        of_input, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
+    def forward(ctx, input, weight, bias, residual, options):  # each argument costs, a tuple no more than one
+        of_input, of_weight, of_bias, of_residual, _ = ctx.needs_input_grad
         of_input = of_input or of_residual
+        rms, eps, offset, cast, backend = options
+        keep = of_input or of_weight
         output, sums, statistics = forward(
-            rms,
-            input,
-            weight,
-            bias,
-            residual,
-            eps,
-            weight_offset,
-            cast_before_weight,
-            backend,
-            of_input or of_weight,
+            input, weight, bias, residual, rms, eps, offset, cast, backend, keep
         )
         dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
-        wanted = (of_input, of_weight, of_bias)
-        plan = _Plan(rms, eps, weight_offset, cast_before_weight, backend, wanted, *dtypes)
+        plan = _Plan(rms, eps, offset, cast, backend, (of_input, of_weight, of_bias), *dtypes)
         _keep(ctx, input if sums is None else sums, weight, statistics, plan)
         if sums is None:
             return output
@@ -291,7 +300,10 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_sum=None):
-        return _backward(ctx, grad, grad_sum)
+        return *_backward(ctx, grad, grad_sum), None
+
+
+_apply = direct(_Norm)
 
 
 # --- public -----------------------------------------------------------------------------------------------
@@ -393,6 +405,7 @@ def _norm(
         )
         return output if residual is None else (output, sums)
     backend = "cpu" if backend is None and input.is_cpu else kernel_for(op, input, backend)
+    options = rms, eps, weight_offset, cast_before_weight, backend
     input, weight, bias, residual = _dense(input, weight, bias, residual)
     if torch.is_grad_enabled() and (
         input.requires_grad
@@ -400,12 +413,8 @@ def _norm(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _Norm.apply(
-            input, weight, bias, residual, rms, eps, weight_offset, cast_before_weight, backend
-        )
-    output, sums, _ = forward(
-        rms, input, weight, bias, residual, eps, weight_offset, cast_before_weight, backend, False
-    )
+        return _apply(input, weight, bias, residual, options)
+    output, sums, _ = forward(input, weight, bias, residual, *options, False)
     return output if residual is None else (output, sums)
 
 
@@ -419,9 +428,10 @@ def _check(
 ) -> None:
     if not isinstance(input, Tensor):
         reject(op, "input", input, "a torch.Tensor", TypeError)
-    if input.dtype not in DTYPE_CODES:
+    dtype, size = input.dtype, input.shape[-1:]
+    if dtype not in DTYPE_CODES:
         reject(op, "input", input, "float32, bfloat16, float16 or float64", TypeError)
-    if input.dim() == 0:
+    if not size:
         reject(op, "input", input, "a tensor with a last dimension")
     if not isinstance(eps, (float, int)):
         reject(op, "eps", eps, "a number", TypeError)
@@ -432,11 +442,11 @@ def _check(
             continue
         if not isinstance(parameter, Tensor):
             reject(op, name, parameter, "a torch.Tensor", TypeError)
-        if parameter.dim() != 1 or parameter.shape[0] != input.shape[-1]:
-            reject(op, name, parameter, f"shape ({input.shape[-1]},)")
-        if parameter.dtype != input.dtype and not _fits(parameter.dtype, input.dtype):
-            reject(op, name, parameter, f"{str(input.dtype)[6:]} or float32", TypeError)
-        if parameter.device != input.device:
+        if parameter.shape != size:
+            reject(op, name, parameter, f"shape ({size[0]},)")
+        if parameter.dtype != dtype and not _fits(parameter.dtype, dtype):
+            reject(op, name, parameter, f"{str(dtype)[6:]} or float32", TypeError)
+        if not (parameter.is_cpu and input.is_cpu) and parameter.device != input.device:
             reject(op, name, parameter, f"a tensor on {input.device}")
     if residual is not None:
         if not isinstance(residual, Tensor):

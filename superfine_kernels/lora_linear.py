@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from superfine_kernels._library import Cost, in_functional_transform, reject
+from superfine_kernels._library import Cost, in_functional_transform, is_batched, reject
 
 #: Elements of a block of rows that is converted at a time on the CPU: 512 KiB in float32, so that it stays in the
 #: L2 cache from the conversion through both products.
@@ -182,7 +182,7 @@ def _differentiable_backward(
         dw = (g.t() @ x).to(weight.dtype) if wants[1] else None
         da = (upstream @ b).t() @ adapter_input if wants[3] else None
         db = upstream.t() @ (adapter_input @ a.t()) if wants[4] else None
-    elif h is not None and wants[0]:
+    elif h is not None and wants[0] and torch.is_grad_enabled():
         raise RuntimeError(
             "lora_linear: a second derivative is asked for, and beside a frozen `a` no input is kept; "
             "expected backend='reference'"
@@ -226,9 +226,9 @@ class _LoraLinear(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):  # forward has cast what is to be cast
             x = sources[0] if ctx.remake is None else ctx.remake(*sources)
             x = None if x is None else x.reshape(-1, weight.shape[1])
-            gradients = (
-                _differentiable_backward if torch.is_grad_enabled() else _backward
-            )  # create_graph=True
+            # For create_graph=True and is_grads_batched=True, without operations in place.
+            plain = not torch.is_grad_enabled() and not is_batched(grad)
+            gradients = _backward if plain else _differentiable_backward
             found = gradients(g, x, h, layer, ctx.needs_input_grad[:5])
         dx = None if found.input is None else found.input.reshape(shape)
         return dx, *found[1:], None, None, None, None

@@ -250,6 +250,33 @@ def test_backward_twice_through_a_kept_graph_and_in_functional_transforms():
 # --- tracing --------------------
 
 
+def test_many_gradients_at_once():
+    gate, up = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
+    many = torch.randn(4, 3, 8)
+    with one_warning("many gradients are asked for at once"):
+        found = torch.autograd.grad(swiglu(gate, up), (gate, up), many, is_grads_batched=True)
+    for i, grad in enumerate(many):
+        for ours, alone in zip(found, torch.autograd.grad(swiglu(gate, up), (gate, up), grad), strict=True):
+            torch.testing.assert_close(ours[i], alone)
+
+
+def test_a_tensor_that_a_functional_transform_has_left_behind():
+    x, left = torch.randn(2, 64), []
+    torch.func.grad(lambda x: left.append(x * 2) or x.sum())(x)
+    for op in (gelu, superfine_kernels.layer_norm):
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
+                assert torch.equal(op(left[0]), op(x * 2))
+
+
+@pytest.mark.filterwarnings("ignore")  # that tracing is deprecated
+def test_a_trace_holds_the_op_also_without_gradients():
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: gelu(x), torch.randn(2, 64), check_trace=False)
+        x = torch.randn(2, 64)
+        assert torch.equal(traced(x), gelu(x))
+
+
 @pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False), (False, False)])
 def test_ops_pass_opcheck(needs):
     gate, up, grad = (torch.randn(3, 17) for _ in range(3))

@@ -265,6 +265,26 @@ def test_second_derivatives_come_from_torch_with_one_warning(op):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.*a second derivative")
+def test_second_derivatives_where_the_input_is_made_from_the_weight():
+    z, w = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((3, 5), 5))
+    assert torch.autograd.gradgradcheck(lambda z, w: layer_norm(z * w, w), (z, w))
+    assert torch.autograd.gradgradcheck(lambda z, w: rms_norm(z * w, w, residual=z)[0], (z, w))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_many_gradients_at_once(op):
+    case = inputs(op, (4, 9), torch.float32, True, "weight bias")
+    many = torch.randn(3, 4, 9)
+    leaves = case.leaves()
+    with one_warning("many gradients are asked for at once"):
+        y, _ = case.run()
+        found = torch.autograd.grad(y, leaves, many, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(many):
+        for ours, alone in zip(found, torch.autograd.grad(y, leaves, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(ours[i], alone)
+
+
 def test_backward_twice_through_a_kept_graph():
     x = torch.randn(5, 33, requires_grad=True)
     y = layer_norm(x, torch.ones(33, requires_grad=True))

@@ -149,6 +149,23 @@ def test_importing_the_kernels_takes_less_than_50_ms_beyond_torch():
     assert min(float(run_python(code)) for _ in range(3)) < 0.050
 
 
+def test_an_op_and_not_its_file_has_their_name_in_the_package_whatever_is_imported_first():
+    ops = ["layer_norm", "linear_cross_entropy", "lora_linear"]
+    printed = run_python(
+        "import sys, importlib, superfine_kernels as kernels\n"
+        f"ops = {ops}\n"
+        "files = [f'superfine_kernels.{op}' for op in ops]\n"
+        "print([file in sys.modules for file in files])\n"
+        "imported = [importlib.import_module(file) for file in files[:2]]\n"  # the third as an attribute
+        "print([type(getattr(kernels, op)).__name__ for op in ops])\n"
+        "print([getattr(kernels, op) is getattr(sys.modules[file], op) for op, file in zip(ops, files)])\n"
+        "print([type(file).__name__ for file in imported])"
+    )
+    assert printed.split("\n")[:4] == [
+        str([False] * 3), str(["function"] * 3), str([True] * 3), str(["module"] * 2)
+    ]  # fmt: skip
+
+
 # --- files to be read --------------------
 
 

@@ -149,6 +149,18 @@ def test_first_and_second_derivatives(masked):
     assert torch.autograd.gradgradcheck(function, tuple(made.values()))
 
 
+def test_many_gradients_at_once():
+    for train in (("input", "a", "b"), ("input", "b")):  # beside a frozen `a`, no input is kept
+        made = tensors((2, 3), 2, 2, FP64, train=train)
+        leaves = [made[name] for name in train]
+        y, many = lora_linear(*made.values()), torch.randn(4, 2, 2, dtype=FP64)
+        found = torch.autograd.grad(y, leaves, many, is_grads_batched=True, retain_graph=True)
+        for i, grad in enumerate(many):
+            alone = torch.autograd.grad(y, leaves, grad, retain_graph=True)
+            for ours, theirs in zip(found, alone, strict=True):
+                torch.testing.assert_close(ours[i], theirs)
+
+
 def test_second_derivatives_beside_a_frozen_a():
     made = tensors((2, 3), 2, 2, FP64, train=("b",))
     assert torch.autograd.gradgradcheck(lambda b: lora_linear(*list(made.values())[:4], b), made["b"])
