@@ -56,7 +56,8 @@ def with_superfine(model: Any, *, cached: bool = False) -> Way:
     import superfine
 
     plan = superfine.select(model, "last:2", "head")
-    superfine.prepare(model, plan, eval_prefix=cached)
+    # The short-cut draws other random numbers for dropout, and losses could no longer be compared.
+    superfine.prepare(model, plan, eval_prefix=cached, shortcut=cached)
     return Way(
         optimizer=plan.optimizer("adamw", lr=LR, weight_decay=WEIGHT_DECAY),
         loss_function=superfine.losses.cross_entropy,
@@ -344,13 +345,15 @@ def compare(out: Path, samples: int) -> int:
         problems.append(
             f"losses differ by {loss_difference:.2g} relative; expected {LOSS_TOLERANCE:g} at most"
         )
-    for result, tolerance in ((ours, ACCURACY_TOLERANCE), (cached, CACHED_ACCURACY_TOLERANCE)):
-        difference = abs(result["test"]["accuracy"] - theirs["test"]["accuracy"])
-        if not difference <= tolerance:
-            name = result["summary"]["variant"]
-            problems.append(
-                f"accuracies of {name} and eager differ by {difference:.3f}; expected {tolerance} at most"
-            )
+    found, expected = (result["test"]["accuracy"] for result in (ours, theirs))
+    if not abs(found - expected) <= ACCURACY_TOLERANCE:
+        problems.append(
+            f"accuracies differ by {abs(found - expected):.3f}; expected {ACCURACY_TOLERANCE} at most"
+        )
+    if not cached["test"]["accuracy"] >= expected - CACHED_ACCURACY_TOLERANCE:
+        problems.append(
+            f"accuracy with a cache is {cached['test']['accuracy']:.3f}; expected {expected:.3f} or little less"
+        )
     for problem in problems:
         print(f"demo: {problem}", file=sys.stderr)
     return 1 if problems else 0
@@ -427,13 +430,7 @@ def _read(path: Path) -> dict[str, Any]:
     }
 
 
-def _print_table(
-    console: Any,
-    ours: dict[str, Any],
-    cached: dict[str, Any],
-    theirs: dict[str, Any],
-    loss_difference: float,
-) -> None:
+def _print_table(console: Any, ours: Any, cached: Any, theirs: Any, loss_difference: float) -> None:
     from rich import box
     from rich.table import Table
 
@@ -441,9 +438,11 @@ def _print_table(
         return statistics.median(sum(event[f"ms_{phase}"] for phase in phases) for event in result["train"])
 
     table = Table(
-        title="MiniLM on tweets: last two layers and head, fp32", box=box.SIMPLE_HEAD, pad_edge=False
+        title="MiniLM on tweets: last two layers and head, fp32; ratios to eager PyTorch",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    for column in ("", "eager PyTorch", "Superfine", "eager / ours", "with cached prefix", "eager / cached"):
+    for column in ("", "eager", "Superfine", "ratio", "cached", "ratio"):
         table.add_column(column, justify="right" if column else "left")
 
     def row(
