@@ -23,14 +23,6 @@ class Prefix:
     blocks: int
     stopped_by: str | None  # name of the first parameter that trains in or before the next block
 
-    def modules(self, model: nn.Module) -> list[nn.Module]:
-        """The frozen blocks."""
-        return [model.get_submodule(path) for path in self.stack.blocks[: self.blocks]]
-
-    def suffix(self, model: nn.Module) -> list[nn.Module]:
-        """The blocks after them."""
-        return [model.get_submodule(path) for path in self.stack.blocks[self.blocks :]]
-
 
 def frozen_prefix(model: nn.Module, trained: Collection[str]) -> Prefix:
     """The prefix of `model` when the parameters named in `trained` (under any of their names) train.

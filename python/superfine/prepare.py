@@ -11,7 +11,6 @@ What the model computes stays the same; docs/prepare.md says what each part does
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,14 +169,16 @@ class Prepared:
     def _install(self, every: int) -> None:
         model, plan, options = self.model, self.plan, self.options
         if plan.slices:
-            importlib.import_module("superfine.slices").install(model, plan.slices)
+            from superfine import slices
+
+            slices.install(model, plan.slices)
             self._sliced = True
             self.done["slices"] = f"{len(plan.slices)} with a parameter of their own"
         trained = dict(plan.named_parameters())
         if options["fuse"]:
-            report = importlib.import_module("superfine.fused_modules").install(
-                model, plan, recompute=options["recompute"]
-            )
+            from superfine import fused_modules
+
+            report = fused_modules.install(model, plan, recompute=options["recompute"])
             self._fused = True
             self._note(
                 "fuse", f"{len(report.changed)} modules" if report.changed else "", "no module that it serves"
@@ -304,9 +305,13 @@ def _take_back(model: nn.Module, prepared: Prepared) -> None:
         _shortcut.leave(module)
     _suffix_checkpointing.switch_on(model, prepared._checkpointed_before)
     if prepared._fused:
-        importlib.import_module("superfine.fused_modules").remove(model)
+        from superfine import fused_modules
+
+        fused_modules.remove(model)
     if prepared._sliced:
-        importlib.import_module("superfine.slices").remove(model)
+        from superfine import slices
+
+        slices.remove(model)
     vars(model).pop("_superfine_prepared", None)
 
 

@@ -18,7 +18,7 @@ from superfine.fused_loss import use_fused_loss
 from superfine.tasks.base import Task
 from superfine.text import blocks, read_text
 
-__all__ = ["CausalLM", "NextToken", "is_causal_lm", "perplexity"]
+__all__ = ["CausalLM", "NextToken", "TokenTask", "is_causal_lm", "perplexity"]
 
 
 @dataclass
@@ -37,7 +37,25 @@ class NextToken(Encoded):
 
 
 @dataclass(frozen=True)
-class CausalLM(Task):
+class TokenTask(Task):
+    """Of models that compute the mean loss of a text's tokens themselves."""
+
+    keeps_outputs: ClassVar[bool] = False
+
+    def outputs(self, model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+        # Keys and values of all layers would be kept for tokens to come, also of frozen ones.
+        loss: Tensor = model(**inputs, labels=targets, use_cache=False).loss
+        return loss
+
+    def loss_of(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return outputs.float()
+
+    def scores(self, loss: float, data: Any, order: Sequence[int], outputs: list[Tensor]) -> dict[str, Any]:
+        return {"perplexity": perplexity(loss)}
+
+
+@dataclass(frozen=True)
+class CausalLM(TokenTask):
     """Text without labels."""
 
     pack: bool = True  # texts follow each other in blocks of max_length
@@ -45,7 +63,6 @@ class CausalLM(Task):
     kind: ClassVar[str] = "causal-lm"
     auto_model: ClassVar[str] = "AutoModelForCausalLM"
     plain_text: ClassVar[bool] = True
-    keeps_outputs: ClassVar[bool] = False
 
     def parse_label(self, record: dict[str, Any], name: str) -> tuple[Any, str]:
         return None, ""
@@ -100,17 +117,6 @@ class CausalLM(Task):
         features = {"input_ids": ids, "attention_mask": [[1] * len(block) for block in ids]}
         padding = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0}
         return NextToken(features, [None] * len(ids), padding, "right", cut)
-
-    def outputs(self, model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
-        # Keys and values of all layers would be kept for tokens to come, also of frozen ones.
-        loss: Tensor = model(**inputs, labels=targets, use_cache=False).loss
-        return loss
-
-    def loss_of(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        return outputs.float()
-
-    def scores(self, loss: float, data: Any, order: Sequence[int], outputs: list[Tensor]) -> dict[str, Any]:
-        return {"perplexity": perplexity(loss)}
 
 
 def perplexity(loss: float) -> float | None:

@@ -14,8 +14,8 @@ from superfine.data import Rows
 from superfine.encoded import Encoded, padded
 from superfine.fused_loss import in_eval_mode, use_fused_loss
 from superfine.labels import text_label
-from superfine.tasks.base import Run, Task
-from superfine.tasks.causal_lm import perplexity
+from superfine.tasks.base import Run
+from superfine.tasks.causal_lm import TokenTask
 
 __all__ = ["Sequences", "Translation", "is_encoder_decoder"]
 
@@ -38,7 +38,7 @@ class Sequences(Encoded):
 
 
 @dataclass(frozen=True)
-class Translation(Task):
+class Translation(TokenTask):
     """From a source text to a target text."""
 
     text: tuple[str, ...] = ("source",)
@@ -49,7 +49,6 @@ class Translation(Task):
 
     kind: ClassVar[str] = "translation"
     auto_model: ClassVar[str] = "AutoModelForSeq2SeqLM"
-    keeps_outputs: ClassVar[bool] = False
 
     def parse_label(self, record: dict[str, Any], name: str) -> tuple[Any, str]:
         return text_label(record, name)
@@ -90,16 +89,6 @@ class Translation(Task):
             return texts
 
         return Sequences(features, targets, padding, tokenizer.padding_side, cut, list(rows.labels), decode)
-
-    def outputs(self, model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
-        loss: Tensor = model(**inputs, labels=targets, use_cache=False).loss
-        return loss
-
-    def loss_of(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        return outputs.float()
-
-    def scores(self, loss: float, data: Any, order: Sequence[int], outputs: list[Tensor]) -> dict[str, Any]:
-        return {"perplexity": perplexity(loss)}
 
     def predict(self, model: Any, data: Sequences, run: Run) -> list[str]:
         """What the model writes for each source: greedily, at most ``max_target_length`` tokens."""
