@@ -187,6 +187,32 @@ def test_under_autocast_with_a_mask_of_floats():
     assert value.isfinite()
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
+def test_masks_of_the_callers_own(name, attention):
+    model = causal(name) if name in ("gpt2", "llama") else make(name, torch.float32)
+    model.set_attn_implementation(attention)
+    size = TOKENS.shape[1]
+    seen = torch.ones(2, 1, size, size, dtype=torch.bool).tril()
+    seen[1, 0, :, 1] = False
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    # Booleans say to sdpa what is seen; eager attention adds 1 where they are True, as it would integers.
+    masks = [seen, seen[:1].expand(2, -1, -1, -1), seen.float(), added, added.double()]
+    masks += [seen.long()] if attention == "eager" else []
+    calls = []
+    for mask in masks:
+        try:
+            calls.append((mask, model(TOKENS, attention_mask=mask).logits))
+        except RuntimeError:
+            assert mask.dtype == torch.float64  # which sdpa does not take
+    assert len(calls) >= 4
+    superfine.prepare(model, superfine.select(model, "all"), fuse=False)
+    widths_seen = widths(model)
+    for mask, expected in calls:
+        torch.testing.assert_close(model(TOKENS, attention_mask=mask).logits, expected, rtol=1e-5, atol=1e-5)
+    assert set(widths_seen) == {1}
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [

@@ -139,7 +139,9 @@ def _attend(
         mask = mask[..., :tokens].expand(rows, -1, -1, -1)
         if mask.shape[2] > 1:  # else one for all positions
             mask = _at(mask.transpose(1, 2), index).transpose(1, 2)
-        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)  # under autocast it is wider
+        # Eager attention adds whatever it is given, also a caller's own booleans. Under autocast floats are wider.
+        if mask.dtype != torch.bool or attention.config._attn_implementation == "eager":
+            mask = mask.to(q.dtype)
     elif index is not None:  # the model is causal and nothing is padded
         mask = (torch.arange(tokens, device=q.device) <= index[:, None])[:, None, None]
     context = F.scaled_dot_product_attention(
