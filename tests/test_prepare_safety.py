@@ -15,7 +15,7 @@ from prepare_cases import (
     make,
     without_dropout,
 )
-from small_models import TOKENS, VOCAB, bert
+from small_models import TOKENS, VOCAB, bert, llama
 from superfine._guard import Flags
 from torch import nn
 
@@ -287,3 +287,35 @@ def mask():
     found = torch.ones_like(TOKENS)
     found[1, 4:] = 0
     return found
+
+
+def test_a_vocabulary_whose_rows_train_keeps_its_size():
+    for rows in ({"embed_tokens": [1, 3]}, {"lm_head": [1, 3]}):
+        model = llama()
+        weight = model.model.embed_tokens.weight
+        superfine.prepare(model, superfine.select(model, "last:1", rows=rows))
+        with pytest.raises(
+            ValueError, match=r"_rows' trains in a prepared model; expected superfine.restore"
+        ):
+            model.resize_token_embeddings(VOCAB + 8)
+        assert model.model.embed_tokens.weight is weight
+        assert weight.shape[0] == VOCAB
+        loss(model).backward()
+        superfine.restore(model)
+        model.resize_token_embeddings(VOCAB + 8)
+        superfine.prepare(model, superfine.select(model, "last:1", rows=rows))
+        assert loss(model).isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT's
+def test_a_frozen_vocabulary_may_be_resized_also_below_adapters():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    superfine.prepare(model, superfine.select(model, "*lora_*"))
+    model.resize_token_embeddings(VOCAB + 8)
+    model(TOKENS + 8, labels=TOKENS).loss.backward()
+    superfine.restore(model)
+    model = llama()
+    superfine.prepare(model, superfine.select(model, "head"))
+    with pytest.raises(ValueError, match=r"'lm_head.weight' trains in a prepared model"):
+        model.resize_token_embeddings(VOCAB + 8)

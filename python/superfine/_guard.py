@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Flags", "watch_steps"]
+from superfine._swap import Part
+
+__all__ = ["Flags", "Sized", "watch_steps"]
 
 
 class Flags:
@@ -51,6 +53,25 @@ def _reject(where: str, name: str, problem: str) -> None:
         f"{where}: {name!r} is {problem}; expected the model as the plan left it (to train something else: "
         "superfine.select, then Prepared.update, a new optimizer, and only then wrap the model)"
     )
+
+
+class Sized(Part):
+    """A Hugging Face model whose vocabulary keeps its size while its embeddings or its head train.
+
+    Resized, they are other parameters than those that the plan, its slices and its optimizer know.
+    """
+
+    def resize_token_embeddings(self, new_num_tokens: Any = None, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self
+        layers = (model.get_input_embeddings(), model.get_output_embeddings())
+        of_tokens = {id(p) for layer in layers if layer is not None for p in layer.parameters()}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and id(parameter) in of_tokens:
+                raise ValueError(
+                    f"resize_token_embeddings: {name!r} trains in a prepared model; expected superfine.restore "
+                    "first, then the resize, superfine.select and prepare"
+                )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
 
 
 def watch_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from superfine import _shortcut, _suffix_checkpointing, _truncate
-from superfine._guard import Flags
+from superfine._guard import Flags, Sized
 from superfine._swap import Part, add_part, has_part, remove_part
 from superfine.select import Plan, uncompiled
 
@@ -198,6 +198,9 @@ class Prepared:
             self.not_done["checkpointing"] = "not asked for"
         self.flags = Flags(model, trained)
         self.flags.check()
+        for module in model.modules():
+            if hasattr(type(module), "resize_token_embeddings") and "forward" not in vars(module):
+                add_part(module, Sized)
         add_part(model, Prepares)
 
     def _install_prefix(self, sites: _truncate.Sites, trained: dict[str, nn.Parameter]) -> None:
@@ -303,6 +306,7 @@ def _take_back(model: nn.Module, prepared: Prepared) -> None:
         _suffix_checkpointing.leave(module)
         _truncate.leave(module)
         _shortcut.leave(module)
+        remove_part(module, Sized)
     _suffix_checkpointing.switch_on(model, prepared._checkpointed_before)
     if prepared._fused:
         from superfine import fused_modules
