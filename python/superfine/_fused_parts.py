@@ -154,7 +154,10 @@ class FusedActivation(Part):
 
 
 class Mlp(NamedTuple):
-    """The names of an MLP's submodules: `last(act(first(x)))`, or `last(act(first(x)) * second(x))`."""
+    """The names of an MLP's submodules: `last(act(first(x)))`, or `last(act(first(x)) * second(x))`.
+
+    With `halves` one product gives both factors: `last(act(gate) * up)`, where `gate, up = first(x).chunk(2, -1)`.
+    """
 
     first: str
     second: str | None
@@ -162,8 +165,13 @@ class Mlp(NamedTuple):
     last: str | None
     dropout: str | None = None
     dropout_before_last: bool = False
+    halves: bool = False
     activation: Activation | None = None  # of a gated MLP, where one op computes it with the product
     recompute: bool = False
+
+    @property
+    def gated(self) -> bool:
+        return self.halves or self.second is not None
 
 
 def draws_numbers(module: nn.Module) -> bool:
@@ -176,10 +184,13 @@ def draws_numbers(module: nn.Module) -> bool:
 def _hidden(module: Any, mlp: Mlp, input: Tensor) -> Tensor:
     """What lies between the first and the last product."""
     first: Tensor = module._modules[mlp.first](input)
-    if mlp.second is None:
+    if mlp.halves:
+        first, second = first.chunk(2, dim=-1)
+    elif mlp.second is None:
         output: Tensor = module._modules[mlp.act](first)
         return output
-    second = module._modules[mlp.second](input)
+    else:
+        second = module._modules[mlp.second](input)
     if mlp.activation is None or first.dtype != second.dtype:
         output = module._modules[mlp.act](first) * second
     elif mlp.activation.name == "silu":

@@ -23,6 +23,7 @@ _TANH = {"NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh
 #: How families name the parts of an MLP.
 _MLPS = (
     Mlp("gate_proj", "up_proj", "act_fn", "down_proj"),  # Llama, Mistral, Qwen, Gemma
+    Mlp("gate_up_proj", None, "activation_fn", "down_proj", halves=True),  # Phi-3, GLM
     Mlp("wi_0", "wi_1", "act", "wo", "dropout", dropout_before_last=True),  # T5 1.1
     Mlp("wi", None, "act", "wo", "dropout", dropout_before_last=True),  # T5
     Mlp("dense", None, "intermediate_act_fn", None),  # BERT
@@ -197,28 +198,32 @@ def mlp_of(module: nn.Module) -> Mlp | str | None:
     names = set(module._modules)
     mlp = next((m for m in _MLPS if {m.first, m.second, m.act, m.last, m.dropout} - {None} == names), None)
     if mlp is None or module._parameters or module._buffers:
-        gated = {"gate_proj", "up_proj", "down_proj"} <= names
+        gated = {"gate_proj", "up_proj", "down_proj"} <= names or {"gate_up_proj", "down_proj"} <= names
         return "its parts are not those of a known MLP" if gated else None
     if why := _why_not(module):
         return why
     activation = activation_of(module.get_submodule(mlp.act))
-    if mlp.second is not None and activation is None:
+    if mlp.gated and activation is None:
         return f"{type(module.get_submodule(mlp.act)).__name__} has no gated op"
     original: Any = unmixed(module)
     with _Trial():
         last = {} if mlp.last is None else {mlp.last: _linear(12, 8)}
         gate = {} if mlp.second is None else {mlp.second: _linear(8, 12)}
         dropout = {} if mlp.dropout is None else {mlp.dropout: nn.Dropout(0.0)}
-        stub = _stub(module, **{mlp.first: _linear(8, 12)}, **gate, **last, **dropout)
+        stub = _stub(module, **{mlp.first: _linear(8, 24 if mlp.halves else 12)}, **gate, **last, **dropout)
         x = _numbers(2, 3, 8)
         try:
             found = original.forward(stub, x)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             return f"{original.__name__} could not be tried: {error}"
-        hidden = stub.get_submodule(mlp.act)(stub.get_submodule(mlp.first)(x))
-        if mlp.second is not None:
-            hidden = hidden * stub.get_submodule(mlp.second)(x)
+        hidden, up = stub.get_submodule(mlp.first)(x), None
+        if mlp.halves:
+            hidden, up = hidden.chunk(2, dim=-1)
+        elif mlp.second is not None:
+            up = stub.get_submodule(mlp.second)(x)
+        hidden = stub.get_submodule(mlp.act)(hidden)
+        hidden = hidden if up is None else hidden * up
         expected = hidden if mlp.last is None else stub.get_submodule(mlp.last)(hidden)
     if not _agree(found, expected):
         return f"{original.__name__} computes something else than its parts suggest"
-    return mlp if mlp.second is None else mlp._replace(activation=activation)
+    return mlp._replace(activation=activation) if mlp.gated else mlp

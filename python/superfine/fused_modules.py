@@ -64,7 +64,7 @@ def install(model: nn.Module, plan: Plan | None = None, *, recompute: bool = Fal
     - LayerNorm, RMSNorm, and the RMS norms of Hugging Face models: `superfine_kernels.layer_norm`, `rms_norm`;
     - a dense layer whose output is added to its residual and normalised, as in BERT: one op for sum and norm;
     - GELU by the hyperbolic tangent, and what computes it operation by operation: `superfine_kernels.gelu`;
-    - gated MLPs (Llama, Mistral, Qwen, Gemma, T5 1.1): `swiglu` or `geglu` between their products;
+    - gated MLPs (Llama, Mistral, Qwen, Gemma, Phi-3, T5 1.1): `swiglu` or `geglu` between their products;
     - PEFT's LoRA linears: `superfine_kernels.lora_linear`.
 
     Args:
