@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from layer_norm_cases import assert_agrees, in_float64, inputs
 from support import ISAS, one_warning, same_bits, threads
 from torch import Tensor
@@ -58,12 +59,37 @@ def test_a_large_mean_does_not_cancel():
         assert_agrees("layer_norm", case, tolerance=2e-6)
 
 
-def test_a_first_element_far_from_the_mean_does_not_cancel():
-    # The sums are taken less the first element; a second pass takes the mean where that is far away.
-    for first, offset in ((1e4, 0.0), (0.0, 1e4), (-1e6, 0.0)):
+def test_a_first_block_far_from_the_mean_does_not_cancel():
+    # The sums are taken less the mean of 64 elements; a second pass takes the row's where that is far away.
+    for first, count, offset in ((1e4, 1, 0.0), (0.0, 64, 1e4), (-1e6, 64, 0.0)):
         case = inputs("layer_norm", (8, 768), torch.float32, False, "weight bias", offset=offset)
-        case.tensors[0].data[:, 0] = first
+        case.tensors[0].data[:, :count] = first
         assert_agrees("layer_norm", case, tolerance=3e-6)
+
+
+def test_equal_elements_at_the_end_of_the_range_do_not_overflow():
+    for size in (3, 64, 100):
+        assert (layer_norm(torch.full((2, size), 3e38)) == 0).all()
+
+
+@pytest.mark.parametrize("size", [8, 64, 768])
+@pytest.mark.parametrize("op", OPS)
+def test_float32_is_as_near_to_the_truth_as_eager_torch(op, size):
+    eager = F.layer_norm if op == "layer_norm" else F.rms_norm
+
+    def results(call, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        y = call(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(dtype))]
+
+    x, weight, grad = torch.randn(300, size), 1 + torch.randn(size) / 4, torch.randn(300, size)
+    kernel = layer_norm if op == "layer_norm" else rms_norm
+    mine = results(lambda x, w: kernel(x, w, eps=1e-5), torch.float32)
+    theirs, exact = (
+        results(lambda x, w: eager(x, (size,), w, eps=1e-5), d) for d in (torch.float32, torch.float64)
+    )
+    for one, other, truth in zip(mine, theirs, exact, strict=True):
+        assert (one.double() - truth).norm() <= 1.1 * (other.double() - truth).norm()
 
 
 def test_strides_and_expanded_gradients():

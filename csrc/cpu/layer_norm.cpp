@@ -126,13 +126,24 @@ T sum_of_squares(const T* x, std::int64_t n) {
   return tree<kLanes>(lanes);
 }
 
-// The statistics of a row, in one pass: sums of x and x^2 less a shift, the first element, with which the row is filled
-// up to whole blocks. Where that is so far from the mean that the variance cancels, a second pass takes the mean.
+// About the mean of a row: that of its first block, or of all there is. Divided before they are added, so that the sum
+// does not overflow where the elements do not.
+template <class T>
+T near_mean(const T* x, std::int64_t size) {
+  const T share = T(1) / static_cast<T>(size < kLanes ? size : kLanes);
+  T lanes[kLanes];
+  for (int l = 0; l < kLanes; ++l) lanes[l] = share * x[l];
+  return tree<kLanes>(lanes);
+}
+
+// The statistics of a row, in one pass: sums of x and x^2 less a shift, with which the row is filled up to whole
+// blocks. The variance keeps its digits where the shift is within half a deviation of the mean; else a second pass
+// takes the mean. A first element as the shift, one deviation off, doubles the error of the output.
 template <bool kRms, class T>
 RowStatistics<T> statistics(const T* x, T* buffer, std::int64_t size, double eps) {
   const T n = static_cast<T>(size);
   if (kRms) return {T(0), T(0), reciprocal_root<T>(sum_of_squares(x, whole(size)) / n, eps)};
-  T shift = x[0];
+  T shift = near_mean(x, size);
   for (bool again = false;; again = true) {
     for (std::int64_t j = size; j < whole(size); ++j) buffer[j] = shift;
     T sums[kLanes] = {}, squares[kLanes] = {};
@@ -145,7 +156,7 @@ RowStatistics<T> statistics(const T* x, T* buffer, std::int64_t size, double eps
     }
     const T rest = tree<kLanes>(sums) / n, variance = tree<kLanes>(squares) / n - rest * rest;
     const T mean = shift + rest;
-    if (again || rest * rest <= 8 * variance) return {mean, (shift - mean) + rest, reciprocal_root<T>(variance, eps)};
+    if (again || 4 * rest * rest <= variance) return {mean, (shift - mean) + rest, reciprocal_root<T>(variance, eps)};
     shift = mean;
   }
 }
