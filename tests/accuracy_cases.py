@@ -59,7 +59,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     model.zero_grad()
     labels = TOKENS
     if "Classification" in type(model).__name__:
-        labels = torch.tensor([0, 1])
+        labels = torch.tensor([1, 1])  # different ones of like outputs would cancel, and leave the rounding
     elif model.config.is_encoder_decoder:
         labels = TOKENS.flip(1)
     model(input_ids=TOKENS, labels=labels).loss.backward()

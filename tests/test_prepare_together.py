@@ -26,7 +26,7 @@ def step(model):
 
 @pytest.mark.parametrize("fused_first", [True, False])
 def test_use_fused_loss_and_prepare_in_any_order(fused_first):
-    model = make("llama", torch.float32)
+    model = make("llama")
     plan = superfine.select(model, "last:1", rows={"lm_head": [1, 3]})
     fused = use_fused_loss(model) if fused_first else None
     prepared = superfine.prepare(model, plan, checkpointing=True, recompute=True)
@@ -34,13 +34,13 @@ def test_use_fused_loss_and_prepare_in_any_order(fused_first):
     expected = step(model)
     assert "lm_head.weight_rows" in expected
     for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert_same_gradients(step(same), expected, 1e-6)
+        assert_same_gradients(step(same), expected, 1e-12)
         superfine.restore(same)
         assert same(TOKENS, labels=TOKENS).logits is None
     if fused_first:  # what was done first is taken back first
         fused.remove()
         model.train()
-        assert_same_gradients(step(model), expected, 1e-5)
+        assert_same_gradients(step(model), expected, 1e-6)  # transformers' own loss is of float32 logits
         plan.model.lm_head.weight_rows.requires_grad_(False)
         with pytest.raises(ValueError, match=r"'lm_head.weight_rows' is planned, and is frozen"):
             model(TOKENS)
@@ -79,7 +79,7 @@ def test_adapters_may_be_disabled_in_a_forward_without_gradients():
 
 
 def test_a_checkpointed_block_keeps_nothing_that_its_input_follows_from():
-    model = make("bert", torch.float32)
+    model = make("bert")
     plan = superfine.select(model, "norms")
     expected = gradients(model)
     superfine.prepare(model, plan, checkpointing=True, recompute=True, shortcut=False)
@@ -87,7 +87,7 @@ def test_a_checkpointed_block_keeps_nothing_that_its_input_follows_from():
     output = model(TOKENS).logits
     assert len(_recompute._origins) == before
     del output
-    assert_same_gradients(gradients(model), expected, 1e-5)
+    assert_same_gradients(gradients(model), expected, 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
