@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -103,9 +104,8 @@ constexpr Kernel kLamb{"lamb_", [](const py::dict& hyper) { return cuda::GroupOp
 
 // Steps what `arguments` hold, all groups at once; increment_versions() says in torch's way what is written. Keeps the
 // interpreter's lock, so that no other thread lets go of a gradient before the kernels wait in the stream.
-template <class Increment>
 void step(const Kernel& kernel, const MomentArguments& arguments, const std::vector<cuda::GroupOptions>& options,
-          const Increment& increment_versions, const py::function& allocate, std::uintptr_t stream) {
+          const std::function<void()>& increment_versions, const py::function& allocate, std::uintptr_t stream) {
   if (arguments.tensors.empty()) return;
   const DeviceGuard guard(arguments.device_index, kernel.name);
   std::vector<std::uint32_t> groups;
