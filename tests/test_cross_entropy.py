@@ -169,7 +169,7 @@ def test_labels_of_any_strides(dtype):
             assert same_bits(loss, run(x, t[:1].repeat(6))[0])
 
 
-def test_float32_exponentials_are_within_two_units():
+def test_float32_exponentials_are_within_1_1_units():
     # With lse = 0 and scale = 1 the gradient of every class but the target's is exp(x) itself.
     x = torch.cat(
         [torch.linspace(-87.3, 0, 20000), -torch.rand(5000), torch.tensor([-88.0, -1e30, -math.inf])]
@@ -182,7 +182,7 @@ def test_float32_exponentials_are_within_two_units():
     exact = x.double().exp()
     ulp = torch.exp2(exact.float().log2().floor().double() - 23)
     normal = slice(0, 25000)
-    assert ((gradient.double() - exact).abs()[normal] <= 2 * ulp[normal]).all()
+    assert ((gradient.double() - exact).abs()[normal] <= 1.1 * ulp[normal]).all()
     assert (gradient[25000:] == 0).all()
 
 

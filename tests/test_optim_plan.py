@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from superfine.optim import LAMB, AdamW
@@ -155,6 +157,72 @@ def test_parameters_whose_gradients_come_and_go_keep_their_own_state():
         twins.append([p.detach() for p in params])
     for a, b in zip(*twins, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("optimizer_class", [AdamW, LAMB])
+def test_gradients_of_every_origin_are_stepped(optimizer_class):
+    """Of a backward pass, set by hand, views, zeroed in place, of a subclass, and none."""
+
+    class Marked(Tensor):
+        pass
+
+    def run(keeps_plan: bool) -> list[Tensor]:
+        params = [nn.Parameter(torch.linspace(0.1, 1, 6) * (i + 1)) for i in range(5)]
+        optimizer = optimizer_class(params, lr=1e-2)
+        for step in range(8):
+            if step % 2:
+                optimizer.zero_grad(set_to_none=step % 4 == 1)
+            sum((p.square() * (i + step)).sum() for i, p in enumerate(params)).backward()
+            params[1].grad = torch.full((6,), step - 3.0)
+            params[2].grad = torch.linspace(-1, 1, 12)[step % 2 * 3 :][:6]
+            params[3].grad = (
+                params[3].grad.detach().clone().as_subclass(Marked) if step % 3 == 2 else params[3].grad
+            )
+            params[4].grad = None if step % 3 == 1 else params[4].grad
+            if not keeps_plan:
+                optimizer._plan = Plan()
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    for a, b in zip(run(True), run(False), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("zero_grads", [False, True])
+def test_versions_count_what_a_step_writes(zero_grads):
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = AdamW(params, zero_grads=zero_grads)
+    for step in range(3):
+        for p in params[:2]:
+            p.grad = torch.ones(3)
+        with torch.inference_mode():
+            params[2].grad = torch.ones(3)  # has no version
+        written = [t for p in params[:2] for t in ((p, p.grad) if zero_grads else (p,))]
+        before = [t._version for t in written]
+        optimizer.step()
+        assert [t._version for t in written] == [version + 1 for version in before]
+        assert optimizer.state[params[2]]["step"] == step + 1
+        assert params[2].grad.any() == (not zero_grads)
+
+
+def test_gradients_that_another_thread_drops_live_until_a_long_step_ends():
+    param = nn.Parameter(torch.zeros(3 << 20))
+    optimizer = AdamW([param], lr=1.0, weight_decay=0.0)
+    stop = threading.Event()
+
+    def drop() -> None:
+        while not stop.is_set():
+            param.grad = None
+            torch.full_like(param, torch.nan)  # where the gradient was, if its memory is free
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    for _ in range(20):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    stop.set()
+    thread.join()
+    assert torch.isfinite(param).all()
 
 
 def test_six_dimensions_have_no_room_in_a_record_and_are_read_in_full():

@@ -22,15 +22,13 @@ const cpu::Kernels& kernels_for(const std::string& isa) {
 
 namespace {
 
-// Steps what `arguments` hold and says in torch's way what was written.
-template <class Tensor, class ScalarsOf>
-void step(const TensorReader& reader, MomentArguments& arguments, const ScalarsOf& scalars_of, const py::list& params,
-          const py::list& zeroed, void (*kernel)(const Tensor*, std::int64_t, int), int threads) {
-  const auto tensors = advance<Tensor>(arguments, scalars_of);
-  reader.increment_version(params);
-  if (!zeroed.empty()) reader.increment_version(zeroed);
-  const py::gil_scoped_release release;
-  kernel(tensors.data(), static_cast<std::int64_t>(tensors.size()), threads);
+// A step of fewer elements, half a millisecond or less, keeps the interpreter's lock.
+constexpr std::int64_t kLong = 1 << 20;
+
+bool is_long(const MomentArguments& arguments) {
+  std::int64_t elements = 0;
+  for (const MomentTensor& tensor : arguments.tensors) elements += tensor.numel;
+  return elements >= kLong;
 }
 
 // An optimizer's op: `Kernel` says which kernel, and how scalars follow from the hyperparameters and the step.
@@ -41,36 +39,46 @@ std::vector<std::size_t> step_lists(const TensorReader& reader, const std::vecto
   const auto rule = Kernel::options(hyper);
   MomentArguments arguments =
       read_moment_lists(Kernel::kName, reader, TensorView::Device::cpu, lists, options, threads);
-  step(
-      reader, arguments, [&](std::size_t, double count) { return scalars(rule, count); }, lists[kParam],
-      options.zero_grads ? lists[kGrad] : py::list(), kernels_for(isa).*Kernel::kKernel, threads);
+  const auto tensors =
+      advance<typename Kernel::Tensor>(arguments, [&](std::size_t, double count) { return scalars(rule, count); });
+  reader.increment_version(lists[kParam]);
+  if (options.zero_grads) reader.increment_version(lists[kGrad]);
+  const py::gil_scoped_release release;
+  (kernels_for(isa).*Kernel::kKernel)(tensors.data(), static_cast<std::int64_t>(tensors.size()), threads);
   return arguments.rest;
 }
 
 template <class Kernel>
 Rest step_groups(const TensorReader& reader, const py::list& groups, const py::dict& state, MomentPlan& plan,
                  int threads, const std::string& isa) {
-  const MomentGroups read(reader, groups, state);
+  MomentGroups read(reader, groups, state);
   auto arguments = read.read(Kernel::kName, TensorView::Device::cpu, plan, threads);
   if (!arguments) return std::nullopt;
   std::vector<decltype(Kernel::options(py::dict()))> rules;
   rules.reserve(groups.size());
   for (const py::handle group : groups)
     rules.push_back(Kernel::options(group.cast<std::pair<py::list, py::dict>>().second));
-  step(
-      reader, *arguments, [&](std::size_t group, double count) { return scalars(rules[group], count); }, read.params(),
-      read.zeroed(), kernels_for(isa).*Kernel::kKernel, threads);
-  std::vector<std::pair<std::size_t, py::object>> rest;
-  for (const std::size_t position : arguments->rest) rest.emplace_back(read.group(position), read.params()[position]);
-  return rest;
+  const auto tensors = advance<typename Kernel::Tensor>(
+      *arguments, [&](std::size_t group, double count) { return scalars(rules[group], count); });
+  read.increment_versions();
+  std::optional<py::gil_scoped_release> release;
+  if (is_long(*arguments)) {
+    read.hold_grads();
+    release.emplace();
+  }
+  (kernels_for(isa).*Kernel::kKernel)(tensors.data(), static_cast<std::int64_t>(tensors.size()), threads);
+  release.reset();
+  return read.at(arguments->rest);
 }
 
 struct AdamW {
+  using Tensor = AdamWTensor;
   static constexpr const char* kName = "adamw_";
   static constexpr auto kKernel = &cpu::Kernels::adamw;
   static AdamWOptions options(const py::dict& hyper) { return adamw_options(hyper); }
 };
 struct Lamb {
+  using Tensor = LambTensor;
   static constexpr const char* kName = "lamb_";
   static constexpr auto kKernel = &cpu::Kernels::lamb;
   static LambOptions options(const py::dict& hyper) { return lamb_options(hyper); }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -101,10 +102,10 @@ constexpr Kernel kAdamW{"adamw_", [](const py::dict& hyper) { return cuda::Group
 constexpr Kernel kLamb{"lamb_", [](const py::dict& hyper) { return cuda::GroupOptions::of(lamb_options(hyper)); },
                        &cuda::lamb_workspace_bytes, &cuda::lamb};
 
-// Steps what `arguments` hold, all groups at once, and says in torch's way what is written.
-void step(const Kernel& kernel, const TensorReader& reader, const MomentArguments& arguments,
-          const std::vector<cuda::GroupOptions>& options, const py::list& params, const py::list& zeroed,
-          const py::function& allocate, std::uintptr_t stream) {
+// Steps what `arguments` hold, all groups at once; increment_versions() says in torch's way what is written. Keeps the
+// interpreter's lock, so that no other thread lets go of a gradient before the kernels wait in the stream.
+void step(const Kernel& kernel, const MomentArguments& arguments, const std::vector<cuda::GroupOptions>& options,
+          const std::function<void()>& increment_versions, const py::function& allocate, std::uintptr_t stream) {
   if (arguments.tensors.empty()) return;
   const DeviceGuard guard(arguments.device_index, kernel.name);
   std::vector<std::uint32_t> groups;
@@ -113,9 +114,7 @@ void step(const Kernel& kernel, const TensorReader& reader, const MomentArgument
   const cuda::Step step{static_cast<std::int64_t>(arguments.tensors.size()), arguments.tensors.data(),
                         arguments.steps.data(), groups.data(), options.data()};
   void* const workspace = pointer(allocate(kernel.workspace_bytes(step)).cast<std::uintptr_t>());
-  reader.increment_version(params);
-  if (!zeroed.empty()) reader.increment_version(zeroed);
-  const py::gil_scoped_release release;
+  increment_versions();
   kernel.run(step, workspace, as_stream(stream));
 }
 
@@ -126,30 +125,31 @@ std::vector<std::size_t> step_lists(const Kernel& kernel, const TensorReader& re
   const MomentArguments arguments = read_moment_lists(kernel.name, reader, TensorView::Device::cuda, lists, options, 1);
   if (lists[kParam].empty()) return {};
   const auto rule = device_options(kernel.name, reader, arguments.device_index, hyper, kernel.options);
-  step(kernel, reader, arguments, {rule}, lists[kParam], options.zero_grads ? lists[kGrad] : py::list(), allocate,
-       stream);
+  const auto increment_versions = [&] {
+    reader.increment_version(lists[kParam]);
+    if (options.zero_grads) reader.increment_version(lists[kGrad]);
+  };
+  step(kernel, arguments, {rule}, increment_versions, allocate, stream);
   return arguments.rest;
 }
 
 std::optional<std::vector<std::pair<std::size_t, py::object>>> step_groups(
     const Kernel& kernel, const TensorReader& reader, const py::list& groups, const py::dict& state, MomentPlan& plan,
     const py::function& allocate, std::uintptr_t stream) {
-  const MomentGroups read(reader, groups, state);
+  MomentGroups read(reader, groups, state);
   const auto arguments = read.read(kernel.name, TensorView::Device::cuda, plan, 1);
   if (!arguments) return std::nullopt;
   std::vector<cuda::GroupOptions> rules(groups.size());
   std::optional<std::size_t> last;  // a group without a gradient may have hyperparameters on another device
-  for (std::size_t i = 0; i < read.params().size(); ++i) {
+  for (std::size_t i = 0; i < read.size(); ++i) {
     const std::size_t group = read.group(i);
     if (group == last) continue;
     const auto hyper = groups[group].cast<std::pair<py::list, py::dict>>().second;
     rules[group] = device_options(kernel.name, reader, arguments->device_index, hyper, kernel.options);
     last = group;
   }
-  step(kernel, reader, *arguments, rules, read.params(), read.zeroed(), allocate, stream);
-  std::vector<std::pair<std::size_t, py::object>> rest;
-  for (const std::size_t position : arguments->rest) rest.emplace_back(read.group(position), read.params()[position]);
-  return rest;
+  step(kernel, *arguments, rules, [&] { read.increment_versions(); }, allocate, stream);
+  return read.at(arguments->rest);
 }
 
 }  // namespace

@@ -17,16 +17,17 @@ namespace superfine {
 // state was made: one of the next entries is nearly always the one looked for, and no hash is computed.
 class StateWalk {
  public:
-  explicit StateWalk(PyObject* state) : state_(state) {}
+  explicit StateWalk(PyObject* state) : state_(state) {
+    for (int i = 0; i < kAhead; ++i) prefetch_next();
+  }
 
   PyObject* find(PyObject* param) {  // borrowed; null if there is none
-    constexpr int kAhead = 8;        // parameters in a row that are left out
+    prefetch_next();
     PyObject *key = nullptr, *value = nullptr;
     Py_ssize_t position = position_;
     for (int i = 0; i < kAhead && PyDict_Next(state_, &position, &key, &value) != 0; ++i) {
       if (key == param) {
         position_ = position;
-        __builtin_prefetch(value);
         return value;
       }
     }
@@ -36,8 +37,29 @@ class StateWalk {
   }
 
  private:
+  static constexpr int kAhead = 8;  // parameters in a row that are left out, or whose dicts are asked for early
+
+  // Asks for the dict that comes kAhead later, and for the keys of the one half as far, which has arrived.
+  void prefetch_next() {
+    PyObject *key = nullptr, *value = nullptr;
+    if (PyDict_Next(state_, &ahead_, &key, &value) == 0) value = nullptr;
+    PyObject*& slot = coming_[count_++ % kAhead];
+    slot = value;
+    if (value != nullptr) {
+      __builtin_prefetch(value);
+      __builtin_prefetch(&reinterpret_cast<PyDictObject*>(value)->ma_keys);
+    }
+    PyObject* const near = coming_[(count_ + kAhead / 2) % kAhead];
+    if (near == nullptr || !PyDict_CheckExact(near)) return;
+    constexpr int kLine = 64, kLines = 3;  // of a dict of a few entries
+    const char* const keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(near)->ma_keys);
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(keys + line * kLine);
+  }
+
   PyObject* state_;
-  Py_ssize_t position_ = 0;
+  Py_ssize_t position_ = 0, ahead_ = 0;
+  unsigned count_ = 0;
+  PyObject* coming_[kAhead] = {};
 };
 
 // Sets `values[role]` to the entry called `names[role]`, where there is one. The few entries are walked
@@ -77,25 +99,44 @@ class MomentGroups {
       gather(params, walk, options_.back());
       if (!plain_) return;
     }
+    locate(objects_.size());
   }
 
   // Nothing for tensor subclasses, whose ops have to go through torch's dispatcher, and for groups that span devices.
-  std::optional<MomentArguments> read(const std::string& op, TensorView::Device device, MomentPlan& plan,
-                                      int threads) const {
+  std::optional<MomentArguments> read(const std::string& op, TensorView::Device device, MomentPlan& plan, int threads) {
     if (!plain_) return std::nullopt;
-    return MomentReader(op, reader_, device, objects_).read(&plan, true, threads);
+    return MomentReader(op, reader_, device, objects_, held_).read(&plan, true, threads);
   }
 
-  const py::list& params() const { return used_; }
+  std::size_t size() const { return objects_.size(); }
   std::size_t group(std::size_t position) const { return objects_[position].options->group; }
 
-  // The gradients that are zeroed.
-  py::list zeroed() const {
-    py::list zeroed;
-    for (std::size_t i = 0; i < grads_.size(); ++i) {
-      if (objects_[i].options->zero_grads) zeroed.append(grads_[i]);
+  // Pairs of a group and a parameter.
+  std::vector<std::pair<std::size_t, py::object>> at(const std::vector<std::size_t>& positions) const {
+    std::vector<std::pair<std::size_t, py::object>> found;
+    for (const std::size_t i : positions) {
+      found.emplace_back(group(i), py::reinterpret_borrow<py::object>(objects_[i][kParam]));
     }
-    return zeroed;
+    return found;
+  }
+
+  // Tells autograd that the parameters are written, and the gradients that are zeroed.
+  void increment_versions() const {
+    py::list others;
+    for (const MomentObjects& each : objects_) {
+      if (!reader_.bump_version(each.records[kParam])) others.append(py::handle(each[kParam]));
+      if (each.options->zero_grads && !reader_.bump_version(each.records[kGrad])) {
+        others.append(reader_.grad(each[kParam]));
+      }
+    }
+    reader_.increment_other_versions(others);
+  }
+
+  // Keeps the gradients where another thread, given the interpreter's lock, may set `.grad` to None.
+  void hold_grads() {
+    for (const MomentObjects& each : objects_) {
+      if (each[kGrad] == nullptr) held_.push_back(reader_.grad(each[kParam]));
+    }
   }
 
  private:
@@ -114,20 +155,27 @@ class MomentGroups {
       const auto item = [&](std::size_t at) { return PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(at)); };
       constexpr std::size_t kObject = 16, kRecord = 12, kAutograd = 8, kGradient = 4;  // so far ahead
       if (i + kObject < n) reader_.prefetch_object(item(i + kObject));
-      if (i + kRecord < n) reader_.prefetch_record(item(i + kRecord));
-      if (i + kAutograd < n) reader_.prefetch_autograd(item(i + kAutograd));
-      if (i + kGradient < n) reader_.prefetch_grad(item(i + kGradient));
+      if (i + kRecord < n) reader_.prefetch_record(reader_.record(item(i + kRecord)));
+      if (i + kAutograd < n) reader_.prefetch_autograd(reader_.record(item(i + kAutograd)));
+      if (i + kGradient < n) reader_.prefetch_grad(reader_.record(item(i + kGradient)));
       PyObject* param = item(i);
       plain_ = plain_ && reader_.is_plain(param);
       if (!plain_) return;
-      py::object grad = reader_.grad(param);
-      if (grad.is_none()) continue;
+      MomentObjects values{{param}, &options, {}};
+      if (const TorchRecord::Record record = reader_.record(param)) {
+        values.records[kGrad] = reader_.grad(record);
+        if (values.records[kGrad] == nullptr) continue;
+      } else {
+        py::object grad = reader_.grad(param);
+        if (grad.is_none()) continue;
+        values[kGrad] = grad.ptr();
+        held_.push_back(std::move(grad));
+      }
       PyObject* entries = walk.find(param);
       if (entries == nullptr) {
         PyErr_SetObject(PyExc_KeyError, param);
         throw py::error_already_set();
       }
-      MomentObjects values{{param, grad.ptr()}, &options};
       look_up(entries, names, values);
       if (!options.amsgrad) values[kMaxExpAvgSq] = nullptr;
       if (!options.anchored) values[kAnchor] = nullptr;
@@ -141,18 +189,20 @@ class MomentGroups {
       }
       objects_.push_back(values);
       constexpr std::size_t kBehind = 3;  // by now the Python objects have arrived
-      if (objects_.size() >= kBehind) prefetch_records(reader_, objects_[objects_.size() - kBehind]);
-      grads_.push_back(std::move(grad));
-      used_.append(params[i]);
+      if (objects_.size() > kBehind) locate(objects_.size() - kBehind);
     }
+  }
+
+  void locate(std::size_t end) {
+    for (; located_ < end; ++located_) objects_[located_].locate(reader_);
   }
 
   const TensorReader& reader_;
   bool plain_ = true;
   std::vector<MomentOptions> options_;
   std::vector<MomentObjects> objects_;
-  std::vector<py::object> grads_;  // held: another thread may set .grad to None while the kernel runs
-  py::list used_;
+  std::size_t located_ = 0;
+  std::vector<py::object> held_;  // gradients
 };
 
 }  // namespace superfine

@@ -118,9 +118,10 @@ inline void reject_new_overlap(const std::string& op, const MomentArguments& arg
 // Reads and checks the arguments of every parameter, or throws.
 class MomentReader {
  public:
+  // `objects` of gradients that are missing are added, and `held`.
   MomentReader(std::string op, const TensorReader& reader, TensorView::Device device,
-               const std::vector<MomentObjects>& objects)
-      : op_(std::move(op)), reader_(reader), device_(device), objects_(objects) {}
+               std::vector<MomentObjects>& objects, std::vector<py::object>& held)
+      : op_(std::move(op)), reader_(reader), device_(device), objects_(objects), held_(held) {}
 
   // Nothing for parameters on another device, where those are allowed. `plan`, which may be null, is that of the steps
   // before over the same parameters.
@@ -132,6 +133,7 @@ class MomentReader {
       result = {};
       hashes = 0;
       for (std::size_t i = 0; i < objects_.size(); ++i) {
+        add_grad(i);
         const Views views = careful_views(i);
         if (!is_here(views[kParam]) && may_span_devices) return std::nullopt;
         MomentTensor tensor;
@@ -156,39 +158,46 @@ class MomentReader {
 
   // The usual case, in which a kernel takes every parameter; by several threads, as torch's records of
   // tensors are mostly cold in the caches, and to wait for them takes longer than to step small tensors.
-  bool read_usual(MomentPlan* plan, MomentArguments& result, std::uint64_t& hashes, int threads) const {
-    constexpr std::int64_t kGrain = 16, kFar = 6, kNear = 3;
+  bool read_usual(MomentPlan* plan, MomentArguments& result, std::uint64_t& hashes, int threads) {
+    constexpr std::int64_t kGrain = 16, kAhead = 3;
     const std::int64_t n = static_cast<std::int64_t>(objects_.size());
     if (plan != nullptr) plan->begin(objects_.size(), device_, device_index_);
     result.tensors.resize(n);
     result.steps.resize(n);
     result.options.resize(n);
     std::vector<char> is_new(n);
-    std::atomic<bool> usual{true};
     std::atomic<std::uint64_t> sum{0};
     parallel_for(n, kGrain, threads, [&](Ranges& ranges) {
       std::int64_t begin, end;
       std::uint64_t local = 0;
       while (ranges.next(begin, end)) {
         for (std::int64_t i = begin; i < end; ++i) {
-          if (i + kFar < n) prefetch_records(reader_, objects_[i + kFar]);
-          if (i + kNear < n) prefetch_storages(reader_, objects_[i + kNear]);
+          if (i + kAhead < n) objects_[i + kAhead].prefetch_storages(reader_);
           result.options[i] = objects_[i].options;
-          if (plan == nullptr || !plan->recall(reader_, i, objects_[i], result.tensors[i], result.steps[i])) {
+          if (plan != nullptr && plan->recall(reader_, i, objects_[i], result.tensors[i], result.steps[i])) {
+            local += detail::hash(result.tensors[i]);
+          } else {
             is_new[i] = true;
-            if (!read_fast(i, result)) usual = false;
           }
-          local += detail::hash(result.tensors[i]);
         }
       }
       sum += local;
     });
     hashes = sum;
-    if (!usual) return false;
-    for (std::int64_t i = 0; plan != nullptr && i < n; ++i) {
-      if (is_new[i]) plan->learn(reader_, i, objects_[i], result.tensors[i]);
+    for (std::int64_t i = 0; i < n; ++i) {
+      if (!is_new[i]) continue;
+      add_grad(i);
+      if (!read_fast(i, result)) return false;
+      hashes += detail::hash(result.tensors[i]);
+      if (plan != nullptr) plan->learn(reader_, i, objects_[i], result.tensors[i]);
     }
     return true;
+  }
+
+  void add_grad(std::size_t i) {
+    if (objects_[i][kGrad] != nullptr) return;
+    held_.push_back(reader_.grad(objects_[i][kParam]));
+    objects_[i][kGrad] = held_.back().ptr();
   }
 
   // False where a kernel does not take the i-th parameter, or only attributes tell.
@@ -338,7 +347,8 @@ class MomentReader {
   const TensorReader& reader_;
   TensorView::Device device_;
   int device_index_ = 0;
-  const std::vector<MomentObjects>& objects_;
+  std::vector<MomentObjects>& objects_;
+  std::vector<py::object>& held_;
 };
 
 // Arguments from parallel lists, one for each role, in that order; optional ones are empty. They refer to `options`.
@@ -357,7 +367,8 @@ inline MomentArguments read_moment_lists(const std::string& op, const TensorRead
     for (std::size_t i = 0; i < n; ++i) objects[i][role] = PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
   }
   for (MomentObjects& each : objects) each.options = &options;
-  return *MomentReader(op, reader, device, objects).read(nullptr, false, threads);
+  std::vector<py::object> held;
+  return *MomentReader(op, reader, device, objects, held).read(nullptr, false, threads);
 }
 
 // Counts one step more for every tensor; what a kernel takes is the tensor with the scalars of its step, which

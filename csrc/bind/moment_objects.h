@@ -45,16 +45,22 @@ constexpr const char* kLists[kRoles] = {"params",  "grads",      "exp_avgs", "ex
                                         "anchors", "remainders", "scales",   "steps"};
 constexpr bool is_optional(std::size_t role) { return role >= kMaxExpAvgSq && role <= kScales; }
 
-// The Python objects of a parameter by their roles: borrowed; null where an optional one is absent.
+// The Python objects of a parameter by their roles: borrowed; null where an optional one is absent. That of a gradient
+// may be null while torch's record of it is known, as to make one costs more than all else.
 struct MomentObjects : std::array<PyObject*, kRoles> {
   const MomentOptions* options;
-};
+  std::array<TorchRecord::Record, kRoles> records;  // null where only the object tells
 
-inline void prefetch_records(const TensorReader& reader, const MomentObjects& objects) {
-  for (PyObject* object : objects) reader.prefetch_record(object);
-}
-inline void prefetch_storages(const TensorReader& reader, const MomentObjects& objects) {
-  for (PyObject* object : objects) reader.prefetch_storage(object);
-}
+  // Where torch keeps what the objects stand for.
+  void locate(const TensorReader& reader) {
+    for (std::size_t role = 0; role < kRoles; ++role) {
+      if (role != kGrad || records[role] == nullptr) records[role] = reader.record((*this)[role]);
+      TensorReader::prefetch_record(records[role]);
+    }
+  }
+  void prefetch_storages(const TensorReader& reader) const {
+    for (const TorchRecord::Record record : records) reader.prefetch_storage(record);
+  }
+};
 
 }  // namespace superfine

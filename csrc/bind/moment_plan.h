@@ -39,9 +39,11 @@ class MomentPlan {
     std::array<void*, kRoles> data{};
     for (std::size_t role = 0; role < kRoles; ++role) {
       const std::uint16_t number = entry.layouts[role];
-      if ((objects[role] == nullptr) != (number == kNone)) return false;
-      if (number == kNone) continue;
-      data[role] = reader.data_if(objects[role], layouts_[number]);
+      if (number == kNone) {
+        if (objects[role] != nullptr) return false;
+        continue;
+      }
+      data[role] = reader.data_if(objects.records[role], layouts_[number]);
       if (data[role] == nullptr) return false;
     }
     tensor = entry.tensor;
@@ -58,7 +60,7 @@ class MomentPlan {
     return true;
   }
 
-  // That the i-th parameter is this one, which a kernel takes.
+  // That the i-th parameter is this one, which a kernel takes. All its objects are known.
   void learn(const TensorReader& reader, std::size_t i, const MomentObjects& objects, const MomentTensor& tensor) {
     Entry entry;
     for (std::size_t role = 0; role < kRoles; ++role) {

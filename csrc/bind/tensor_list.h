@@ -128,45 +128,53 @@ class TensorReader {
   }
   bool compares_records() const { return record_.has_value(); }
 
-  // Tells autograd that kernels write these tensors, so that a graph that saved them complains.
+  // Tells autograd that kernels write tensors, so that a graph that saved them complains.
   void increment_version(const py::list& tensors) const {
-    constexpr std::size_t kAhead = 8;
-    const auto item = [&](std::size_t i) { return PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)); };
     py::list others;
-    for (std::size_t i = 0, n = tensors.size(); i < n; ++i) {
-      if (i + kAhead < n && record_ && is_plain(item(i + kAhead))) record_->prefetch_version(item(i + kAhead));
-      if (!(record_ && is_plain(item(i)) && record_->bump_version(item(i)))) others.append(tensors[i]);
+    for (const py::handle tensor : tensors) {
+      if (!bump_version(record(tensor.ptr()))) others.append(tensor);
     }
-    if (!others.empty()) increment_version_(others);
+    increment_other_versions(others);
+  }
+  // False where torch has to count: for one that is not plain, and one that was made in inference mode.
+  bool bump_version(TorchRecord::Record tensor) const { return tensor != nullptr && record_->bump_version(tensor); }
+  void increment_other_versions(const py::list& tensors) const {
+    if (!tensors.empty()) increment_version_(tensors);
   }
 
-  // Only hints, for objects that will be read soon: the Python object, and torch's record behind it.
+  // What torch keeps of a plain tensor; null for others, and where records are not compared.
+  TorchRecord::Record record(PyObject* object) const {
+    return record_ && object != nullptr && is_plain(object) ? record_->of(object) : nullptr;
+  }
+  // The same of a tensor's gradient; null where it has none.
+  TorchRecord::Record grad(TorchRecord::Record tensor) const { return record_->grad(tensor); }
+
+  // Only hints, for what will be read soon: the Python object, torch's record behind it, and what that points at.
   static void prefetch_object(PyObject* object) { __builtin_prefetch(object); }
-  void prefetch_record(PyObject* object) const {
-    if (shim_ && object != nullptr && is_plain(object)) shim_->prefetch(object);
+  static void prefetch_record(TorchRecord::Record tensor) {
+    if (tensor != nullptr) TorchRecord::prefetch(tensor);
   }
-
-  void prefetch_autograd(PyObject* object) const {
-    if (record_ && is_plain(object)) record_->prefetch_autograd(object);
+  void prefetch_autograd(TorchRecord::Record tensor) const {
+    if (tensor != nullptr) record_->prefetch_autograd(tensor);
   }
-  void prefetch_grad(PyObject* object) const {
-    if (record_ && is_plain(object)) record_->prefetch_grad(object);
+  void prefetch_grad(TorchRecord::Record tensor) const {
+    if (tensor != nullptr) record_->prefetch_grad(tensor);
   }
-  void prefetch_storage(PyObject* object) const {
-    if (record_ && object != nullptr && is_plain(object)) record_->prefetch_storage(object);
+  void prefetch_storage(TorchRecord::Record tensor) const {
+    if (tensor != nullptr) record_->prefetch_storage(tensor);
   }
 
   // Of a tensor that read_fast reads; nothing where records are not compared.
   std::optional<TensorLayout> layout(PyObject* object) const {
     TensorView view;
     if (!record_ || !read_fast(object, view) || !view.dtype) return std::nullopt;
-    const auto words = record_->layout(object);
+    const auto words = record_->layout(record_->of(object));
     return words ? std::optional(TensorLayout{*words, element_size(*view.dtype)}) : std::nullopt;
   }
 
   // The address of a tensor of this layout; null for others, and where reading takes more. Needs no lock.
-  void* data_if(PyObject* object, const TensorLayout& layout) const {
-    return is_plain(object) ? record_->data_if(object, layout.words, layout.item_size) : nullptr;
+  void* data_if(TorchRecord::Record tensor, const TensorLayout& layout) const {
+    return tensor != nullptr ? record_->data_if(tensor, layout.words, layout.item_size) : nullptr;
   }
 
   // Neither a subclass, which may hold no memory of its own, nor something else.

@@ -22,6 +22,9 @@ class TorchRecord {
  public:
   static constexpr int kRecordWords = 22;
 
+  // Where torch's record of a tensor begins.
+  using Record = const std::uint64_t*;
+
   // What tells shape, strides, type, device and flags.
   using Words = std::array<std::uint64_t, 15>;
 
@@ -36,9 +39,19 @@ class TorchRecord {
     return record;
   }
 
+  Record of(PyObject* tensor) const { return reinterpret_cast<const Record*>(tensor)[impl_word_]; }
+
+  // Of a tensor's gradient; null where it has none. Costs a Python object less than `tensor.grad`.
+  Record grad(Record tensor) const {
+    const auto* const autograd = reinterpret_cast<const Record*>(tensor[autograd_word_]);
+    if (autograd == nullptr) return nullptr;
+    const Record grad = autograd[grad_word_];
+    return grad == undefined_ ? nullptr : grad;
+  }
+
   // Nothing for more dimensions than a record has room for: their sizes lie elsewhere.
-  std::optional<Words> layout(PyObject* tensor) const {
-    const std::uint64_t* const from = words(tensor) + kFirst;
+  std::optional<Words> layout(Record tensor) const {
+    const Record from = tensor + kFirst;
     if (*from > kInlineDims) return std::nullopt;
     const Words& mask = masks()[*from];
     Words layout;
@@ -48,13 +61,12 @@ class TorchRecord {
 
   // Where the elements of a tensor of this layout begin; null if its layout is another, and where memory is not simply
   // its storage's own: shared copy-on-write, borrowed from another library, or none.
-  void* data_if(PyObject* tensor, const Words& layout, std::int64_t item_size) const {
-    const std::uint64_t* const record = words(tensor);
+  void* data_if(Record record, const Words& layout, std::int64_t item_size) const {
     const Words& mask = masks()[layout[0]];
     std::uint64_t difference = 0;
     for (std::size_t w = 0; w < layout.size(); ++w) difference |= (record[kFirst + w] & mask[w]) ^ layout[w];
     if (difference != 0) return nullptr;
-    const auto* const storage = reinterpret_cast<const std::uint64_t*>(record[storage_word_]);
+    const auto storage = reinterpret_cast<Record>(record[storage_word_]);
     const std::uint64_t data = storage[data_word_];
     if (storage[owner_word_] != data || data == 0) return nullptr;
     return reinterpret_cast<char*>(data) + static_cast<std::int64_t>(record[kOffset]) * item_size;
@@ -62,35 +74,29 @@ class TorchRecord {
 
   // Counts the tensor's version up, as `torch.autograd.graph.increment_version` does; false for a tensor without one,
   // which is made in inference mode.
-  bool bump_version(PyObject* tensor) const {
-    auto* const counter = reinterpret_cast<std::uint64_t*>(words(tensor)[version_word_]);
+  bool bump_version(Record tensor) const {
+    auto* const counter = reinterpret_cast<std::uint64_t*>(tensor[version_word_]);
     if (counter == nullptr) return false;
     __atomic_fetch_add(reinterpret_cast<std::uint32_t*>(&counter[kVersion]), 1, __ATOMIC_RELAXED);
     return true;
   }
 
-  // Ask for what a step reads of a parameter, one after the other as the addresses arrive: what autograd keeps of it,
-  // and the record of its gradient.
-  void prefetch_autograd(PyObject* tensor) const {
-    const auto* const autograd = reinterpret_cast<const std::uint64_t*>(words(tensor)[autograd_word_]);
-    __builtin_prefetch(autograd + grad_word_);
+  // Ask for what a step reads of a tensor, one after the other as the addresses arrive: what autograd keeps of it, the
+  // record of its gradient, the counter of its version, and its storage.
+  void prefetch_autograd(Record tensor) const {
+    __builtin_prefetch(reinterpret_cast<Record>(tensor[autograd_word_]) + grad_word_);
   }
-  void prefetch_grad(PyObject* tensor) const {
-    const auto* const autograd = reinterpret_cast<const std::uint64_t*>(words(tensor)[autograd_word_]);
-    if (autograd == nullptr) return;
-    const auto* const grad = reinterpret_cast<const std::uint64_t*>(autograd[grad_word_]);
-    __builtin_prefetch(grad);
-    __builtin_prefetch(grad + 8);
-    __builtin_prefetch(grad + 16);
+  void prefetch_grad(Record tensor) const {
+    if (const Record found = grad(tensor)) prefetch(found);
   }
+  void prefetch_version(Record tensor) const {
+    __builtin_prefetch(reinterpret_cast<Record>(tensor[version_word_]) + kVersion);
+  }
+  void prefetch_storage(Record tensor) const { __builtin_prefetch(reinterpret_cast<Record>(tensor[storage_word_])); }
 
-  void prefetch_version(PyObject* tensor) const {
-    __builtin_prefetch(reinterpret_cast<const std::uint64_t*>(words(tensor)[version_word_]) + kVersion);
-  }
-
-  // Asks for the storage's record, when the tensor's has arrived.
-  void prefetch_storage(PyObject* tensor) const {
-    __builtin_prefetch(reinterpret_cast<const void*>(words(tensor)[storage_word_]));
+  static void prefetch(Record tensor) {
+    constexpr int kWordsPerLine = 8;
+    for (int word = 0; word < kRecordWords; word += kWordsPerLine) __builtin_prefetch(tensor + word);
   }
 
  private:
@@ -115,9 +121,7 @@ class TorchRecord {
     return made;
   }
 
-  const std::uint64_t* words(PyObject* tensor) const {
-    return reinterpret_cast<const std::uint64_t* const*>(tensor)[impl_word_];
-  }
+  Record of(const pybind11::object& tensor) const { return of(tensor.ptr()); }
 
   // Whatever torch's default device and dtype are now.
   template <class... Sizes>
@@ -134,10 +138,10 @@ class TorchRecord {
       return t.attr("untyped_storage")().attr("_cdata").cast<std::uint64_t>();
     };
     const std::uint64_t storage = storage_of(tensor), data = tensor.attr("data_ptr")().cast<std::uint64_t>();
-    for (storage_word_ = 0; words(tensor.ptr())[storage_word_] != storage; ++storage_word_) {
+    for (storage_word_ = 0; of(tensor)[storage_word_] != storage; ++storage_word_) {
       if (storage_word_ + 1 == kFirst) return false;
     }
-    const auto* const fields = reinterpret_cast<const std::uint64_t*>(storage);
+    const auto fields = reinterpret_cast<Record>(storage);
     std::vector<int> places;
     for (int w = 0; w < kStorageWords; ++w) {
       if (fields[w] == data) places.push_back(w);
@@ -155,7 +159,7 @@ class TorchRecord {
     const pybind11::object tensor = zeros(torch, "cpu", "float32", 3);
     const auto version = [&] { return tensor.attr("_version").cast<std::uint32_t>(); };
     const auto shown = [&](int w) {
-      const auto* const fields = reinterpret_cast<const std::uint64_t*>(words(tensor.ptr())[w]);
+      const auto fields = reinterpret_cast<Record>(of(tensor)[w]);
       return fields != nullptr && static_cast<std::uint32_t>(fields[kVersion]) == version();
     };
     std::vector<int> places;
@@ -170,25 +174,31 @@ class TorchRecord {
     if (places.size() != 1) return false;
     version_word_ = places[0];
     const std::uint32_t before = version();
-    return bump_version(tensor.ptr()) && version() == before + 1;
+    return bump_version(of(tensor)) && version() == before + 1;
   }
 
-  // What autograd keeps of a tensor that requires gradients, and in there the gradient's record.
+  // What autograd keeps of a tensor that requires gradients, in there the gradient's record, and what stands there
+  // without one.
   bool find_grad(const pybind11::module_& torch) {
     constexpr int kAutogradWords = 8;
     const pybind11::object plain = zeros(torch, "cpu", "float32", 3), leaf = zeros(torch, "cpu", "float32", 3);
     leaf.attr("requires_grad_")();
-    leaf.attr("grad") = zeros(torch, "cpu", "float32", 3);
-    const pybind11::object grad = leaf.attr("grad");
-    for (autograd_word_ = storage_word_ + 1; autograd_word_ < kFirst; ++autograd_word_) {
-      if (words(plain.ptr())[autograd_word_] == 0 && words(leaf.ptr())[autograd_word_] != 0) break;
+    for (autograd_word_ = storage_word_ + 1; of(plain)[autograd_word_] != 0 || of(leaf)[autograd_word_] == 0;) {
+      if (++autograd_word_ == kFirst) return false;
     }
-    if (autograd_word_ == kFirst) return false;
-    const auto* const autograd = reinterpret_cast<const std::uint64_t*>(words(leaf.ptr())[autograd_word_]);
-    for (grad_word_ = 0; grad_word_ < kAutogradWords; ++grad_word_) {
-      if (autograd[grad_word_] == reinterpret_cast<std::uint64_t>(words(grad.ptr()))) return true;
+    const auto* const autograd = reinterpret_cast<const Record*>(of(leaf)[autograd_word_]);
+    std::array<Record, kAutogradWords> without{};
+    std::copy_n(autograd, kAutogradWords, without.begin());
+    const pybind11::object grad = zeros(torch, "cpu", "float32", 3), other = zeros(torch, "cpu", "float32", 3);
+    leaf.attr("grad") = grad;
+    for (grad_word_ = 0; autograd[grad_word_] != of(grad);) {
+      if (++grad_word_ == kAutogradWords) return false;
     }
-    return false;
+    undefined_ = without[grad_word_];
+    leaf.attr("grad") = other;
+    if (this->grad(of(leaf)) != of(other)) return false;
+    leaf.attr("grad") = pybind11::none();
+    return this->grad(of(leaf)) == nullptr && this->grad(of(plain)) == nullptr;
   }
 
   // Two views that differ in their offset alone differ in its word.
@@ -196,7 +206,7 @@ class TorchRecord {
     const pybind11::object base = zeros(torch, "cpu", "float32", 8);
     const auto view = [&](int begin) { return base.attr("narrow")(0, begin, 2); };
     const pybind11::object one = view(1), two = view(2);
-    return words(one.ptr())[kOffset] == 1 && words(two.ptr())[kOffset] == 2;
+    return of(one)[kOffset] == 1 && of(two)[kOffset] == 2;
   }
 
   // Tensors that differ in one thing each have different layouts. (Equal ones have equal layouts but for padding that
@@ -215,17 +225,18 @@ class TorchRecord {
       others.push_back(zeros(torch, "cpu", dtype, 2, 2));
     }
     for (std::size_t i = 0; i < others.size(); ++i) {
-      const auto own = layout(others[i].ptr());
-      if (own == layout(plain.ptr())) return false;
+      const auto own = layout(of(others[i]));
+      if (own == layout(of(plain))) return false;
       for (std::size_t j = 0; j < i; ++j) {
-        if (own == layout(others[j].ptr())) return false;
+        if (own == layout(of(others[j]))) return false;
       }
     }
-    return words(plain.ptr())[kFirst] == 2 && words(others[2].ptr())[kFirst] == 3;
+    return of(plain)[kFirst] == 2 && of(others[2])[kFirst] == 3;
   }
 
   int impl_word_ = 0, storage_word_ = 0, data_word_ = 0, owner_word_ = 0;
   int version_word_ = 0, autograd_word_ = 0, grad_word_ = 0;
+  Record undefined_ = nullptr;  // that of all tensors which are none
 };
 
 }  // namespace superfine

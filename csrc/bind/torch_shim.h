@@ -65,15 +65,6 @@ class TorchShim {
 
   int impl_word() const { return word_; }
 
-  // Asks for the cache lines behind an object that will be read soon. A step streams so much through the
-  // caches that torch's own records of its tensors are cold when the next step begins; asking ahead lets
-  // the misses overlap.
-  void prefetch(PyObject* object) const {
-    constexpr int kLine = 64, kLines = 4;
-    const char* lines = reinterpret_cast<const char*>(record(object));
-    for (int line = 0; line < kLines; ++line) __builtin_prefetch(lines + line * kLine);
-  }
-
   Dtypes dtypes{};
 
  private:

@@ -57,11 +57,16 @@ SF_HD float load(f16 x) {
 SF_HD void store(float* out, float x) { *out = x; }
 SF_HD void store(double* out, double x) { *out = x; }
 
-// Round to nearest even; every NaN becomes the quiet NaN 0x7fc0, as torch does.
-SF_HD void store(bf16* out, float x) {
+// Rounds to nearest even what is not NaN.
+SF_HD void store_number(bf16* out, float x) {
   const std::uint32_t u = float_bits(x);
-  const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  out->bits = static_cast<std::uint16_t>(x != x ? 0x7fc0u : rounded);
+  out->bits = static_cast<std::uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+// Every NaN becomes the quiet NaN 0x7fc0, as torch does.
+SF_HD void store(bf16* out, float x) {
+  store_number(out, x);
+  out->bits = x != x ? std::uint16_t{0x7fc0} : out->bits;
 }
 
 // An fp32 number in two halves: `high` is it rounded to bf16 (halves away from zero), `low` its lower 16 bits, so
@@ -96,6 +101,11 @@ SF_HD void store(f16* out, float x) {
   h = magnitude >= 0x477ff000u ? 0x7c00u : h;                      // 65520 rounds to infinity
   h = magnitude > 0x7f800000u ? 0x7e00u : h;
   out->bits = static_cast<std::uint16_t>(h | ((u >> 16) & 0x8000u));
+}
+
+template <class T>
+SF_HD void store_number(T* out, Opmath<T> x) {
+  store(out, x);
 }
 
 }  // namespace superfine

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "core/parallel_for.h"
 #include "cpu/logits.h"
@@ -151,6 +152,13 @@ class Wanted {
     }
   }
 
+  // Whether one of the targets by index is among `count` columns from `begin` on.
+  bool has_target(std::int64_t i, std::int64_t begin, std::int64_t count) const {
+    bool found = false;
+    for_each_target(i, [&](std::int64_t column, T) { found = found || (begin <= column && column < begin + count); });
+    return found;
+  }
+
   // What every class of the input wants, without targets by index, for `count` columns from `begin` on.
   void fill(std::int64_t i, std::int64_t begin, std::int64_t count, T* v) const {
     const std::int64_t first = args_.first_class + begin;
@@ -219,10 +227,11 @@ class Rows {
     }
     if (!dlogits) return;
     const T normalizer = scale * slope_ * (mass.sum + T(2) * z_loss_ * lse) / sums.sum;
-    write_gradient(i, scale * slope_, dlogits, [&](std::int64_t begin, std::int64_t count, T* p) {
+    write_gradient(i, scale * slope_, dlogits, [&](std::int64_t begin, std::int64_t, T*) {
       const T factor = normalizer * exp_nonpositive(scratch.maximum(begin) - sums.maximum);
       const T* e = scratch.exponentials() + begin;
-      for (std::int64_t j = 0; j < count; ++j) p[j] = factor * e[j];
+      // Where their sum is a number, so are they, and are at most 1.
+      return std::pair([=](std::int64_t j) { return factor * e[j]; }, factor - factor == T(0));
     });
   }
 
@@ -230,10 +239,9 @@ class Rows {
     if (wanted_.ignored(i)) return no_gradient(i, dlogits);
     const T factor = scale * slope_ * (mass + T(2) * z_loss_ * lse);
     const E* x = logits_.row(i);
-    write_gradient(i, scale * slope_, dlogits, [&](std::int64_t begin, std::int64_t count, T* p) {
-      T buffer[kStage];
+    write_gradient(i, scale * slope_, dlogits, [&](std::int64_t begin, std::int64_t count, T* buffer) {
       const T* y = logits_.values(x + begin, count, buffer);
-      for (std::int64_t j = 0; j < count; ++j) p[j] = factor * exp_nonpositive(y[j] - lse);
+      return std::pair([=](std::int64_t j) { return factor * exp_nonpositive(y[j] - lse); }, false);
     });
   }
 
@@ -328,20 +336,33 @@ class Rows {
     return 0;  // a row of NaN has no maximum
   }
 
-  // Writes scale * dx from `probabilities(begin, count, p)`, which fills p with what the softmax adds to it.
+  // Writes scale * dx. `probabilities(begin, count, buffer)` gives a function of j < count, what the softmax adds to
+  // it, and whether none of its values is NaN.
   template <class Probabilities>
   void write_gradient(std::int64_t i, T scale, E* dlogits, const Probabilities& probabilities) const {
     alignas(64) T p[kStage];
-    E* const out = this->out(i, dlogits);
+    alignas(64) E staged[kStage];
+    E* const row = this->out(i, dlogits);
+    const bool stream = stream_ && dlogits != args_.input,
+               in_every_class = wanted_.in_every_class() || logits_.capped();
     for (std::int64_t begin = 0; begin < args_.vocab; begin += kStage) {
       const std::int64_t count = least(kStage, args_.vocab - begin);
-      probabilities(begin, count, p);
-      finish_gradient(i, begin, count, scale, p, out + begin, stream_ && dlogits != args_.input);
+      const auto [probability, numbers] = probabilities(begin, count, p);
+      E* const to = stream ? staged : row + begin;
+      if (in_every_class || wanted_.has_target(i, begin, count)) {
+        for (std::int64_t j = 0; j < count; ++j) p[j] = probability(j);
+        finish_gradient(i, begin, count, scale, p);
+        for (std::int64_t j = 0; j < count; ++j) store(&to[j], p[j]);
+      } else if (numbers) {
+        for (std::int64_t j = 0; j < count; ++j) store_number(&to[j], probability(j));
+      } else {
+        for (std::int64_t j = 0; j < count; ++j) store(&to[j], probability(j));
+      }
+      if (stream) stream_out(row + begin, staged, count * static_cast<std::int64_t>(sizeof(E)));
     }
   }
 
-  void finish_gradient(std::int64_t i, std::int64_t begin, std::int64_t count, T scale, T* p, E* out,
-                       bool stream) const {
+  void finish_gradient(std::int64_t i, std::int64_t begin, std::int64_t count, T scale, T* p) const {
     if (wanted_.in_every_class()) {
       T v[kStage];
       wanted_.fill(i, begin, count, v);
@@ -351,10 +372,6 @@ class Rows {
       if (begin <= column && column < begin + count) p[column - begin] -= scale * v;
     });
     if (logits_.capped()) logits_.times_slope(logits_.row(i) + begin, count, p);
-    alignas(64) E staged[kStage];
-    E* const to = stream ? staged : out;
-    for (std::int64_t j = 0; j < count; ++j) store(&to[j], p[j]);
-    if (stream) stream_out(out, staged, count * static_cast<std::int64_t>(sizeof(E)));
   }
 
   const CrossEntropy& args_;

@@ -73,7 +73,11 @@ class Logits {
   }
 
   void read(const E* x, std::int64_t count, T* values) const {
-    for (std::int64_t j = 0; j < count; ++j) values[j] = scale_ * T(load(x[j]));
+    if (const T scale = scale_; scale == T(1)) {
+      for (std::int64_t j = 0; j < count; ++j) values[j] = T(load(x[j]));
+    } else {
+      for (std::int64_t j = 0; j < count; ++j) values[j] = scale * T(load(x[j]));
+    }
     if (!capped()) return;
     for (std::int64_t j = 0; j < count; ++j) values[j] = softcap_ * hyperbolic_tangent(values[j]);
   }

@@ -30,8 +30,12 @@ struct Whole {
   Math get(std::int64_t i) const { return load(p[i]); }
   void set(std::int64_t i, Math x) const { store(&p[i], x); }
   void prefetch_next_page(std::int64_t i) const { superfine::prefetch_next_page(p + i); }
+  Whole from(std::int64_t i) const { return Whole(p + i); }
 
   E* p;
+
+ private:
+  explicit Whole(E* first) : p(first) {}
 };
 
 struct Split {
@@ -46,9 +50,13 @@ struct Split {
     superfine::prefetch_next_page(high + i);
     superfine::prefetch_next_page(low + i);
   }
+  Split from(std::int64_t i) const { return Split(high + i, low + i); }
 
   bf16* high;
   std::uint16_t* low;
+
+ private:
+  Split(bf16* first, std::uint16_t* first_low) : high(first), low(first_low) {}
 };
 
 // Calls f(parameter, S{}), S being the moments' type, for the combinations that bind/moment_lists.h lets through and

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/moments.h"
+#include "cpu/quantized_block.h"
 #include "math/quantized.h"
 #include "math/random.h"
 
@@ -34,25 +35,6 @@ void store_numbers(void* data, DType dtype, std::int64_t begin, std::int64_t n, 
 #pragma omp simd
     for (std::int64_t i = 0; i < n; ++i) store(&x[i], values[i]);
   });
-}
-
-// Calls f(begin, end, scale) for the blocks of a strip; `scale` is the first one's place.
-template <class F>
-void for_each_block(float* scales, std::int64_t begin, std::int64_t n, const F& f) {
-  for (std::int64_t i = 0; i < n; i += kQuantBlock) {
-    f(i, i + kQuantBlock < n ? i + kQuantBlock : n, scales + (begin + i) / kQuantBlock);
-  }
-}
-
-template <class Kind>
-QuantScale scale_of(const float* __restrict x, std::int64_t begin, std::int64_t end) {
-  std::uint32_t largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (std::int64_t i = begin; i < end; ++i) {
-    const std::uint32_t magnitude = float_bits(x[i]) & 0x7fffffffu;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return quant_scale<Kind>(largest);
 }
 
 }  // namespace
@@ -106,17 +88,21 @@ void load_moments(const MomentTensor& t, std::int64_t begin, std::int64_t n, Sta
     return;
   }
   const std::int64_t blocks = quant_blocks(t.numel);
-  const std::uint8_t* __restrict m = static_cast<const std::uint8_t*>(t.exp_avg) + begin;
-  const std::uint8_t* __restrict v = static_cast<const std::uint8_t*>(t.exp_avg_sq) + begin;
-  prefetch_next_page(m);
-  prefetch_next_page(v);
-  for_each_block(t.scales, begin, n, [&](std::int64_t first, std::int64_t last, const float* scale) {
+  const std::uint8_t* const all_m = static_cast<const std::uint8_t*>(t.exp_avg) + begin;
+  const std::uint8_t* const all_v = static_cast<const std::uint8_t*>(t.exp_avg_sq) + begin;
+  prefetch_next_page(all_m);
+  prefetch_next_page(all_v);
+  for_each_block(t.scales, begin, n, [&](std::int64_t first, std::int32_t count, const float* scale) {
+    const std::uint8_t* __restrict m = all_m + first, * __restrict v = all_v + first;
+    float* __restrict m_out = stage.exp_avg + first, * __restrict v_out = stage.exp_avg_sq + first;
     const float m_scale = scale[0], v_scale = scale[blocks];
+    alignas(64) std::int32_t codes[kQuantBlock];
+    widen(m, count, codes);
 #pragma omp simd
-    for (std::int64_t i = first; i < last; ++i) {
-      stage.exp_avg[i] = dequantize_first(m[i], m_scale);
-      stage.exp_avg_sq[i] = dequantize_second(v[i], v_scale);
-    }
+    for (std::int32_t i = 0; i < count; ++i) m_out[i] = dequantize_first(codes[i], m_scale);
+    widen(v, count, codes);
+#pragma omp simd
+    for (std::int32_t i = 0; i < count; ++i) v_out[i] = dequantize_second(codes[i], v_scale);
   });
 }
 
@@ -128,21 +114,14 @@ void store_moments(const MomentTensor& t, std::int64_t begin, std::int64_t n, St
     return;
   }
   const std::int64_t blocks = quant_blocks(t.numel);
-  std::uint8_t* __restrict m = static_cast<std::uint8_t*>(t.exp_avg) + begin;
-  std::uint8_t* __restrict v = static_cast<std::uint8_t*>(t.exp_avg_sq) + begin;
-  for_each_block(t.scales, begin, n,
-                 [&, key = random_key_at(t.random_key, begin)](std::int64_t first, std::int64_t last, float* scale) {
-                   const QuantScale m_scale = scale_of<FirstMoment>(stage.exp_avg, first, last);
-                   const QuantScale v_scale = scale_of<SecondMoment>(stage.exp_avg_sq, first, last);
-                   scale[0] = m_scale.scale;
-                   scale[blocks] = v_scale.scale;
-#pragma omp simd
-                   for (std::int64_t i = first; i < last; ++i) {
-                     const float vi = stage.exp_avg_sq[i];
-                     m[i] = quantize_first(stage.exp_avg[i], m_scale);
-                     v[i] = quantize_second(vi, v_scale, random_bits(key, static_cast<std::int32_t>(i), vi));
-                   }
-                 });
+  std::uint8_t* const m = static_cast<std::uint8_t*>(t.exp_avg) + begin;
+  std::uint8_t* const v = static_cast<std::uint8_t*>(t.exp_avg_sq) + begin;
+  for_each_block(t.scales, begin, n, [&](std::int64_t first, std::int32_t count, float* scale) {
+    const float *x = stage.exp_avg + first, *x_sq = stage.exp_avg_sq + first;
+    scale[0] = quantize_first_moments(x, count, largest_magnitude(x, count), m + first);
+    scale[blocks] = quantize_second_moments(x_sq, count, largest_magnitude(x_sq, count), v + first,
+                                            random_key_at(t.random_key, begin + first));
+  });
 }
 
 void load_stage(const MomentTensor& t, std::int64_t begin, std::int64_t n, Stage& stage) {

@@ -59,24 +59,24 @@ SF_HD float dequantize_magnitude(std::int32_t code, float scale) {
 }
 
 // Rounded to the nearest code.
-SF_HD std::uint8_t quantize_first(float x, const QuantScale& s) {
+SF_HD std::int32_t quantize_first(float x, const QuantScale& s) {
   const std::uint32_t bits = float_bits(x) & s.kept;
   const std::int32_t code = quantize_magnitude<FirstMoment>(bits_float(bits & 0x7fffffffu), s.inverse, 0x80000u);
-  return static_cast<std::uint8_t>(code | (bits >> 24 & 0x80u));
+  return code | static_cast<std::int32_t>(bits >> 24 & 0x80u);
 }
-SF_HD float dequantize_first(std::uint8_t code, float scale) {
+SF_HD float dequantize_first(std::int32_t code, float scale) {
   const float magnitude = dequantize_magnitude<FirstMoment>(code & 0x7f, scale);
   return bits_float(float_bits(magnitude) ^ (static_cast<std::uint32_t>(code & 0x80) << 24));
 }
 
 // x >= 0, rounded at random. What is not zero does not become zero, as it is divided by.
-SF_HD std::uint8_t quantize_second(float x, const QuantScale& s, std::uint32_t random) {
+SF_HD std::int32_t quantize_second(float x, const QuantScale& s, std::uint32_t random) {
   const std::uint32_t bits = float_bits(x) & s.kept;
   const std::int32_t code = quantize_magnitude<SecondMoment>(bits_float(bits), s.inverse, random >> 12);
-  const std::int32_t least = bits != 0 ? 1 : 0;
-  return static_cast<std::uint8_t>(code < least ? least : code);
+  const std::int32_t least = static_cast<std::int32_t>(bits) < 1 ? static_cast<std::int32_t>(bits) : 1;
+  return code < least ? least : code;
 }
-SF_HD float dequantize_second(std::uint8_t code, float scale) {
+SF_HD float dequantize_second(std::int32_t code, float scale) {
   return dequantize_magnitude<SecondMoment>(code, scale);
 }
 
