@@ -20,6 +20,7 @@ from torch import nn
 
 from superfine import _shortcut, _suffix_checkpointing, _truncate
 from superfine._guard import Flags
+from superfine._processes import check_reduced, refuse_sharded
 from superfine._swap import Part, add_part, has_part, remove_part
 from superfine.select import Plan, uncompiled
 
@@ -261,14 +262,18 @@ class Prepares(Part):
         # Without gradients nothing trains: PEFT's disable_adapter() freezes adapters for a reference's forward.
         if self.training and torch.is_grad_enabled():
             prepared.flags.check("forward")
+            check_reduced(prepared.flags)
         truncation = prepared._truncation
-        if truncation is None or truncation.checked or not torch.is_grad_enabled():
+        if truncation is None or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
+        truncation.running = self.training
         try:
             output = super().forward(*args, **kwargs)
         finally:
+            truncation.running = False
             truncation.seen.clear()  # the nodes hold on to activations
-        truncation.done()
+        if not truncation.checked:
+            truncation.done()
         return output
 
 
@@ -280,6 +285,7 @@ def _checked(model: Any, plan: Any) -> nn.Module:
     if type(model).__name__ in _WRAPPERS:
         raise TypeError(f"prepare: model is {type(model).__name__}; expected the model before it is wrapped")
     model = uncompiled(model)
+    refuse_sharded("prepare", model)
     if plan.model is not model:
         raise ValueError(
             "prepare: plan is of another model; expected the one that superfine.select was given"
