@@ -66,6 +66,23 @@ def trained_alike(plan, other, relative=1e-6):
             )
 
 
+def a_prepared_model_goes_to_a_process_that_has_prepared_none():
+    if dist.get_rank() == 0:
+        model, plan, _ = prepared(SLICES, checkpointing=True, recompute=True)
+        loss(model, slice(None)).backward()
+        box = [model, {name: p.grad for name, p in plan.named_parameters()}]
+    else:
+        box = [None, None]
+    dist.broadcast_object_list(box)
+    model, expected = box
+    model.zero_grad()
+    loss(model, slice(None)).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same_gradients(found, expected, 1e-9)
+    superfine.restore(model)
+    assert type(model) is type(make("bert"))
+
+
 # --- DistributedDataParallel ----------------------------------------------------------------------------------
 
 
@@ -269,6 +286,7 @@ def what_would_be_wrong_of_parts_is_refused():
 
 
 CASES = (
+    a_prepared_model_goes_to_a_process_that_has_prepared_none,
     gradients_and_steps_are_those_of_one_process,
     a_wrapper_that_averages_something_else_is_an_error,
     a_cache_in_one_directory_serves_both_and_one_writes_the_delta,

@@ -36,4 +36,4 @@ def test_two_processes_train_as_one(tmp_path):
             process.kill()
     for rank, (process, (output, errors)) in enumerate(zip(processes, outputs, strict=True)):
         assert process.returncode == 0, errors
-        assert output == f"rank {rank}: 7 cases\n"
+        assert output == f"rank {rank}: 8 cases\n"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from superfine._swap import Part, add_part, has_part, remove_part
+from superfine._swap import Part, add_part, has_part, remove_part, unmixed
 from superfine.selectors import layer_stacks
 
 __all__ = ["Sites", "Truncation", "eval_prefix", "find_sites", "leave", "truncate"]
@@ -137,6 +137,18 @@ class NoGraph(Part):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         truncation = self._superfine_truncation
+        if (
+            not (torch.compiler.is_compiling() or truncation.running)
+            and self.training
+            and torch.is_grad_enabled()
+        ):
+            # Without the whole model, whose forward looks at what trains: merge_and_unload() of PEFT takes it away.
+            trains = next((name for name, p in self.named_parameters() if p.requires_grad), None)
+            if trains is not None:
+                raise ValueError(
+                    f"prepare: {trains!r} of a {unmixed(self).__name__} requires a gradient, where a plan had frozen it "
+                    "and prepare ended the graph; expected superfine.restore of the model before it trains otherwise"
+                )
         # Compiling comes first: else a forward that is not compiled, later, would be a reason to compile again.
         if torch.compiler.is_compiling() or truncation.checked or not torch.is_grad_enabled():
             with torch.no_grad():

@@ -106,18 +106,27 @@ def prepare(
 def restore(model: nn.Module) -> None:
     """Make a prepared model what it was: classes, attributes, modes and transformers' checkpointing.
 
-    Trained values stay, those of slices are merged into their weights. Raises `ValueError` where the model is not
-    prepared, or where someone else changed its class afterwards (as `fully_shard` does).
+    Trained values stay, those of slices are merged into their weights. A model that was taken out of a prepared one, as
+    by PEFT's `merge_and_unload()`, is made what it was, too. Raises `ValueError` where the model is not prepared, or
+    where someone else changed its class afterwards (as `fully_shard` does).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model is {type(model).__name__}; expected a torch.nn.Module")
     model = uncompiled(model)
     prepared = vars(model).get("_superfine_prepared")
     if prepared is None:
-        raise ValueError(
-            "restore: the model is not prepared; expected one that superfine.prepare has changed"
+        # PEFT's merge_and_unload() hands out the model within the one that was prepared.
+        parts = (
+            _truncate.NoGraph,
+            _truncate.Detached,
+            _suffix_checkpointing.Checkpointed,
+            _shortcut.LastLayer,
         )
-    if not has_part(model, Prepares) and isinstance(model, Prepares):
+        if not any(has_part(module, part) for module in model.modules() for part in parts):
+            raise ValueError(
+                "restore: the model is not prepared; expected one that superfine.prepare has changed"
+            )
+    elif not has_part(model, Prepares) and isinstance(model, Prepares):
         raise ValueError(
             "restore: the model's class was changed after prepare (as fully_shard does); expected the class that "
             "prepare gave it"
@@ -303,18 +312,19 @@ def _check_flags(model: nn.Module, plan: Plan, trained: set[str]) -> None:
             )
 
 
-def _take_back(model: nn.Module, prepared: Prepared) -> None:
+def _take_back(model: nn.Module, prepared: Prepared | None) -> None:
     remove_part(model, Prepares)
     for module in model.modules():
         _suffix_checkpointing.leave(module)
         _truncate.leave(module)
         _shortcut.leave(module)
-    _suffix_checkpointing.switch_on(model, prepared._checkpointed_before)
-    if prepared._fused:
+    if prepared is not None:
+        _suffix_checkpointing.switch_on(model, prepared._checkpointed_before)
+    if prepared is None or prepared._fused:
         from superfine import fused_modules
 
         fused_modules.remove(model)
-    if prepared._sliced:
+    if prepared is None or prepared._sliced:
         from superfine import slices
 
         slices.remove(model)
