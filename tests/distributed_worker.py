@@ -248,6 +248,14 @@ def what_would_be_wrong_of_parts_is_refused():
     plain, plan, _ = prepared(SLICES)
     with pytest.raises(ValueError, match=r"columns of .* was installed, and weight is to be split over proc"):
         fully_shard(plain.bert.encoder.layer[0])
+    plain, plan, _ = prepared(BERT)
+    early = plan.optimizer(lr=1.0)
+    fully_shard(plain)
+    loss(plain, mine()).backward()
+    with pytest.raises(
+        ValueError, match=r"\(and 19 others\) is another one than the optimizer has; expected an optim"
+    ):
+        early.step()
     model, plan = sharded(dtype=torch.float32)
     parameter = plan.names[0]
     place = rf"{next(iter(dict(model.named_parameters())))!r} is a DTensor"

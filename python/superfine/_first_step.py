@@ -60,6 +60,12 @@ class FirstStep:
             return
         planned, frozen = self.split()
         _require_flags(planned, frozen)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        _refuse(
+            [name for name, parameter in planned.items() if id(parameter) not in held],
+            "selected parameter {} is another one than the optimizer has",
+            "an optimizer made after what replaces parameters, as fully_shard does",
+        )
         if not _has_closure(args, kwargs):  # a closure computes the gradients inside the step
             _require_gradients(planned, frozen)
         self.before = _fingerprints(frozen)

@@ -146,8 +146,8 @@ class NoGraph(Part):
             trains = next((name for name, p in self.named_parameters() if p.requires_grad), None)
             if trains is not None:
                 raise ValueError(
-                    f"prepare: {trains!r} of a {unmixed(self).__name__} requires a gradient, where a plan had frozen it "
-                    "and prepare ended the graph; expected superfine.restore of the model before it trains otherwise"
+                    f"prepare: {trains!r} of a {unmixed(self).__name__} requires a gradient, where a plan had frozen "
+                    "it and prepare ended the graph; expected superfine.restore before the model trains otherwise"
                 )
         # Compiling comes first: else a forward that is not compiled, later, would be a reason to compile again.
         if torch.compiler.is_compiling() or truncation.checked or not torch.is_grad_enabled():

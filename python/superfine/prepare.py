@@ -106,9 +106,9 @@ def prepare(
 def restore(model: nn.Module) -> None:
     """Make a prepared model what it was: classes, attributes, modes and transformers' checkpointing.
 
-    Trained values stay, those of slices are merged into their weights. A model that was taken out of a prepared one, as
-    by PEFT's `merge_and_unload()`, is made what it was, too. Raises `ValueError` where the model is not prepared, or
-    where someone else changed its class afterwards (as `fully_shard` does).
+    Trained values stay, those of slices are merged into their weights. Takes a model that was taken out of a prepared
+    one, too, as by PEFT's `merge_and_unload()`. Raises `ValueError` where the model is not prepared, or where someone
+    else changed its class afterwards (as `fully_shard` does).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model is {type(model).__name__}; expected a torch.nn.Module")
