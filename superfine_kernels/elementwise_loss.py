@@ -221,7 +221,7 @@ def _op(
 ):
     dinput = new_gradient(input) if gradient else None
     elements = _elements(loss, input, target, weight, repeat, pos_weight, pos_repeat)
-    value = _forward(elements, reduction, denominator or input.numel(), dinput, backend)
+    value = _forward(elements, reduction, denominator or float(input.numel()), dinput, backend)
     return value, input.new_empty(0) if dinput is None else dinput
 
 
@@ -239,7 +239,7 @@ def _op_inplace(loss, input, target, weight, repeat, pos_weight, pos_repeat, den
     if not input.is_contiguous():
         reject(loss, "input", f"a tensor with strides {input.stride()}", "a dense one to be overwritten")
     elements = _elements(loss, input, target, weight, repeat, pos_weight, pos_repeat)
-    value = _forward(elements, MEAN, denominator or input.numel(), input, backend)
+    value = _forward(elements, MEAN, denominator or float(input.numel()), input, backend)
     torch.autograd.graph.increment_version(input)  # autograd must notice, as after any in-place op
     return value
 
@@ -255,7 +255,7 @@ def _op_backward(loss, input, target, weight, repeat, pos_weight, pos_repeat, sc
         _elements(loss, input, target, weight, repeat, pos_weight, pos_repeat),
         new_gradient(input),
     )
-    denominator = denominator or input.numel()
+    denominator = denominator or float(input.numel())
     _run(elements, backend, gradient=dinput, scale=scale.contiguous(), denominator=denominator)
     return dinput
 
@@ -296,7 +296,7 @@ def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
         pos_weight = Pattern(pos_weight, ctx.pos_repeat).whole(input.shape)
         reduction = "none" if ctx.reduction == NONE else "sum"
         loss = reference(ctx.loss, input, target, weight, pos_weight, reduction)
-        loss = loss / (ctx.denominator or input.numel())
+        loss = loss / (ctx.denominator or float(input.numel()))
         return torch.autograd.grad(loss, input, grad, create_graph=True)[0]
     arguments = (ctx.loss, input, target, weight, ctx.repeat, pos_weight, ctx.pos_repeat)
     scale = grad.to(opmath_dtype(input.dtype))
