@@ -18,6 +18,7 @@ from torch import Tensor
 
 from superfine_kernels import _backends, _cpu
 from superfine_kernels._library import LIBRARY, READER, is_plain, reject, threads, warn_once
+from superfine_kernels._sharded import is_sharded, is_split, local_parts
 from superfine_kernels._storage import Stored, random_key
 
 LISTS = (
@@ -93,11 +94,13 @@ class MomentOp:
         rule: the step of one parameter in eager torch; takes its `Stored` tensors, the count of steps with this one,
             and the hyperparameters of `schema`.
         schema: of the hyperparameters, without those of `SCHEMA`.
+        of_whole: the hyperparameter that makes the rule read norms of a whole parameter, if there is one.
     """
 
     name: str
     rule: Callable[..., None]
     schema: str
+    of_whole: str | None = None
 
     def register(self) -> None:
         """Define the op for torch's dispatcher, which subclasses, modes and traces go through."""
@@ -201,16 +204,37 @@ class MomentOp:
             if rest is not None:
                 for index, pairs in itertools.groupby(rest, key=operator.itemgetter(0)):
                     hyper = groups[index][1]
-                    for lists in state_lists([param for _, param in pairs], state, hyper):
+                    for lists in self._lists([param for _, param in pairs], state, hyper):
                         self.step_rest(range(len(lists[0])), lists, _of_op(hyper))
                 return
+        for params, hyper in groups:
+            if self.of_whole is not None and hyper[self.of_whole] and any(map(is_split, params)):
+                raise ValueError(
+                    f"{self.name}_: parameters are split over processes (DTensor), and {self.of_whole} takes norms "
+                    "of whole ones; expected AdamW, or whole parameters as under DistributedDataParallel"
+                )
         # All state is looked up before anything is stepped: a caller may add what is missing and try again.
         calls = [
-            (lists, _of_op(hyper)) for params, hyper in groups for lists in state_lists(params, state, hyper)
+            (lists, _of_op(hyper)) for params, hyper in groups for lists in self._lists(params, state, hyper)
         ]
         self._check_gradients_are_apart(calls)
         for lists, hyper in calls:
             self(lists, hyper, None)
+
+    def _lists(
+        self, params: Sequence[Tensor], state: dict[Tensor, dict[str, Tensor]], hyper: dict[str, Any]
+    ) -> list[Lists]:
+        """The op's lists; of tensors that lie on several processes the parts that are here."""
+        found = state_lists(params, state, hyper)
+        if not any(is_sharded(param) or is_sharded(param.grad) for param in params):
+            return found
+        return [
+            tuple(
+                local_parts(f"{self.name}_", name, each, lists[0]) if each else []
+                for name, each in zip(LISTS, lists, strict=True)
+            )
+            for lists in found
+        ]
 
     def _step_groups_natively(
         self, groups: Sequence[Group], state: dict[Tensor, dict[str, Tensor]], plan: Plan

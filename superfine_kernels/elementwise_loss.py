@@ -221,7 +221,7 @@ def _op(
 ):
     dinput = new_gradient(input) if gradient else None
     elements = _elements(loss, input, target, weight, repeat, pos_weight, pos_repeat)
-    value = _forward(elements, reduction, denominator, dinput, backend)
+    value = _forward(elements, reduction, denominator or float(input.numel()), dinput, backend)
     return value, input.new_empty(0) if dinput is None else dinput
 
 
@@ -239,7 +239,7 @@ def _op_inplace(loss, input, target, weight, repeat, pos_weight, pos_repeat, den
     if not input.is_contiguous():
         reject(loss, "input", f"a tensor with strides {input.stride()}", "a dense one to be overwritten")
     elements = _elements(loss, input, target, weight, repeat, pos_weight, pos_repeat)
-    value = _forward(elements, MEAN, denominator, input, backend)
+    value = _forward(elements, MEAN, denominator or float(input.numel()), input, backend)
     torch.autograd.graph.increment_version(input)  # autograd must notice, as after any in-place op
     return value
 
@@ -255,6 +255,7 @@ def _op_backward(loss, input, target, weight, repeat, pos_weight, pos_repeat, sc
         _elements(loss, input, target, weight, repeat, pos_weight, pos_repeat),
         new_gradient(input),
     )
+    denominator = denominator or float(input.numel())
     _run(elements, backend, gradient=dinput, scale=scale.contiguous(), denominator=denominator)
     return dinput
 
@@ -295,7 +296,8 @@ def _two_phase_gradient(ctx: Any, grad: Tensor) -> Tensor:
         pos_weight = Pattern(pos_weight, ctx.pos_repeat).whole(input.shape)
         reduction = "none" if ctx.reduction == NONE else "sum"
         loss = reference(ctx.loss, input, target, weight, pos_weight, reduction)
-        return torch.autograd.grad(loss / ctx.denominator, input, grad, create_graph=True)[0]
+        loss = loss / (ctx.denominator or float(input.numel()))
+        return torch.autograd.grad(loss, input, grad, create_graph=True)[0]
     arguments = (ctx.loss, input, target, weight, ctx.repeat, pos_weight, ctx.pos_repeat)
     scale = grad.to(opmath_dtype(input.dtype))
     return torch.ops.superfine.elementwise_loss_backward(*arguments, scale, ctx.denominator, ctx.backend)
@@ -455,7 +457,8 @@ def _by_kernel(
     x, t = input.contiguous(), target.contiguous()
     patterns = [Pattern.of(w, x.shape, dtype) for w in (weight, pos_weight)]
     weights = [argument for pattern in patterns for argument in (pattern.values, pattern.repeat)]
-    denominator = float(num_items or x.numel()) if reduction == "mean" else 1.0
+    # 0: as many as there are elements, which the op counts: a float would fix sizes that a compiler keeps open.
+    denominator = float(num_items or 0) if reduction == "mean" else 1.0
     needs_gradient = torch.is_grad_enabled() and input.requires_grad
     # float16 gradients want the loss scale before they are rounded, and it is known only in backward.
     early = reduction != "none" and input.dtype != torch.float16

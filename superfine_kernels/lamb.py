@@ -71,6 +71,7 @@ OP = MomentOp(
     reference,
     "float lr, float beta1, float beta2, float eps, float weight_decay, bool bias_correction, bool grad_averaging, "
     "bool adapt, bool trust_clip",
+    of_whole="adapt",
 )
 OP.register()
 

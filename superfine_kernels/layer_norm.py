@@ -16,6 +16,7 @@ that depends on the sizes alone.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -125,7 +126,7 @@ def _op(input, weight, bias, residual, rms, eps, weight_offset, cast_before_weig
 
 @torch.library.impl(LIBRARY, "layer_norm", "Meta")
 def _op_fake(input, weight, bias, residual, rms, eps, weight_offset, cast_before_weight, backend):
-    rows = input.shape[:-1].numel()
+    rows = math.prod(input.shape[:-1])  # torch.Size.numel() would fix sizes that a compiler keeps open
     return (
         input.new_empty(input.shape, dtype=output_dtype(input, weight, cast_before_weight)),
         input.new_empty(0 if residual is None else input.shape),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from superfine_kernels import _cpu
 from superfine_kernels._library import READER, Cost, is_plain, threads
+from superfine_kernels._sharded import by_place, sum_of_parts
 
 
 def cost(numel: int, dtype: torch.dtype = torch.float32) -> Cost:
@@ -26,28 +27,38 @@ def cost(numel: int, dtype: torch.dtype = torch.float32) -> Cost:
 def reference(tensors: Sequence[Tensor]) -> Tensor:
     """By eager torch, on any devices and of any dtypes; complex numbers count as pairs of real ones.
 
+    Of tensors that lie on several processes it is the norm of the whole, for which all of them have to call.
+
     Returns:
         A float64 scalar on the device of the first, for which nothing waits where all are on one device.
     """
+    device = tensors[0].device if tensors else torch.device("cpu")
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    for place, parts in by_place(tensors):
+        squares += sum_of_parts(_sum_of_squares(parts), place).to(device)
+    return squares.sqrt()
+
+
+def _sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         dense = tensor.to_dense() if tensor.is_sparse else tensor
         real = torch.view_as_real(dense) if dense.is_complex() else dense
         by_kind.setdefault((real.device, real.dtype), []).append(real)
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = tensors[0].device
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for (_, dtype), alike in by_kind.items():
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         each = torch._foreach_norm(alike, 2, dtype=wide)
         squares += torch.stack(each).double().square().sum().to(device)
-    return squares.sqrt()
+    return squares
 
 
 def total_norm(tensors: Sequence[Tensor], backend: str | None = None) -> float:
     """The 2-norm of all elements of all tensors; 0 without any. Waits for a GPU's result.
 
     Args:
-        tensors: of any shapes, dtypes, devices and layouts.
+        tensors: of any shapes, dtypes, devices and layouts. With DTensors all their processes have to call.
         backend: None for the kernel where it takes all tensors (dense ones on the CPU), else eager torch; `reference`
             for eager torch; `cpu:<isa>` for one instruction set.
     """

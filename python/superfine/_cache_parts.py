@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from superfine._prefix import Prefix, frozen_prefix
+from superfine._processes import refuse_sharded
 from superfine._swap import Part, add_part, has_part, remove_part
 from superfine.fused_loss import in_eval_mode
 from superfine.selectors import layer_stacks
@@ -124,6 +125,7 @@ def find_place(model: nn.Module, trained: set[str]) -> Place:
 
     Raises ``ValueError`` where nothing is frozen at its beginning, or no module takes ``input_ids``.
     """
+    refuse_sharded("PrefixCache", model)
     root, inside = "", model
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         root = _encoder(model)

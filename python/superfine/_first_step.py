@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from superfine._guard import watch_steps
+from superfine_kernels._sharded import local_part, whole
 
 __all__ = ["FirstStep", "watch_first_step"]
 
@@ -54,8 +55,17 @@ class FirstStep:
         found_inf = getattr(optimizer, "found_inf", None)  # GradScaler's word that this step will be skipped
         if found_inf is not None and bool(found_inf.any()):
             return
+        # Nothing moves: a schedule that rises from 0, or torch.distributed.checkpoint, which makes state so.
+        if all(group["lr"] == 0 for group in optimizer.param_groups):
+            return
         planned, frozen = self.split()
         _require_flags(planned, frozen)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        _refuse(
+            [name for name, parameter in planned.items() if id(parameter) not in held],
+            "selected parameter {} is another one than the optimizer has",
+            "an optimizer made after what replaces parameters, as fully_shard does",
+        )
         if not _has_closure(args, kwargs):  # a closure computes the gradients inside the step
             _require_gradients(planned, frozen)
         self.before = _fingerprints(frozen)
@@ -140,21 +150,19 @@ def _all_zero(gradients: dict[str, Tensor]) -> list[str]:
         if gradient.numel()
     }
     # The norm is by far the fastest reduction on the CPU, but the squares of tiny gradients vanish.
-    norms = _fetch({name: torch.linalg.vector_norm(value) != 0 for name, value in values.items()})
-    exact = _fetch({name: values[name].any() for name, nonzero in norms.items() if not nonzero})
+    norms = _fetch({name: whole(torch.linalg.vector_norm(value)) != 0 for name, value in values.items()})
+    exact = _fetch({name: whole(values[name]).any() for name, nonzero in norms.items() if not nonzero})
     return [name for name, nonzero in exact.items() if not nonzero]
 
 
 def _fingerprints(parameters: dict[str, nn.Parameter]) -> dict[str, tuple[int, int]]:
     """Address and checksum of each tensor. The sum wraps at 64 bits: any change of one element changes it."""
-    sums = _fetch(
-        {name: _checksum(parameter) for name, parameter in parameters.items() if not parameter.is_meta}
-    )
-    return {name: (parameters[name].data_ptr(), value) for name, value in sums.items()}
+    parts = {name: local_part(value.detach()) for name, value in parameters.items() if not value.is_meta}
+    sums = _fetch({name: _checksum(part) for name, part in parts.items()})
+    return {name: (parts[name].data_ptr(), value) for name, value in sums.items()}
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     raw = tensor.reshape(-1).view(torch.uint8)  # a view, unless the tensor is not contiguous

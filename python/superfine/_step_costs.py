@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from superfine_kernels._sharded import is_sharded
+
 __all__ = ["Inputs", "StepCosts", "Unpredictable", "example_inputs", "step_costs"]
 
 REST = ""  # what runs outside every place: the loss, masks, dropout between blocks
@@ -61,6 +63,9 @@ def step_costs(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        # What fully_shard gathers for a forward it keeps, and fake tensors are no weights.
+        raise Unpredictable("parameters are split over processes; print the plan before fully_shard")
     counter = _Counter(places)
     try:
         with _training(model), warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as fake:

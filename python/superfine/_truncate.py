@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from superfine._swap import Part, add_part, has_part, remove_part
+from superfine._swap import Part, add_part, has_part, remove_part, unmixed
 from superfine.selectors import layer_stacks
 
 __all__ = ["Sites", "Truncation", "eval_prefix", "find_sites", "leave", "truncate"]
@@ -95,11 +95,15 @@ def _with_forward(module: nn.Module, path: str) -> list[str]:
 
 @dataclass
 class Truncation:
-    """What the parts of one model share: whether a forward has shown that nothing trained is cut off."""
+    """What the parts of one model share: whether a forward has shown that nothing trained is cut off.
+
+    `running`: a forward of the whole model that records a graph.
+    """
 
     entry: str | None
     trained: dict[str, nn.Parameter]
     checked: bool = False
+    running: bool = False
     seen: set[Any] = field(default_factory=set)
 
     def look(self, values: Any) -> None:
@@ -133,7 +137,20 @@ class NoGraph(Part):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         truncation = self._superfine_truncation
-        if truncation.checked or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if (
+            not (torch.compiler.is_compiling() or truncation.running)
+            and self.training
+            and torch.is_grad_enabled()
+        ):
+            # Without the whole model, whose forward looks at what trains: merge_and_unload() of PEFT takes it away.
+            trains = next((name for name, p in self.named_parameters() if p.requires_grad), None)
+            if trains is not None:
+                raise ValueError(
+                    f"prepare: {trains!r} of a {unmixed(self).__name__} requires a gradient, where a plan had frozen "
+                    "it and prepare ended the graph; expected superfine.restore before the model trains otherwise"
+                )
+        # Compiling comes first: else a forward that is not compiled, later, would be a reason to compile again.
+        if torch.compiler.is_compiling() or truncation.checked or not torch.is_grad_enabled():
             with torch.no_grad():
                 return super().forward(*args, **kwargs)
         output = super().forward(*args, **kwargs)
@@ -148,8 +165,15 @@ class Detached(Part):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         truncation = self._superfine_truncation
-        if not truncation.checked and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            truncation.look((args, kwargs))
+        if not torch.compiler.is_compiling():
+            if truncation.running and not torch.is_grad_enabled():
+                raise ValueError(
+                    f"prepare: {truncation.entry!r} runs without a graph in training, as checkpointing with "
+                    "use_reentrant=True does, and needs inputs that require gradients, which truncate=True ends; "
+                    "expected prepare(checkpointing=True), use_reentrant=False or truncate=False"
+                )
+            if not truncation.checked and torch.is_grad_enabled():
+                truncation.look((args, kwargs))
         return super().forward(*_detached(args), **_detached(kwargs))
 
 

@@ -45,6 +45,7 @@ from superfine._cache_parts import (
     uninstall,
 )
 from superfine._cache_store import CODES, INT8, DiskStore, MemoryStore, Record
+from superfine._processes import refuse_sharded
 from superfine._swap import unmixed
 from superfine.select import Plan, uncompiled
 
@@ -402,6 +403,7 @@ class PrefixCache:
 
     def _hash(self) -> str:
         """Over names, classes and settings of the modules, and names, dtypes, shapes and bytes of the tensors."""
+        refuse_sharded("PrefixCache", self.model)
         digest = hashlib.blake2b(digest_size=16)
         for name, module in self._modules.items():
             digest.update(f"\n{name} {unmixed(module).__qualname__} {settings(module)}\n".encode())

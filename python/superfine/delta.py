@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from superfine import slices
 from superfine._files import atomic_folder, atomic_write
+from superfine._processes import refuse_sharded
 from superfine.select import Plan, uncompiled
 from superfine.slices import Slice
 
@@ -238,6 +239,7 @@ def base_hash(model: nn.Module, trained: Iterable[str], pieces: Iterable[Slice] 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's parameters without those that slices have of their own."""
+    refuse_sharded("delta", model)
     own = slices.own_names(model)
     return {name: parameter for name, parameter in model.named_parameters() if name not in own}
 

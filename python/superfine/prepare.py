@@ -20,6 +20,7 @@ from torch import nn
 
 from superfine import _shortcut, _suffix_checkpointing, _truncate
 from superfine._guard import Flags, Sized
+from superfine._processes import check_reduced, refuse_sharded
 from superfine._swap import Part, add_part, has_part, remove_part
 from superfine.select import Plan, uncompiled
 
@@ -105,18 +106,27 @@ def prepare(
 def restore(model: nn.Module) -> None:
     """Make a prepared model what it was: classes, attributes, modes and transformers' checkpointing.
 
-    Trained values stay, those of slices are merged into their weights. Raises `ValueError` where the model is not
-    prepared, or where someone else changed its class afterwards (as `fully_shard` does).
+    Trained values stay, those of slices are merged into their weights. Takes a model that was taken out of a prepared
+    one, too, as by PEFT's `merge_and_unload()`. Raises `ValueError` where the model is not prepared, or where someone
+    else changed its class afterwards (as `fully_shard` does).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model is {type(model).__name__}; expected a torch.nn.Module")
     model = uncompiled(model)
     prepared = vars(model).get("_superfine_prepared")
     if prepared is None:
-        raise ValueError(
-            "restore: the model is not prepared; expected one that superfine.prepare has changed"
+        # PEFT's merge_and_unload() hands out the model within the one that was prepared.
+        parts = (
+            _truncate.NoGraph,
+            _truncate.Detached,
+            _suffix_checkpointing.Checkpointed,
+            _shortcut.LastLayer,
         )
-    if not has_part(model, Prepares) and isinstance(model, Prepares):
+        if not any(has_part(module, part) for module in model.modules() for part in parts):
+            raise ValueError(
+                "restore: the model is not prepared; expected one that superfine.prepare has changed"
+            )
+    elif not has_part(model, Prepares) and isinstance(model, Prepares):
         raise ValueError(
             "restore: the model's class was changed after prepare (as fully_shard does); expected the class that "
             "prepare gave it"
@@ -264,14 +274,18 @@ class Prepares(Part):
         # Without gradients nothing trains: PEFT's disable_adapter() freezes adapters for a reference's forward.
         if self.training and torch.is_grad_enabled():
             prepared.flags.check("forward")
+            check_reduced(prepared.flags)
         truncation = prepared._truncation
-        if truncation is None or truncation.checked or not torch.is_grad_enabled():
+        if truncation is None or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
+        truncation.running = self.training
         try:
             output = super().forward(*args, **kwargs)
         finally:
+            truncation.running = False
             truncation.seen.clear()  # the nodes hold on to activations
-        truncation.done()
+        if not truncation.checked:
+            truncation.done()
         return output
 
 
@@ -283,6 +297,7 @@ def _checked(model: Any, plan: Any) -> nn.Module:
     if type(model).__name__ in _WRAPPERS:
         raise TypeError(f"prepare: model is {type(model).__name__}; expected the model before it is wrapped")
     model = uncompiled(model)
+    refuse_sharded("prepare", model)
     if plan.model is not model:
         raise ValueError(
             "prepare: plan is of another model; expected the one that superfine.select was given"
@@ -300,19 +315,20 @@ def _check_flags(model: nn.Module, plan: Plan, trained: set[str]) -> None:
             )
 
 
-def _take_back(model: nn.Module, prepared: Prepared) -> None:
+def _take_back(model: nn.Module, prepared: Prepared | None) -> None:
     remove_part(model, Prepares)
     for module in model.modules():
         _suffix_checkpointing.leave(module)
         _truncate.leave(module)
         _shortcut.leave(module)
         remove_part(module, Sized)
-    _suffix_checkpointing.switch_on(model, prepared._checkpointed_before)
-    if prepared._fused:
+    if prepared is not None:
+        _suffix_checkpointing.switch_on(model, prepared._checkpointed_before)
+    if prepared is None or prepared._fused:
         from superfine import fused_modules
 
         fused_modules.remove(model)
-    if prepared._sliced:
+    if prepared is None or prepared._sliced:
         from superfine import slices
 
         slices.remove(model)

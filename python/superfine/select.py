@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from superfine._first_step import watch_first_step
+from superfine._processes import refuse_sharded
 from superfine.selectors import depths_below_top, match
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def select(
     if not (selectors or rows or cols):
         raise ValueError("select: no selector given; expected at least one, as 'last:2' or 'head'")
     model = uncompiled(model)
+    refuse_sharded("select", model)
     if any("weight_slice" in vars(module) for module in model.modules()):
         raise ValueError(
             "select: model holds the slices of an earlier plan; expected superfine.restore(model) before"

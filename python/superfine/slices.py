@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from superfine._swap import Part, add_part, remove_part
 from superfine_kernels import TrainableRows
+from superfine_kernels._sharded import is_sharded
 from superfine_kernels.slices import COLS, ROWS, cols_linear, make_slots, rows_embedding, rows_linear
 
 __all__ = ["Slice", "install", "remove"]
@@ -117,6 +118,16 @@ class _Sliced(Part):
         self._write()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[prefix + self._values_name()]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # fully_shard puts a part of each parameter here. It gathers the weight anew for backward, without the values
+        # that forward has written into it, which would be gradients that are wrong without a sign.
+        if is_sharded(value):
+            raise ValueError(
+                f"{self.weight_slice!r} was installed, and {name} is to be split over processes (fully_shard); "
+                "expected a plan without rows= and cols=, or DistributedDataParallel"
+            )
+        super().__setattr__(name, value)
 
     def _values_name(self) -> str:
         return self.weight_slice.parameter_name.rpartition(".")[2]

@@ -14,6 +14,7 @@ from superfine.optim._layout import Layout, check_saved, counts
 from superfine_kernels import total_norm
 from superfine_kernels._library import reject, warn_once
 from superfine_kernels._moments import Group, Plan
+from superfine_kernels._sharded import local_part, whole
 from superfine_kernels.norm import reference as norm_without_waiting
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ class InPass(torch.optim.Optimizer):
     def _skip(self) -> None:
         self._skipped += 1
         if self.zero_grads:
-            torch._foreach_zero_(list(self._grads()))
+            torch._foreach_zero_([local_part(grad) for grad in self._grads()])
 
     def _grads(self) -> Iterator[Tensor]:
         for group in self.param_groups:
@@ -246,7 +247,7 @@ class InPass(torch.optim.Optimizer):
         for g, group in enumerate(self.param_groups):
             names = group.get("param_names")
             for i, param in enumerate(group["params"]):
-                grad = None if param.grad is None else param.grad.to_dense().isfinite()
+                grad = None if param.grad is None else whole(param.grad).to_dense().isfinite()
                 if grad is not None and not grad.all():
                     place = f"param_groups[{g}]['params'][{i}]" if names is None else names[i]
                     return (

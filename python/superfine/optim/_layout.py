@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from superfine_kernels import _storage
 from superfine_kernels._library import describe, reject
+from superfine_kernels._sharded import is_sharded
 
 _HALVES = (torch.bfloat16, torch.float16)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -79,6 +80,10 @@ class Layout:
             reject(op, "state_dtype", wanted, f"None beside {param.dtype} parameters")
         if wanted == torch.uint8 and amsgrad:
             reject(op, "state_dtype", wanted, "None beside amsgrad, whose maxima have no 8-bit form")
+        if wanted == torch.uint8 and is_sharded(param):
+            reject(
+                op, "state_dtype", wanted, "16 or 32 bits for DTensors, as blocks do not end where parts do"
+            )
         return cls(wanted, remainder, amsgrad)
 
     def new(self, param: Tensor, step: Tensor) -> dict[str, Tensor]:
