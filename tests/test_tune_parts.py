@@ -125,7 +125,7 @@ def test_a_consolidated_run_forgets_less_and_resumes(tuned, new, tmp_path):
     assert any(
         note.startswith("EWC: strength 100000.0, Fisher information of 20 samples") for note in told.notes
     )
-    assert "the Fisher information is of the same rows: ewc.path keeps the score apart" in told.notes
+    assert "the Fisher information is of the same rows: ewc.path keeps it apart from the score" in told.notes
     penalties = [event["ewc_penalty"] for event in of_kind(tmp_path / "run", "train")]
     assert penalties[0] == 0
     assert penalties[-1] > 0

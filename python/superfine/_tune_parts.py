@@ -8,11 +8,10 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from superfine._slice_patterns import matching
-from superfine.config import Config
+from superfine.config import Config, EWCConfig
 from superfine.encoded import Encoded
 from superfine.forgetting import EWC, fisher
 from superfine.select import Plan, select
@@ -47,7 +46,14 @@ def choose(config: Config, model: Any, encoded: Mapping[str, Encoded]) -> Plan:
 
 
 def consolidate(
-    config: Config, plan: Plan, task: Task, data: Encoded, new: Collection[str], listener: Any
+    settings: EWCConfig,
+    plan: Plan,
+    task: Task,
+    data: Encoded,
+    *,
+    seed: int,
+    new: Collection[str],
+    listener: Any,
 ) -> EWC:
     """Elastic weight consolidation by the Fisher information of samples of ``data``, of the values that are now.
 
@@ -56,17 +62,13 @@ def consolidate(
 
     Raises ``ValueError`` where a parameter is ``new``: at random values it knows nothing that could be forgotten.
     """
-    if config.ewc is None:
-        raise ValueError("consolidate: the configuration has no [ewc]; expected it")
     if new:
         raise ValueError(
             f"ewc: {min(new)} is new and untrained; expected a model that knows the original task, such as a folder"
             " that superfine merge wrote"
         )
-    drawn = random.Random(f"ewc {config.data.seed}").sample(
-        range(len(data)), min(len(data), config.ewc.samples)
-    )
-    device = torch.device(config.train.device)
+    drawn = random.Random(f"ewc {seed}").sample(range(len(data)), min(len(data), settings.samples))
+    device = next(plan.parameters()).device
 
     def loss_of(model: nn.Module, sample: int) -> Tensor:
         inputs, targets = data.batch([sample], device)
@@ -76,7 +78,7 @@ def consolidate(
     started = time.perf_counter()
     importance = fisher(plan, drawn, loss_of)
     listener.note(
-        f"EWC: strength {config.ewc.strength}, Fisher information of {len(drawn):,} samples in"
+        f"EWC: strength {settings.strength}, Fisher information of {len(drawn):,} samples in"
         f" {time.perf_counter() - started:.1f} s"
     )
-    return EWC(plan, importance, config.ewc.strength)
+    return EWC(plan, importance, settings.strength)

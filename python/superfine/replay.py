@@ -20,7 +20,7 @@ __all__ = ["Mixture", "Others", "load_others"]
 
 @dataclass(frozen=True)
 class Others:
-    """Rows to replay, rows of which the Fisher information is, and rows held back; empty where not asked for."""
+    """Rows to replay, rows for the Fisher information, and rows held back; empty where no file is named."""
 
     replay: Rows = field(default_factory=Rows)
     ewc: Rows = field(default_factory=Rows)
@@ -31,8 +31,7 @@ class Others:
 def load_others(config: Config, task: Task, splits: Splits) -> Others:
     """Read the files. What is held back, there or in ``splits``, is in no other.
 
-    But ``[ewc]`` without a path takes the rows of ``[original]``. Raises ``ValueError`` or ``FileNotFoundError`` as
-    ``task.read``, and for labels that the task has not.
+    Raises ``ValueError`` or ``FileNotFoundError`` as ``task.read``, and for labels that the task has not.
     """
     found: dict[str, Rows] = {"original": Rows(), "replay": Rows(), "ewc": Rows()}
     notes = []
@@ -70,8 +69,7 @@ def load_others(config: Config, task: Task, splits: Splits) -> Others:
     if found["original"]:
         notes.append(f"{len(found['original']):,} rows of the original task, held back, for its score")
     if config.ewc is not None and config.ewc.path is None:
-        found["ewc"] = found["original"]
-        notes.append("the Fisher information is of the same rows: ewc.path keeps the score apart")
+        notes.append("the Fisher information is of the same rows: ewc.path keeps it apart from the score")
     return Others(**found, notes=notes)
 
 

@@ -123,7 +123,10 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
     optimizer = plan.optimizer(config.optimizer.name, **config.optimizer.arguments())
     listener.note(_describe_optimizer(config))
     # Of the base, before a checkpoint is loaded: a resumed run pulls toward the same values.
-    ewc = consolidate(config, plan, task, encoded["ewc"], new, listener) if config.ewc is not None else None
+    ewc = None
+    if config.ewc is not None:
+        old = encoded["ewc" if config.ewc.path is not None else "original"]
+        ewc = consolidate(config.ewc, plan, task, old, seed=config.data.seed, new=new, listener=listener)
     # Filled before the run counts as begun: stopped here, there is nothing to resume.
     cache = _fill_cache(config, plan, encoded, listener)
 
