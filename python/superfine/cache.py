@@ -218,7 +218,7 @@ class PrefixCache:
             return None  # no rows, or nothing but padding
         self.hits += len(samples.keys) - missed
         self.misses += missed
-        self.states = self._states(samples, records, kept[0], arguments["input_ids"].device)
+        self.states = self._served(samples, records, kept[0], arguments["input_ids"].device)
         self._shape, self._taken = samples.shape, False
         if position is not None:
             arguments["superfine_position"] = position
@@ -338,7 +338,7 @@ class PrefixCache:
             f"PrefixCache: {self.place.blocks[-1]!r} did not run; expected every frozen block to"
         )
 
-    def _states(
+    def _served(
         self, samples: Samples, records: list[Record | None], like: Record, device: torch.device
     ) -> Tensor:
         """What the last frozen block returns of a batch: with zeros where there is no sample."""
