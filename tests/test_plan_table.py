@@ -198,15 +198,17 @@ def test_full_fine_tuning_of_a_prepared_model_costs_what_it_did_before(build, se
     assert after.plan.activations.total() < before.full.activations.total()
     text = plan.table(tokens=32, rows=2)
     assert "?" not in text
-    assert "as it was prepared; before that for full fine-tuning" in text
+    assert "as it was prepared; full fine-tuning of the model before that" in text
     assert {name: (p._version, p.requires_grad) for name, p in model.named_parameters()} == versions
     assert all(torch.equal(p, kept[name]) for name, p in model.named_parameters())
     assert {name: type(module) for name, module in model.named_modules()} == parts
     assert vars(model)["_superfine_prepared"] is prepared
 
     model.odd = [torch.ones(1, requires_grad=True) * 2]  # no leaf: deepcopy refuses it
-    line = next(line for line in plan.table(tokens=32, rows=2).splitlines() if line.startswith("full"))
+    text = plan.table(tokens=32, rows=2)
+    line = next(line for line in text.splitlines() if line.startswith("full"))
     assert line.split().count("?") == 2
+    assert "full fine-tuning is unknown: RuntimeError: Only Tensors created explicitly" in text
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(0, 1), (4, 8), (4, 0), (1.5, 1)])

@@ -240,9 +240,7 @@ class EWCConfig(_Columns):
 
     path: str | None = None  # samples of that task; None: those of [original]
     strength: float = Field(default=100.0, gt=0, allow_inf_nan=False)
-    samples: int = Field(
-        default=256, ge=1
-    )  # that the Fisher information is the mean over, drawn by data.seed
+    samples: int = Field(default=256, ge=1)  # drawn by data.seed, for the Fisher information
 
     @model_validator(mode="after")
     def _check(self) -> EWCConfig:
@@ -418,9 +416,8 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if isinstance(value, dict):
-        return (
-            "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
-        )
+        items = (f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items())
+        return "{" + ", ".join(items) + "}"
     return repr(value)
 
 

@@ -135,8 +135,8 @@ def plan_costs(
             whole = _unprepared(model)
             everything = {name for name, parameter in whole.named_parameters() if _can_train(parameter)}
             full = step_costs(whole, everything, candidate, _places(whole))
-        except Unpredictable:
-            full = None
+        except Unpredictable as error:
+            return PlanCosts(costs, None, candidate, str(error))
         return PlanCosts(costs, full, candidate)
     return PlanCosts(None, None, None, reasons[0])
 
@@ -331,8 +331,9 @@ def _notes(plan: Plan, costs: PlanCosts) -> list[str]:
         return [f"GFLOPs and activations are unknown: {costs.reason}"]
     notes = [f"GFLOPs and activations: forward and backward of {costs.inputs.text}"]
     if _is_prepared(plan.model):
-        other = "print the plan before that to compare with" if costs.full is None else "before that for"
-        notes.append(f"of the model as it was prepared; {other} full fine-tuning")
+        notes.append("of the model as it was prepared; full fine-tuning of the model before that")
+    if costs.full is None:
+        notes.append(f"full fine-tuning is unknown: {costs.reason}")
     if costs.plan.uncounted:
         notes.append(f"GFLOPs leave out what is unknown of {', '.join(costs.plan.uncounted)}")
     return notes
