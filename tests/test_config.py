@@ -104,7 +104,7 @@ def test_round_trip_keeps_a_fraction_apart_from_steps(tmp_path):
         ("[optimizer]\nmomentum = 0.9", "momentum is set; expected none, because adamw has no momentum"),
         ("[optimizer]\nbetas = [0.9]", "optimizer.betas is [0.9]; expected"),
         ("[optimizer]\nbetas = [0.9, 1.0]", "betas is [0.9, 1.0]; expected two numbers in [0, 1)"),
-        ("[select]\nparameters = []", "select.parameters is []; expected"),
+        ("[select]\nparameters = []", "select: parameters is []; expected"),
         ('[select]\nparameters = "head"', "select.parameters is 'head'; expected list"),
     ],
 )

@@ -6,6 +6,7 @@ import copy
 import re
 
 import pytest
+import superfine
 import torch
 import transformers
 from small_models import bert, gpt2, llama, mlp, t5
@@ -169,6 +170,45 @@ def test_a_model_that_looks_at_values_is_unknown_and_says_so():
             return self.linear(x) if bool(x.sum() > 0) else x
 
     assert "GFLOPs and activations are unknown: DataDependentOutputException" in str(select(Looks(), "all"))
+
+
+@pytest.mark.parametrize(
+    ("build", "selection"),
+    [
+        (bert, {"selectors": ("last:1", "head")}),
+        (llama, {"selectors": ("last:1",), "rows": {"embed_tokens": [1, 2]}, "cols": {"*.down_proj": 0.25}}),
+        (gpt2, {"selectors": ("last:1",), "rows": {"lm_head": [3]}, "tied": "head"}),
+    ],
+)
+def test_full_fine_tuning_of_a_prepared_model_costs_what_it_did_before(build, selection):
+    model = build()
+    chosen = dict(selection)
+    plan = select(model, *chosen.pop("selectors"), **chosen)
+    before = plan_costs(plan, tokens=32, rows=2)
+    prepared = superfine.prepare(model, plan)
+    with torch.no_grad():
+        for parameter in plan.parameters():
+            parameter.add_(1)
+    model.train()  # which writes slices into their weights
+    kept = {name: p.clone() for name, p in model.named_parameters()}
+    versions = {name: (p._version, p.requires_grad) for name, p in model.named_parameters()}
+    parts = {name: type(module) for name, module in model.named_modules()}
+    after = plan_costs(plan, tokens=32, rows=2)
+    assert (after.full.flops, after.full.activations) == (before.full.flops, before.full.activations)
+    assert after.plan.activations.total() < before.full.activations.total()
+    text = plan.table(tokens=32, rows=2)
+    assert "?" not in text
+    assert "as it was prepared; full fine-tuning of the model before that" in text
+    assert {name: (p._version, p.requires_grad) for name, p in model.named_parameters()} == versions
+    assert all(torch.equal(p, kept[name]) for name, p in model.named_parameters())
+    assert {name: type(module) for name, module in model.named_modules()} == parts
+    assert vars(model)["_superfine_prepared"] is prepared
+
+    model.odd = [torch.ones(1, requires_grad=True) * 2]  # no leaf: deepcopy refuses it
+    text = plan.table(tokens=32, rows=2)
+    line = next(line for line in text.splitlines() if line.startswith("full"))
+    assert line.split().count("?") == 2
+    assert "full fine-tuning is unknown: RuntimeError: Only Tensors created explicitly" in text
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(0, 1), (4, 8), (4, 0), (1.5, 1)])

@@ -75,3 +75,13 @@ def test_a_directory_of_another_model_or_no_frozen_layer_is_an_error(data, tmp_p
         tune(settings(other, data, tmp_path / "second", **options))
     with pytest.raises(ValueError, match="dtype 'fp32'; expected 'int8'"):
         tune(settings(base, data, tmp_path / "second", train__cache_dtype="int8", **options))
+
+
+def test_of_a_run_that_trains_the_head_alone_one_token_a_text_is_kept(data, tmp_path):
+    base = tiny_bert(tmp_path / "base", dropout=0.0)
+    options = {"select__parameters": ["head"], "train__epochs": 1}
+    plain = tune(settings(base, data, tmp_path / "plain", **options))
+    cached = tune(settings(base, data, tmp_path / "run", train__cache=str(tmp_path / "states"), **options))
+    assert cached.summary["cache_misses"] == 0
+    assert cached.summary["cache_bytes"] == 90 * 32 * 4  # texts to train on and to validate, width, float32
+    assert cached.test["loss"] == pytest.approx(plain.test["loss"], abs=1e-5)

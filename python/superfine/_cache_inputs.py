@@ -26,11 +26,19 @@ _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu
 
 @dataclass(frozen=True)
 class Samples:
-    """A batch of ``shape`` (rows, tokens): how many tokens of each row are its sample, and the sample's key."""
+    """A batch of ``shape`` (rows, tokens): how many tokens of each row are its sample, and the sample's key.
+
+    ``position``: the one token whose states are wanted, of all rows or of each (rows,); None for all tokens.
+    """
 
     shape: tuple[int, int]
     lengths: list[int]
     keys: list[bytes]
+    position: int | Tensor | None = None
+
+    def kept(self, row: int) -> int:
+        """How many tokens of a row are kept."""
+        return self.lengths[row] if self.position is None else min(1, self.lengths[row])
 
 
 def flat_arguments(
@@ -67,12 +75,16 @@ def generates(arguments: Mapping[str, Any]) -> bool:
     return "past_key_values" in arguments or wants
 
 
-def read_samples(arguments: Mapping[str, Any], config: Any, base: Any) -> Samples:
+def read_samples(
+    arguments: Mapping[str, Any], config: Any, base: Any, position: int | Tensor | None = None
+) -> Samples:
     """The samples of a call. ``base``: a blake2b object that has read what all keys of the call share.
 
     A sample is a row up to the last token that the mask leaves, padding on its left included: that moves positions,
     and is what a language model predicts the first token from. Its key is over its token ids, over token types and
-    positions where they are given, and over its mask unless that leaves all of it. No mask is a mask of ones.
+    positions where they are given, and over its mask unless that leaves all of it. No mask is a mask of ones. Where
+    the states of one token are wanted, its ``position``, the key is over that, too; a row that wants padding's, which
+    is no part of the sample, makes the batch one of all tokens.
 
     Raises ``ValueError`` where the states of a sample would depend on more than that.
     """
@@ -104,6 +116,9 @@ def read_samples(arguments: Mapping[str, Any], config: Any, base: Any) -> Sample
     else:
         stop = np.where(valid.any(1), tokens - valid[:, ::-1].argmax(1), 0)
         lengths, whole = stop.tolist(), (valid.sum(1) == stop).tolist()
+    wanted = position.tolist() if isinstance(position, Tensor) else [position or 0] * rows
+    if any(at >= length > 0 for at, length in zip(wanted, lengths, strict=True)):
+        position = None
     keys = []
     for row, length in enumerate(lengths):
         digest = base.copy()
@@ -111,8 +126,10 @@ def read_samples(arguments: Mapping[str, Any], config: Any, base: Any) -> Sample
         digest.update(packed[row, :length])
         if not whole[row] and valid is not None:
             digest.update(valid[row, :length].tobytes())
+        if position is not None:
+            digest.update(struct.pack("<4sq", b"only", wanted[row]))
         keys.append(digest.digest())
-    return Samples((rows, tokens), lengths, keys)
+    return Samples((rows, tokens), lengths, keys, position)
 
 
 def shared_key(parts: tuple[Any, ...]) -> Any:

@@ -1,6 +1,6 @@
-"""The frozen prefix of a model: the leading blocks of its layer stack that hold nothing that trains.
+"""The frozen prefix of a model: what is registered before the first parameter that trains.
 
-What they compute depends on the input alone, so it needs no graph, no gradients, and can be kept.
+What it computes depends on the input alone, so it needs no graph and no gradients, and can be kept.
 """
 
 from __future__ import annotations
@@ -12,40 +12,42 @@ from torch import nn
 
 from superfine.selectors import Stack, layer_stack
 
-__all__ = ["Prefix", "frozen_prefix"]
+__all__ = ["Boundary", "Prefix", "frozen_prefix"]
+
+
+class Boundary:
+    """Where training begins in `model` when the parameters named in `trained` (under any of their names) train.
+
+    `first`: name of the first of them in the order of registration, which counts as the order of use; None where
+    nothing trains. So embeddings count as read before the layers, the final norm, pooler and head as read after
+    them, and a tied head that trains as an embedding.
+    """
+
+    def __init__(self, model: nn.Module, trained: Collection[str]) -> None:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        training = {id(parameters[name]) for name in trained if name in parameters}
+        self.first = next((name for name, p in parameters.items() if id(p) in training), None)
+        self._order = {name: position for position, name in enumerate(parameters)}
+
+    def is_after(self, path: str) -> bool:
+        """Whether nothing trains in the module at `path`, which has parameters, nor before it."""
+        last = max(position for name, position in self._order.items() if name.startswith(path + "."))
+        return self.first is None or last < self._order[self.first]
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The layer stack, how many of its leading blocks are frozen, and why there are no more."""
+    """A layer stack, how many of its leading blocks are frozen, and what trains first: why there are no more."""
 
     stack: Stack
     blocks: int
-    stopped_by: str | None  # name of the first parameter that trains in or before the next block
+    stopped_by: str | None
 
 
 def frozen_prefix(model: nn.Module, trained: Collection[str]) -> Prefix:
-    """The prefix of `model` when the parameters named in `trained` (under any of their names) train.
-
-    Parameters registered before the layer stack (embeddings) count as read before it, those after it (final norm,
-    pooler, head) as read after it: a tied head that trains leaves no prefix.
+    """The leading blocks of the layer stack of `model` before the :class:`Boundary`.
 
     Raises `ValueError` where the layer stack cannot be found.
     """
-    stack = layer_stack(model)
-    tied: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), []).append(name)
-    training = {name for names in tied.values() if not set(names).isdisjoint(trained) for name in names}
-    inside = [path + "." for path in stack.blocks]
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if name.startswith(inside[0]):
-            break
-        if name in training:
-            return Prefix(stack, 0, name)
-    for blocks, path in enumerate(inside):
-        found = next((name for name in sorted(training) if name.startswith(path)), None)
-        if found is not None:
-            return Prefix(stack, blocks, found)
-    after = next((name for name, _ in model.named_parameters() if name in training), None)
-    return Prefix(stack, len(inside), after)
+    stack, boundary = layer_stack(model), Boundary(model, trained)
+    return Prefix(stack, sum(map(boundary.is_after, stack.blocks)), boundary.first)

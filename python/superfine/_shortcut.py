@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from superfine._shortcut_layers import attention_modules, one_position, reads_last
-from superfine._swap import Part, add_part, remove_part
+from superfine._swap import Part, add_part, has_part, remove_part
 from superfine.selectors import layer_stacks
 
-__all__ = ["leave", "shorten"]
+__all__ = ["LastLayer", "leave", "position_read", "shorten"]
 
 # Of logits of a few tokens, relative: sums in another order.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -44,20 +44,33 @@ class CausalClassifier(Part):
         first = args[0] if args else kwargs.get("input_ids")
         if len(args) > 1 or _wants_all(self.config, kwargs):
             return super().forward(*args, **kwargs)
-        padding = self.config.get_text_config().pad_token_id
-        if first is not None and padding is not None:
-            positions = torch.arange(first.shape[1], dtype=torch.int32, device=first.device)
-            kwargs["superfine_position"] = (positions * (first != padding)).argmax(-1)
-        else:
-            first = kwargs.get("inputs_embeds") if first is None else first
-            if first is None:
-                return super().forward(*args, **kwargs)
-            kwargs["superfine_position"] = torch.full(
-                (first.shape[0],), first.shape[1] - 1, device=first.device
-            )
+        embeds = kwargs.get("inputs_embeds")
+        if first is None and embeds is None:
+            return super().forward(*args, **kwargs)
+        kwargs["superfine_position"] = _last_tokens(self.config, first, embeds)
         if kwargs.get("use_cache") is None:  # a cache that nobody asked for would need all positions
             kwargs["use_cache"] = False
         return super().forward(*args, **kwargs)
+
+
+def _last_tokens(config: Any, ids: Tensor | None, embeds: Tensor | None = None) -> Tensor:
+    """The position of each row's last token that is not padding; with embeddings alone of its last."""
+    padding = config.get_text_config().pad_token_id
+    if ids is not None and padding is not None:
+        positions = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
+        return (positions * (ids != padding)).argmax(-1)
+    first: Any = embeds if ids is None else ids
+    return torch.full((first.shape[0],), first.shape[1] - 1, device=first.device)
+
+
+def position_read(model: nn.Module, layer: nn.Module, arguments: dict[str, Any]) -> int | Tensor | None:
+    """Which position of each row `layer` is told to compute in a forward of `model` with these arguments, or None."""
+    if has_part(layer, LastLayer):
+        for module in model.modules():
+            causal = has_part(module, CausalClassifier)
+            if (causal or has_part(module, Classifier)) and not _wants_all(module.config, arguments):
+                return _last_tokens(module.config, arguments["input_ids"]) if causal else 0
+    return None
 
 
 def _wants_all(config: Any, kwargs: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from superfine._swap import unmixed
 from superfine.slices import Slice, is_conv1d, is_served, oriented
 from superfine_kernels.slices import COLS, ROWS
 
-__all__ = ["resolve"]
+__all__ = ["matching", "resolve"]
 
 _GLOB = re.compile(r"[*?\[]")
 _VALUES = "integers, a range or slice, a fraction such as 0.05, 'norm:0.05', 'random:0.05' or 'new:32000'"
@@ -61,7 +61,7 @@ def resolve(
 
     for argument, dim, given in (("rows", ROWS, rows), ("cols", COLS, cols)):
         for key, value in _items(argument, given):
-            matched = _matching(model, argument, dim, key)
+            matched = matching(model, argument, dim, key)
             left = [name for name in matched if not chosen_of(sharing[id(parameters[name])])]
             if _GLOB.search(key) and left:  # it means the layers that do not train whole
                 matched = left
@@ -98,7 +98,7 @@ def _items(argument: str, given: Any) -> list[tuple[str, Any]]:
     return list(given.items())
 
 
-def _matching(model: nn.Module, argument: str, dim: int, key: str) -> list[str]:
+def matching(model: nn.Module, argument: str, dim: int, key: str) -> list[str]:
     """Names of the weights that a key matches, one for each name of a shared one."""
     paths = {
         path: module

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from superfine._prefix import Boundary
 from superfine._swap import Part, add_part, has_part, remove_part, unmixed
 from superfine.selectors import layer_stacks
 
@@ -39,22 +40,14 @@ def find_sites(model: nn.Module, trained: Collection[str]) -> Sites:
     What is registered first counts as used first; :meth:`Truncation.look` finds out where that is not so. Of an
     encoder-decoder whose encoder is frozen, the encoder is a part of the prefix.
     """
-    names: dict[int, list[str]] = {}
-    order: dict[str, int] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-        order[name] = len(order)
-    first = min(
-        (name for tied in names.values() if not set(tied).isdisjoint(trained) for name in tied),
-        key=order.__getitem__,
-    )
-    blocks = [block for stack in layer_stacks(model) for block in stack.blocks]
+    boundary = Boundary(model, trained)
+    first = boundary.first or ""
+    stacks = layer_stacks(model)
+    blocks = [block for stack in stacks for block in stack.blocks]
     if not blocks:
         return Sites(why_none="no stack of repeated layers was found")
-    last = {block: max(order[name] for name in order if name.startswith(block + ".")) for block in blocks}
-    whole = {block for stack in layer_stacks(model) if not stack.leaves for block in stack.blocks}
-    suffix = tuple(block for block in blocks if block in whole and last[block] >= order[first])
-    before = [block for block in blocks if last[block] < order[first]]
+    before = [block for block in blocks if boundary.is_after(block)]
+    suffix = tuple(b for stack in stacks if not stack.leaves for b in stack.blocks if b not in before)
     entry = next((block for block in blocks if first.startswith(block + ".")), None)
     if entry is None and not before:
         return Sites(suffix=suffix, why_none=f"{first!r} trains, which is used before the layers")

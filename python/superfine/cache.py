@@ -19,10 +19,10 @@ import os
 from collections.abc import Iterable, Sized
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from superfine._cache_codec import DTYPES, decode, encode
 from superfine._cache_inputs import (
     PER_SAMPLE,
     Samples,
@@ -44,15 +44,14 @@ from superfine._cache_parts import (
     named_modules,
     uninstall,
 )
-from superfine._cache_store import CODES, INT8, DiskStore, MemoryStore, Record
+from superfine._cache_store import DiskStore, MemoryStore, Record
 from superfine._processes import refuse_sharded
-from superfine._swap import unmixed
+from superfine._shortcut import LastLayer, position_read
+from superfine._swap import has_part, unmixed
 from superfine.select import Plan, uncompiled
 
 __all__ = ["PrefixCache"]
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
-_CODE = {name: code for code, (name, _) in CODES.items()}
 # Of a configuration: what does not reach the frozen blocks in eval mode.
 _NO_MATTER = (
     "architectures", "dtype", "id2label", "label2id", "num_labels", "pad_token_id", "problem_type", "return_dict",
@@ -111,7 +110,9 @@ class PrefixCache:
         self.place = find_place(self.model, set(plan.trained_names))
         self.passes_through, self.computing = False, False
         self.states: Any = None  # (rows, tokens, width) of the forward pass under way
+        self._shape: tuple[int, ...] = (0, 0)  # rows and tokens of that pass
         self._taken = self._attached = False
+        self._last = self.model.get_submodule(self.place.blocks[-1])
         self._backbone: Any = self.model.get_submodule(self.place.backbone)
         self._signature = inspect.signature(self._backbone.forward)
         self._config = getattr(self._backbone, "config", None) or getattr(self.model, "config", None)
@@ -172,7 +173,8 @@ class PrefixCache:
             for batch in _shown(batches) if progress else batches:
                 arguments = fill_arguments(self._signature, batch, device)
                 self._validate()
-                computed += self._missing(arguments, self._samples(arguments))[1]
+                position = position_read(self.model, self._last, arguments)
+                computed += self._missing(arguments, self._samples(arguments, position))[1]
         finally:
             self.hits, self.misses = counted
             if not attached:
@@ -209,15 +211,18 @@ class PrefixCache:
             return None
         self._validate()
         self._check_mode()
-        samples = self._samples(arguments)
+        position = arguments.pop("superfine_position", None)  # of the short-cut of classifiers
+        samples = self._samples(arguments, position if has_part(self._last, LastLayer) else None)
         records, missed = self._missing(arguments, samples)
         kept = [record for record in records if record is not None]
         if not kept:
             return None  # no rows, or nothing but padding
         self.hits += len(samples.keys) - missed
         self.misses += missed
-        self.states = self._assemble(samples, records, kept[0], arguments["input_ids"].device)
-        self._taken = False
+        self.states = self._served(samples, records, kept[0], arguments["input_ids"].device)
+        self._shape, self._taken = samples.shape, False
+        if position is not None:
+            arguments["superfine_position"] = position
         if "use_cache" in self._signature.parameters:
             arguments["use_cache"] = False  # keys and values of the frozen blocks would be missing in it
         return arguments
@@ -243,13 +248,13 @@ class PrefixCache:
         """Zeros of the shape of the module's output, which share one element."""
         if self._zero is None or self._zero.device != self.states.device:
             self._zero = torch.zeros((), dtype=self._look.embedding_dtype, device=self.states.device)
-        rows, tokens = self.states.shape[:2]
+        rows, tokens = self._shape
         shape = [{-1: rows, -2: tokens}.get(size, size) for size in self._shapes[id(module)]]
         return self._zero.expand(shape)
 
     # Samples
 
-    def _samples(self, arguments: dict[str, Any]) -> Samples:
+    def _samples(self, arguments: dict[str, Any], position: int | Tensor | None = None) -> Samples:
         configured = vars(self._config) if self._config is not None else {}
         if configured != self._settings:
             self._settings, self._keys = dict(configured), {}
@@ -270,7 +275,7 @@ class PrefixCache:
         if state not in self._keys:
             shared = (self._weights, self._stated_config(), self.dtype, torch.__version__, *state)
             self._keys[state] = shared_key(shared)
-        return read_samples(arguments, self._config, self._keys[state])
+        return read_samples(arguments, self._config, self._keys[state], position)
 
     def _stated_config(self) -> str:
         config: Any = self._config
@@ -295,9 +300,8 @@ class PrefixCache:
                 missed += 1
         if rows:
             chosen = list(rows.values())
-            computed = self._encode(
-                self._compute(arguments, samples, chosen), [samples.lengths[r] for r in chosen]
-            )
+            states = self._compute(arguments, samples, chosen)
+            computed = encode(states, [samples.kept(row) for row in chosen], self.dtype)
             fresh = dict(zip(rows, computed, strict=True))
             for row, key in enumerate(samples.keys):
                 if records[row] is None:
@@ -306,7 +310,8 @@ class PrefixCache:
         return records, missed
 
     def _compute(self, arguments: dict[str, Any], samples: Samples, rows: list[int]) -> Tensor:
-        """The states of some rows of a batch, (rows, tokens, width), up to the last token that one of them has."""
+        """The states of some rows of a batch, (rows, tokens, width), up to the last token that one of them has, or of
+        the one token that is wanted, (rows, 1, width)."""
         width = max(samples.lengths[row] for row in rows)
         chosen = torch.tensor(rows)
         part: dict[str, Any] = {}
@@ -317,61 +322,33 @@ class PrefixCache:
                 part[name] = value[chosen.to(value.device)] if whole else value
         if "use_cache" in self._signature.parameters:
             part["use_cache"] = False
+        position = samples.position
+        if isinstance(position, Tensor):
+            position = position[chosen.to(position.device)]
+        if position is not None:
+            part["superfine_position"] = position
         self.passes_through = self.computing = True
         try:
             with evaluating(self._backbone):
                 self._backbone.forward(**part)
         except CapturedError as captured:
-            return captured.states
+            return captured.states if position is None else _one_token(captured.states, position)
         finally:
             self.passes_through = self.computing = False
         raise RuntimeError(
             f"PrefixCache: {self.place.blocks[-1]!r} did not run; expected every frozen block to"
         )
 
-    def _encode(self, states: Tensor, lengths: list[int]) -> list[Record]:
-        states = states.detach()
-        dtype = _CODE.get(str(states.dtype).removeprefix("torch."))
-        if dtype is None or dtype == INT8:
-            raise ValueError(f"PrefixCache: hidden states are {states.dtype}; expected a floating-point type")
-        if self.dtype == "int8":
-            scales = states.abs().amax(-1, keepdim=True).float() / 127
-            codes = (states.float() / scales.clamp(min=torch.finfo(torch.float32).tiny)).round()
-            # Scales that are not finite make the token NaN again.
-            parts = [_bytes(codes.nan_to_num(0).clamp(-127, 127).to(torch.int8)), _bytes(scales)]
-            stored = INT8
-        else:
-            kept = states if self.dtype == "fp32" else states.to(getattr(torch, DTYPES[self.dtype]))
-            if self.dtype == "fp16" and bool((kept.isinf() & states.isfinite()).any()):
-                raise ValueError(
-                    "PrefixCache: a hidden state is beyond 65504; expected dtype 'bf16' or 'fp32'"
-                )
-            parts, stored = [_bytes(kept)], _CODE[str(kept.dtype).removeprefix("torch.")]
-        return [
-            Record(length, stored, dtype, np.concatenate([part[row, :length].reshape(-1) for part in parts]))
-            for row, length in enumerate(lengths)
-        ]
-
-    def _assemble(
+    def _served(
         self, samples: Samples, records: list[Record | None], like: Record, device: torch.device
     ) -> Tensor:
-        """The states of a batch, (rows, tokens, width), zero where there is no sample."""
-        rows, tokens = samples.shape
-        width = self._look.states.shape[-1]
-        name, size = CODES[like.stored]
-        states = np.zeros((rows, tokens, width * size), np.uint8)
-        scales = np.zeros((rows, tokens, 4), np.uint8) if like.stored == INT8 else None
-        for row, record in enumerate(records):
-            if record is not None:
-                end = record.tokens * width * size
-                states[row, : record.tokens] = record.payload[:end].reshape(record.tokens, -1)
-                if scales is not None:
-                    scales[row, : record.tokens] = record.payload[end:].reshape(record.tokens, 4)
-        dtype = getattr(torch, CODES[like.dtype][0])
-        whole = torch.from_numpy(states).view(getattr(torch, name)).to(device)
-        if scales is not None:
-            return (whole.float() * torch.from_numpy(scales).view(torch.float32).to(device)).to(dtype)
-        return whole.to(dtype)
+        """What the last frozen block returns of a batch: with zeros where there is no sample."""
+        tokens = samples.shape[1] if samples.position is None else 1
+        states = decode(records, like, tokens, self._look.states.shape[-1], device)
+        if not isinstance(samples.position, Tensor):
+            return states
+        whole = states.new_zeros(*samples.shape, states.shape[-1])
+        return whole.scatter_(1, samples.position[:, None, None].expand_as(states), states)
 
     # What must stay as it is
 
@@ -465,7 +442,8 @@ class PrefixCache:
         install(self.model, self.place, found, self)
         try:
             mask = found.arguments.get("attention_mask", torch.ones_like(found.arguments["input_ids"])).bool()
-            self.states, self.passes_through, self._taken = found.states * mask[..., None], True, False
+            self.states, self._shape = found.states * mask[..., None], found.arguments["input_ids"].shape
+            self.passes_through, self._taken = True, False
             with evaluating(self._backbone):
                 outputs = self._backbone(**found.arguments)[0]
         finally:
@@ -483,10 +461,11 @@ class PrefixCache:
             )
 
 
-def _bytes(tensor: Tensor) -> np.ndarray:
-    """(rows, tokens, bytes) of a (rows, tokens, width) tensor; numpy has no bfloat16."""
-    array: np.ndarray = tensor.cpu().contiguous().view(torch.uint8).numpy()
-    return array
+def _one_token(states: Tensor, position: int | Tensor) -> Tensor:
+    """Of (rows, tokens, width) the token at the position, of all rows or of each: (rows, 1, width)."""
+    if not isinstance(position, Tensor):
+        return states[:, position : position + 1]
+    return states.gather(1, position[:, None, None].expand(-1, 1, states.shape[-1]))
 
 
 def _shown(batches: Iterable[Any]) -> Iterable[Any]:

@@ -87,12 +87,14 @@ class MetricsLog:
 
 
 def trained_tensors(plan: Plan) -> dict[str, Tensor]:
-    """CPU copies of the trained parameters and the persistent buffers, by name."""
-    state = plan.model.state_dict()
+    """CPU copies of the trained parameters, those of slices too, and the persistent buffers, by name."""
     parameters = {name for name, _ in plan.model.named_parameters(remove_duplicate=False)}
-    buffers = (n for n, value in state.items() if n not in parameters and isinstance(value, Tensor))
-    names = [*plan.names, *buffers]
-    return {name: state[name].detach().to("cpu", copy=True).contiguous() for name in names}
+    kept = dict(plan.named_parameters()) | {
+        name: value
+        for name, value in plan.model.state_dict().items()
+        if name not in parameters and isinstance(value, Tensor)
+    }
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in kept.items()}
 
 
 def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -81,9 +81,28 @@ class ModelConfig(_Section):
 
 
 class SelectConfig(_Section):
-    """Which parameters train: selectors of ``superfine.select``."""
+    """Which parameters train: arguments of ``superfine.select``."""
 
-    parameters: list[str] = Field(default=["last:2", "head"], min_length=1)
+    parameters: list[str] = ["last:2", "head"]
+    rows: dict[str, Any] = {}  # of layers by name or glob: indices, a share, "norm:0.05", "tokens", ...
+    cols: dict[str, Any] = {}
+    tied: Literal["both", "head"] = "both"
+    seed: int = Field(default=0, ge=0)  # of "random:0.05"
+
+    @model_validator(mode="after")
+    def _check(self) -> SelectConfig:
+        if not (self.parameters or self.rows or self.cols):
+            raise ValueError("parameters is []; expected at least one selector, or rows or cols")
+        for argument, chosen in (("rows", self.rows), ("cols", self.cols)):
+            for key, value in chosen.items():
+                numbers = isinstance(value, list) and all(type(number) is int for number in value)
+                if not (numbers or type(value) in (float, str)) or (argument, value) == ("cols", "tokens"):
+                    tokens = ", 'tokens'" if argument == "rows" else ""
+                    raise ValueError(
+                        f"{argument}[{key!r}] is {value!r}; expected a list of indices, a fraction such as 0.05,"
+                        f" 'norm:0.05', 'random:0.05'{tokens} or 'new:32000'"
+                    )
+        return self
 
 
 class OptimizerConfig(_Section):
@@ -193,8 +212,7 @@ class QAConfig(_Section):
     impossible: bool = False  # questions without an answer are allowed
 
 
-class _OtherFile(_Section):
-    path: str
+class _Columns(_Section):
     text: str | list[str] | None = None  # columns; None: as in [data]
     label: str | None = None
 
@@ -204,14 +222,33 @@ class _OtherFile(_Section):
         return None if text is None else tuple(text)
 
 
-class ReplayConfig(_OtherFile):
+class ReplayConfig(_Columns):
     """Samples of the task that the model knows already, mixed into the training against forgetting."""
 
+    path: str
     fraction: float = Field(default=0.1, gt=0, lt=1)  # of the samples of an epoch
 
 
-class OriginalConfig(_OtherFile):
+class OriginalConfig(_Columns):
     """Held-back samples of the task that the model knows already: scored before and after."""
+
+    path: str
+
+
+class EWCConfig(_Columns):
+    """``superfine.EWC``: what the task that the model knows already needs is pulled toward where it was."""
+
+    path: str | None = None  # samples of that task; None: those of [original]
+    strength: float = Field(default=100.0, gt=0, allow_inf_nan=False)
+    samples: int = Field(default=256, ge=1)  # drawn by data.seed, for the Fisher information
+
+    @model_validator(mode="after")
+    def _check(self) -> EWCConfig:
+        if self.path is None and (self.text is not None or self.label is not None):
+            raise ValueError(
+                "text or label is given without path; expected neither with the data of [original]"
+            )
+        return self
 
 
 # What differs from the defaults above, as they suit classification.
@@ -248,6 +285,7 @@ class Config(_Section):
     qa: QAConfig | None = None
     replay: ReplayConfig | None = None
     original: OriginalConfig | None = None
+    ewc: EWCConfig | None = None
     output: OutputConfig
 
     @model_validator(mode="before")
@@ -289,6 +327,12 @@ class Config(_Section):
             )
         if task == "qa" and self.data.max_length < 16:
             raise ValueError(f"data.max_length is {self.data.max_length}; expected at least 16 with qa")
+        if self.ewc is not None and self.ewc.path is None and self.original is None:
+            raise ValueError(
+                "ewc.path is missing; expected it, or a section [original], whose data then serve"
+            )
+        if (self.select.rows or self.select.cols) and not self.train.prepare:
+            raise ValueError("train.prepare is false; expected true with select.rows and select.cols")
         if not labels and task != "qa" and len(self.data.text_columns) != 1:
             raise ValueError(f"data.text is {self.data.text!r}; expected one column with {task}")
         return self
@@ -371,6 +415,9 @@ def _toml_value(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        items = (f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items())
+        return "{" + ", ".join(items) + "}"
     return repr(value)
 
 

@@ -31,6 +31,10 @@ class Encoded:
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.features["input_ids"]]
 
+    def vocabulary(self) -> set[int]:
+        """The tokens that occur."""
+        return set().union(*self.features["input_ids"])
+
     def tokens(self) -> int | None:
         """How many tokens the loss is of, where it is one of tokens."""
         return None

@@ -9,6 +9,7 @@ with the reason below.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -107,7 +108,7 @@ def plan_table(
         closing.append(
             f"without {waiting:,} elements of rows and columns, which superfine.prepare gives parameters"
         )
-    return "\n".join([*_aligned(lines, summary), *closing, *_notes(costs), *_warnings(plan, costs)])
+    return "\n".join([*_aligned(lines, summary), *closing, *_notes(plan, costs), *_warnings(plan, costs)])
 
 
 def plan_costs(
@@ -122,7 +123,6 @@ def plan_costs(
         raise ValueError(f"plan.table: tokens is {tokens!r}, rows is {rows!r}; expected 1 <= rows <= tokens")
     model = plan.model
     trained = {name for name, _ in plan.named_parameters()}
-    everything = {name for name, parameter in model.named_parameters() if _can_train(parameter)}
     places = _places(model)
     reasons: list[str] = []
     for candidate in _candidates(model, tokens, rows, inputs, reasons):
@@ -131,12 +131,41 @@ def plan_costs(
         except Unpredictable as error:
             reasons.append(str(error))
             continue
-        # A prepared model runs its frozen part without a graph: it cannot say what training all of it would cost.
-        marks = {"_superfine_prepared", "weight_slice"}
-        prepared = any(marks & vars(module).keys() for module in model.modules())
-        full = None if prepared else step_costs(model, everything, candidate, places)
+        try:
+            whole = _unprepared(model)
+            everything = {name for name, parameter in whole.named_parameters() if _can_train(parameter)}
+            full = step_costs(whole, everything, candidate, _places(whole))
+        except Unpredictable as error:
+            return PlanCosts(costs, None, candidate, str(error))
         return PlanCosts(costs, full, candidate)
     return PlanCosts(None, None, None, reasons[0])
+
+
+def _is_prepared(model: nn.Module) -> bool:
+    return any({"_superfine_prepared", "weight_slice"} & vars(module).keys() for module in model.modules())
+
+
+def _unprepared(model: nn.Module) -> nn.Module:
+    """A prepared model as it was before, for a look: its frozen part runs without a graph, and could not say what
+    training all of it costs. Tensors are shared but for weights with slices; any other model is returned itself.
+
+    Raises `Unpredictable` where it cannot be copied or restored.
+    """
+    if not _is_prepared(model):
+        return model
+    from superfine import slices
+    from superfine.prepare import restore
+
+    written = {id(layer.weight) for layer in slices.sliced(model)}
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        copied = copy.deepcopy(model, {key: tensor for key, tensor in shared.items() if key not in written})
+        if "_superfine_prepared" in vars(copied):
+            restore(copied)
+        slices.remove(copied)
+    except Exception as error:  # hooks and attributes of any kind, and what others make of classes
+        raise Unpredictable(f"{type(error).__name__}: {error}") from error
+    return copied
 
 
 def _candidates(model: nn.Module, tokens: int, rows: int, given: Any, reasons: list[str]) -> Iterable[Inputs]:
@@ -297,14 +326,14 @@ def _size(nbytes: int) -> str:
 # --- what is said below -----------------------------------------------------------------------------------
 
 
-def _notes(costs: PlanCosts) -> list[str]:
+def _notes(plan: Plan, costs: PlanCosts) -> list[str]:
     if costs.plan is None or costs.inputs is None:
         return [f"GFLOPs and activations are unknown: {costs.reason}"]
     notes = [f"GFLOPs and activations: forward and backward of {costs.inputs.text}"]
+    if _is_prepared(plan.model):
+        notes.append("of the model as it was prepared; full fine-tuning of the model before that")
     if costs.full is None:
-        notes.append(
-            "of the model as it was prepared; print the plan before that to compare with full fine-tuning"
-        )
+        notes.append(f"full fine-tuning is unknown: {costs.reason}")
     if costs.plan.uncounted:
         notes.append(f"GFLOPs leave out what is unknown of {', '.join(costs.plan.uncounted)}")
     return notes
@@ -313,8 +342,8 @@ def _notes(costs: PlanCosts) -> list[str]:
 def _warnings(plan: Plan, costs: PlanCosts) -> list[str]:
     """What of the costs is spent where nothing trains, and a cheaper selection with its costs."""
     model, ours, full = plan.model, costs.plan, costs.full
-    if ours is None or full is None or not full.activations.total():
-        return []
+    if ours is None or full is None or not full.activations.total() or _is_prepared(model):
+        return []  # a prepared model cannot say what another selection would cost
     try:
         blocks = layer_stack(model).blocks
     except ValueError:

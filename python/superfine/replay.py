@@ -1,7 +1,7 @@
 """Against forgetting: samples of the task that a model knows already, in its training and for a score of their own.
 
-``[replay]`` mixes some into every epoch (experience replay, Rolnick et al. 2019); ``[original]`` names held-back
-ones, which the untouched base and the tuned model are scored on.
+``[replay]`` mixes some into every epoch (experience replay, Rolnick et al. 2019); ``[ewc]`` measures on some what
+must not move; ``[original]`` names held-back ones, which the untouched base and the tuned model are scored on.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ __all__ = ["Mixture", "Others", "load_others"]
 
 @dataclass(frozen=True)
 class Others:
-    """Rows to replay and rows held back, none of them in both, or where they were not asked for."""
+    """Rows to replay, rows for the Fisher information, and rows held back; empty where no file is named."""
 
     replay: Rows = field(default_factory=Rows)
+    ewc: Rows = field(default_factory=Rows)
     original: Rows = field(default_factory=Rows)
     notes: list[str] = field(default_factory=list)
 
 
 def load_others(config: Config, task: Task, splits: Splits) -> Others:
-    """Read both files. What is held back, there or in ``splits``, is not replayed.
+    """Read the files. What is held back, there or in ``splits``, is in no other.
 
     Raises ``ValueError`` or ``FileNotFoundError`` as ``task.read``, and for labels that the task has not.
     """
-    found: dict[str, Rows] = {"replay": Rows(), "original": Rows()}
+    found: dict[str, Rows] = {"original": Rows(), "replay": Rows(), "ewc": Rows()}
+    notes = []
     for name in found:
         section: Any = getattr(config, name)
-        if section is None:
+        if section is None or section.path is None:
             continue
         try:
             reader = task.with_columns(section.text_columns, section.label)
@@ -47,26 +49,28 @@ def load_others(config: Config, task: Task, splits: Splits) -> Others:
                 task.targets(found[name].labels)  # labels that the head has not
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"[{name}] {section.path}: {error}") from error
-    notes = []
-    replay = found["replay"]
-    if replay:
-        held_back = {
-            text for rows in (splits.validation, splits.test, found["original"]) for text in rows.texts
-        }
-        kept = replay.take([i for i, text in enumerate(replay.texts) if text not in held_back])
-        if len(kept) < len(replay):
+    held_back = {text for rows in (splits.validation, splits.test, found["original"]) for text in rows.texts}
+    for name, purpose in (("replay", "to replay"), ("ewc", "for the Fisher information")):
+        rows = found[name]
+        if not rows:
+            continue
+        kept = rows.take([i for i, text in enumerate(rows.texts) if text not in held_back])
+        if len(kept) < len(rows):
             notes.append(
-                f"{len(replay) - len(kept):,} of {len(replay):,} rows to replay are held back, so left out"
+                f"{len(rows) - len(kept):,} of {len(rows):,} rows {purpose} are held back, so left out"
             )
         if not kept:
             raise ValueError(
-                "[replay]: every row is in the validation, test or original data; expected others"
+                f"[{name}]: every row is in the validation, test or original data; expected others"
             )
-        found["replay"] = kept
-        notes.append(f"{len(kept):,} rows of the original task to replay from")
+        found[name] = kept
+    if found["replay"]:
+        notes.append(f"{len(found['replay']):,} rows of the original task to replay from")
     if found["original"]:
         notes.append(f"{len(found['original']):,} rows of the original task, held back, for its score")
-    return Others(found["replay"], found["original"], notes)
+    if config.ewc is not None and config.ewc.path is None:
+        notes.append("the Fisher information is of the same rows: ewc.path keeps it apart from the score")
+    return Others(**found, notes=notes)
 
 
 @dataclass(frozen=True)

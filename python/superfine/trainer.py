@@ -23,6 +23,7 @@ from superfine.checkpoint import MetricsLog, Progress
 from superfine.config import Config
 from superfine.encoded import Encoded
 from superfine.evaluate import autocast, evaluate
+from superfine.forgetting import EWC
 from superfine.optim._in_pass import InPass
 from superfine.replay import Mixture
 from superfine.schedule import lr_scale, warmup_steps
@@ -73,11 +74,12 @@ class Trainer:
         fingerprint: dict[str, str],
         listener: Listener,
         mixture: Mixture | None = None,
+        ewc: EWC | None = None,
     ) -> None:
         self.config, self.plan, self.optimizer, self.task = config, plan, optimizer, task
         self.train, self.validation = train, validation
         self.folder, self.log, self.listener = directory / "checkpoint", log, listener
-        self.fingerprint = fingerprint
+        self.fingerprint, self.ewc = fingerprint, ewc
         self.device = torch.device(config.train.device)
         self.progress = Progress()
 
@@ -146,6 +148,12 @@ class Trainer:
             watch.lap("ms_backward")
             loss_sum += loss.detach()
         watch.start()
+        pull = {}
+        if self.ewc is not None:
+            if logged:
+                with torch.no_grad():
+                    pull = {"ewc_penalty": self.ewc.penalty().item()}
+            self.ewc.add_to_gradients()  # here, not attached to the optimizer: the norm is of the sum
         norm = self._clip(logged)
         scale = self._scale(step)
         lr = self.config.optimizer.lr * scale  # of what is not made smaller by layer_decay
@@ -160,7 +168,9 @@ class Trainer:
             self._check_finite("loss", loss_sum.item())
         if logged:
             self._check_finite("gradient norm", norm.item())
-            self._log("train", loss=loss_sum.item(), lr=lr, grad_norm=norm.item(), **watch.milliseconds)
+            self._log(
+                "train", loss=loss_sum.item(), lr=lr, grad_norm=norm.item(), **pull, **watch.milliseconds
+            )
         self.listener.on_step(self.progress.step, self.total)
 
     def _samples(self, step: int) -> list[int]:

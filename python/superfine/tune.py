@@ -24,6 +24,7 @@ from superfine import checkpoint, hf, tasks
 from superfine._files import atomic_write
 from superfine._memory import PeakMemory
 from superfine._tune_cache import FilledCache
+from superfine._tune_parts import choose, consolidate
 from superfine.config import Config, differing_keys, load_config, to_toml
 from superfine.data import Splits, fingerprint, load_splits
 from superfine.delta import base_hash, load_delta, save_delta
@@ -31,7 +32,7 @@ from superfine.env import environment
 from superfine.evaluate import evaluate, resolve_device
 from superfine.prepare import prepare
 from superfine.replay import Mixture, load_others
-from superfine.select import Plan, select
+from superfine.select import Plan
 from superfine.tasks import Task
 from superfine.trainer import Interrupted, Listener, Trainer
 
@@ -77,7 +78,8 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
         listener.note(note)
     tokenizer = hf.load_tokenizer(config.model.name)
     rows = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    rows |= {name: part for name, part in (("replay", others.replay), ("original", others.original)) if part}
+    asked = (("replay", others.replay), ("ewc", others.ewc), ("original", others.original))
+    rows |= {name: part for name, part in asked if part}
     encoded = {name: hf.encode(part, tokenizer, task, base_config) for name, part in rows.items()}
     cut = sum(part.truncated for part in encoded.values())
     if cut:
@@ -97,7 +99,7 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
         listener.note(f"new, drawn under seed {config.train.seed}: {', '.join(sorted(new))}")
 
     listener.stage(3, "choose parameters")
-    plan = select(model, *config.select.parameters)
+    plan = choose(config, model, encoded)
     frozen_new = sorted(new - set(plan.names))
     if frozen_new:
         raise ValueError(
@@ -107,8 +109,12 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
     if config.train.prepare:
         listener.note(str(prepare(model, plan, checkpointing=config.train.checkpointing)))
     hashes = {"data": splits.fingerprint(), "model": base_hash(model, plan.names)}
-    if others.replay:
-        hashes["data to replay"] = fingerprint([others.replay])
+    named = (
+        ("original data", others.original),
+        ("data to replay", others.replay),
+        ("data of [ewc]", others.ewc),
+    )
+    hashes |= {what: fingerprint([part]) for what, part in named if part}
     for what, value in hashes.items():
         if state is not None and state["fingerprint"].get(what) != value:
             raise ValueError(f"resume: the {what} is not what the run began with; expected the same files")
@@ -116,6 +122,11 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
     listener.stage(4, "set optimizer")
     optimizer = plan.optimizer(config.optimizer.name, **config.optimizer.arguments())
     listener.note(_describe_optimizer(config))
+    # Of the base, before a checkpoint is loaded: a resumed run pulls toward the same values.
+    ewc = None
+    if config.ewc is not None:
+        old = encoded["ewc" if config.ewc.path is not None else "original"]
+        ewc = consolidate(config.ewc, plan, task, old, seed=config.data.seed, new=new, listener=listener)
     # Filled before the run counts as begun: stopped here, there is nothing to resume.
     cache = _fill_cache(config, plan, encoded, listener)
 
@@ -142,6 +153,7 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
         fingerprint=hashes,
         listener=listener,
         mixture=mixture,
+        ewc=ewc,
     )
     if state is None:
         _log(log, listener, "start", environment=environment(), data=counts)
@@ -159,7 +171,7 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
         listener.note(
             f"memory: {memory.before / 1e6:,.0f} MB before, {memory.peak / 1e6:,.0f} MB at the peak of training"
         )
-    del trainer, optimizer, model, plan, cache
+    del trainer, optimizer, model, plan, cache, ewc
 
     # The tuned model is what anyone gets who puts the saved delta on the base: so that is what is tested.
     listener.stage(6, "evaluate on the test split")
@@ -187,10 +199,10 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
 
 def resolve(config: Config) -> Config:
     """Replace ``auto`` and relative paths by what they mean here; check that the files exist."""
-    files: dict[str, dict[str, str]] = {"data": {}, "replay": {}, "original": {}}
+    files: dict[str, dict[str, str]] = {"data": {}, "replay": {}, "ewc": {}, "original": {}}
     for name, found in files.items():
         section = getattr(config, name)
-        if section is None or (name == "data" and section.path is None):
+        if section is None or (name in ("data", "ewc") and section.path is None):
             continue
         for key in ("path", "validation", "test"):
             value = getattr(section, key, None)

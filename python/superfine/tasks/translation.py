@@ -27,6 +27,9 @@ class Sequences(Encoded):
     references: list[str]
     decode: Callable[[Any], list[str]]
 
+    def vocabulary(self) -> set[int]:
+        return super().vocabulary().union(*self.targets)
+
     def tokens(self) -> int:
         return sum(map(len, self.targets))
 
