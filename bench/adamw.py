@@ -38,6 +38,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 # Of the update: 0.999 rounded to fp32, as torch.compile has it, moves 1 - beta2 ** step by 1.3e-5.
 UPDATE_TOLERANCE = 2e-5
 CHECKED_AT_ONCE = 2**15  # elements
+CHECKED_SHARE = 16  # one in so many blocks of a long tensor: fp64 of all would take longer than all the steps
 TOLERANCE_8BIT = 0.1  # of the mean update: moments in 8 bits carry a few per cent
 
 
@@ -118,10 +119,10 @@ def _check(inputs: Inputs, call: Callable[[], int]) -> float:
         actual = (param, inputs.exp_avgs[index], inputs.exp_avg_sqs[index])
         values = [inputs.pooled(name, index) for name in inputs.pools]
         # In blocks: their fp64 temporaries stay in the cache, and need no fresh memory. Of long tensors both
-        # ends and a quarter of the rest, another one at the next check.
+        # ends and a share of the rest, another one at the next check.
         blocks = [tensor.flatten().split(CHECKED_AT_ONCE) for tensor in (*actual, *values)]
         count = len(blocks[0])
-        for i in sorted({0, count - 1, *range(step % 4, count, 4)}):
+        for i in sorted({0, count - 1, *range((step + index) % CHECKED_SHARE, count, CHECKED_SHARE)}):
             p, m, v, *before = (of_tensor[i] for of_tensor in blocks)
             worst = max(worst, _block_error((p, m, v), before, step))
     return worst
@@ -208,7 +209,7 @@ def _providers(peers: tuple[Peer, ...], build: Callable[..., Callable[[], int]])
 
 PROVIDERS = (
     Provider("torch fused", partial(_torch, fused=True)),
-    Provider("torch foreach", partial(_torch, foreach=True)),
+    Provider("torch foreach", partial(_torch, foreach=True), in_quick=False),  # fused is the one to beat
     Provider("torch single-tensor", partial(_torch, foreach=False), in_quick=False),
     Provider("torch.compile", _torch_compiled, in_quick=False),  # compiling takes longer than measuring
     Provider("superfine", _superfine),

@@ -106,7 +106,7 @@ def _alone(work: Callable[..., Any], arguments: tuple[Any, ...], timeout: float,
 
     ``hear`` gets what it tells; between two words of it, ``timeout`` seconds may pass.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(theirs, work, arguments))
     # Ctrl-C is ours, and ends that process: it must not die of it while it still imports, with a traceback.
@@ -133,6 +133,18 @@ def _alone(work: Callable[..., Any], arguments: tuple[Any, ...], timeout: float,
             process.kill()
             process.join(LEAVE_SECONDS)
         ours.close()
+
+
+def _context() -> Any:
+    """Processes forked from one that has imported what takes a second or more, and has run nothing.
+
+    Not our own libraries: threads that a parent had started would be missing, and they look out for that.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    return context
 
 
 def _send(results: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

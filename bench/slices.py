@@ -137,7 +137,7 @@ def _linear_case(
     total = out if dim == 0 else into
     what = "rows" if dim == 0 else "columns"
     other = (
-        Provider("torch index_copy", partial(_composed, dim))
+        Provider("torch index_copy", partial(_composed, dim), in_quick=False)  # as fast as the whole gradient
         if dim == 0
         else Provider("torch, sparse delta added", partial(_delta, dim))
     )
