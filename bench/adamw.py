@@ -6,15 +6,17 @@ known values in and compares with the formula in fp64, at whatever step the prov
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from superfine.optim import AdamW
 
-from .harness import Case, MovesMemory, Provider, UnavailableError
+from superfine_kernels.adamw import cost
+
+from .harness import Case, Provider, UnavailableError
 from .peers import ADAMW, ADAMW_8BIT, Peer, compiled
 
 HIDDEN, INTERMEDIATE, LAYERS = 768, 3072, 12
@@ -164,11 +166,7 @@ def _check_8bit(inputs: Inputs, call: Callable[[], int]) -> float:
 
 
 def _superfine(inputs: Inputs) -> Callable[[], int]:
-    try:
-        optim = importlib.import_module("superfine.optim")
-    except ImportError as error:
-        raise UnavailableError(str(error)) from error
-    return _counted(_optimizer(inputs, optim.AdamW).step)
+    return _counted(_optimizer(inputs, AdamW).step)
 
 
 def _torch(inputs: Inputs, **options: Any) -> Callable[[], int]:
@@ -221,15 +219,12 @@ PROVIDERS_8BIT = _providers(ADAMW_8BIT, _peer_8bit)
 def make_case(name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Case:
     numel = sum(torch.Size(shape).numel() for shape in shapes)
 
-    def cost() -> MovesMemory:
-        return importlib.import_module("superfine_kernels.adamw").cost(numel, dtype)
-
     return Case(
         op="adamw",
         name=name,
         dtype=str(dtype).removeprefix("torch."),
         work="one step; gradients there already, no clipping, no zero_grad",
-        cost=cost,
+        cost=partial(cost, numel, dtype),
         traffic="4r3w",
         memory=6 * numel * dtype.itemsize,  # parameters, gradients, moments; temporaries of foreach
         inputs=partial(_inputs, shapes=shapes, dtype=dtype),
@@ -244,13 +239,10 @@ def _case_8bit(name: str, shapes: tuple[tuple[int, ...], ...]) -> Case:
     """The same step with moments in 8 bits: less memory and less traffic, so a case of its own."""
     numel = sum(torch.Size(shape).numel() for shape in shapes)
 
-    def cost() -> MovesMemory:
-        return importlib.import_module("superfine_kernels.adamw").cost(numel, torch.float32, torch.uint8)
-
     return replace(
         make_case(f"{name}, 8-bit moments", shapes, torch.float32),
         work="one step with moments in 8 bits, each library's own rounding; no clipping, no zero_grad",
-        cost=cost,
+        cost=partial(cost, numel, torch.float32, torch.uint8),
         check=_check_8bit,
         providers=PROVIDERS_8BIT,
         in_quick=False,

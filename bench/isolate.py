@@ -22,6 +22,8 @@ from .harness import failure, measure, providers_of
 
 # For a process to end that has sent its result, or that was killed. One may wait for threads that never end.
 LEAVE_SECONDS = 10.0
+# What optimizers and models import on first use takes as long as most cases; transformers need not be there.
+IMPORTED = ["torch", "torch._dynamo", "transformers.modeling_utils"]
 
 Tell = Callable[[str], None]
 
@@ -136,14 +138,14 @@ def _alone(work: Callable[..., Any], arguments: tuple[Any, ...], timeout: float,
 
 
 def _context() -> Any:
-    """Processes forked from one that has imported what takes a second or more, and has run nothing.
+    """Processes are forked from one that has imported what takes seconds to import, and has run nothing.
 
-    Not our own libraries: threads that a parent had started would be missing, and they look out for that.
+    Our own libraries are not among that: they use one thread in a process that was forked after they were imported.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(IMPORTED)
     return context
 
 
