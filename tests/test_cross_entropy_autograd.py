@@ -5,16 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import class_weights, labels, logits
-from support import one_warning, same_bits
+from support import gradient_of, one_warning, same_bits
 from torch import Tensor
 
 from superfine_kernels import cross_entropy
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
-
-
-def gradient_of(loss: Tensor, leaf: Tensor, **options) -> Tensor:
-    return torch.autograd.grad(loss, leaf, **options)[0]
 
 
 def torch_gradient(x: Tensor, t: Tensor, factor: float = 1.0, **options) -> Tensor:

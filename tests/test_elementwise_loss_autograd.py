@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import elementwise_in_float64, elementwise_inputs, elementwise_loss
-from support import one_warning, same_bits
+from support import gradient_of, one_warning, same_bits
 from torch import Tensor
 
 from superfine_kernels import bce_with_logits, mse
@@ -13,10 +13,6 @@ from superfine_kernels import bce_with_logits, mse
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 LOSSES = ["bce_with_logits", "mse"]
-
-
-def gradient_of(loss: Tensor, leaf: Tensor, **options) -> Tensor:
-    return torch.autograd.grad(loss, leaf, **options)[0]
 
 
 # --- upstream gradients --------------------

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from superfine import slices
 from superfine._files import atomic_folder, atomic_write
+from superfine._first_step import _listed
 from superfine.select import Plan, uncompiled
 from superfine.slices import Slice
 
@@ -284,7 +285,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[DeltaInfo, dict[str, Tensor]]:
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
-        raise ValueError(f"load_delta: path is {path}, truncated or no safetensors file ({error})") from error
+        raise ValueError(
+            f"load_delta: path is {path}, truncated or no safetensors file ({error}); expected a delta"
+        ) from error
     if metadata.get("content_hash") != _content_hash(metadata, tensors):
         raise ValueError(
             f"load_delta: path is {path}, whose content hash differs; expected an undamaged delta"
@@ -468,8 +471,3 @@ def _versions() -> dict[str, str]:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _listed(names: list[str]) -> str:
-    others = len(names) - 1
-    return f"'{names[0]}'" + (f" (and {others} other{'s' if others > 1 else ''})" if others else "")

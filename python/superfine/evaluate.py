@@ -151,7 +151,9 @@ def delta_notes(delta: Path) -> dict[str, str]:
         with safe_open(delta, framework="pt") as file:
             return file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{delta} is truncated or no safetensors file ({error})") from error
+        raise ValueError(
+            f"{delta} is truncated or no safetensors file ({error}); expected a delta file"
+        ) from error
 
 
 def task_of_delta(delta: Path) -> Task:

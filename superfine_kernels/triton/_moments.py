@@ -10,12 +10,11 @@ which it counts up, and the hyperparameters follow the scalars of each tensor's 
 from __future__ import annotations
 
 import array
-import contextlib
 import functools
 import itertools
 import struct
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from superfine_kernels._library import describe, opmath_dtype, reject
 from superfine_kernels._moments import LISTS, OPTIONAL
 from superfine_kernels._storage import scales_shape
+from superfine_kernels.triton import on
 from superfine_kernels.triton._storage import QUANT_BLOCK
 
 TRITON_DTYPES = {
@@ -177,13 +177,6 @@ def number(x):
 
 
 # --- on the host ------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def on(device: torch.device) -> Iterator[None]:
-    """Triton launches on the current device; the interpreter on none."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        yield
 
 
 @dataclass(frozen=True)

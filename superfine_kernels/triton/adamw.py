@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from superfine_kernels.triton import on
 from superfine_kernels.triton._moments import (
     COLUMNS,
     COUNTED,
@@ -41,7 +42,6 @@ from superfine_kernels.triton._moments import (
     count_step,
     find_tensor,
     number,
-    on,
     power,
     prepare,
     zero_chunk,
