@@ -102,7 +102,7 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason(backend, device, r
 
 
 def test_ops_are_registered_under_one_namespace_with_their_mutations():
-    for name in ("activation", "elementwise_loss"):  # imported when asked for
+    for name in ("activation", "elementwise_loss", "layer_norm"):  # imported when asked for
         importlib.import_module(f"superfine_kernels.{name}")
     schemas = {
         name: getattr(torch.ops.superfine, name).default._schema
