@@ -150,6 +150,7 @@ class _Runner:
     """One provider that runs: its call, and the seconds of its calls by turn."""
 
     call: Callable[[], Any]
+    first_seconds: float  # of the first call, which allocates what the others find
     calls_per_turn: int = 1
     turns: list[list[float]] = field(default_factory=list)
     walls: list[float] = field(default_factory=list)
@@ -196,10 +197,10 @@ def measure(
     running: dict[str, _Runner] = {}
     for provider in providers:
         tell(provider.name)
-        row, call = _made_ready(case, inputs, provider, replace(blank, provider=provider.name), device)
+        row, runner = _made_ready(case, inputs, provider, replace(blank, provider=provider.name), clock)
         rows[provider.name] = row
-        if call is not None:
-            running[provider.name] = _Runner(call)
+        if runner is not None:
+            running[provider.name] = runner
 
     def attempt(name: str, work: Callable[[Case, Any, _Runner, Clock], None]) -> None:
         tell(name)
@@ -240,23 +241,23 @@ def measure(
 
 
 def _made_ready(
-    case: Case, inputs: Any, provider: Provider, row: Row, device: torch.device
-) -> tuple[Row, Callable[[], Any] | None]:
+    case: Case, inputs: Any, provider: Provider, row: Row, clock: Clock
+) -> tuple[Row, _Runner | None]:
     """The provider's row, checked and with its peak memory, and its call; None where it cannot run."""
     try:
         row = _checked(case, inputs, provider.build(inputs), row)
         if row.status != "ok":
             return row, None
         gc.collect()
-        with PeakMemory(device) as peak:
+        with PeakMemory(clock.device) as peak:
             call = provider.build(inputs)
             case.before(inputs)
-            call()  # allocates its state
+            seconds = clock.wall_seconds(call)[0]  # allocates its state
     except UnavailableError as reason:
         return replace(row, status="unavailable", note=str(reason)), None
     except Exception as error:
         return _failed(row, error), None
-    return replace(row, peak_memory=peak.bytes), call
+    return replace(row, peak_memory=peak.bytes), _Runner(call, seconds)
 
 
 @contextmanager
@@ -280,14 +281,16 @@ def _timed(case: Case, inputs: Any, runner: _Runner, clock: Clock) -> tuple[floa
 
 
 def _plan(case: Case, inputs: Any, runner: _Runner, clock: Clock, settings: Settings) -> None:
-    """Set how many calls make a turn, from how long one takes with everything around it."""
+    """Set how many calls make a turn: one where that is long, else by how long it takes with everything around it."""
+    turn = settings.seconds / settings.turns
+    if runner.first_seconds >= 2 * turn:
+        return
 
     def everything() -> None:
         _timed(case, inputs, runner, clock)
 
-    turn, seconds = settings.seconds / settings.turns, clock.wall_seconds(everything)[0]
-    if seconds < 2 * turn:  # else it is one call in any case, and need not be measured warm
-        seconds = max(clock.wall_seconds(everything)[0], 1e-6)
+    everything()
+    seconds = max(clock.wall_seconds(everything)[0], 1e-6)
     runner.calls_per_turn = max(1, min(settings.max_calls, int(turn / seconds)))
 
 
