@@ -48,8 +48,8 @@ std::vector<std::size_t> step_lists(const TensorReader& reader, const std::vecto
 }
 
 template <class Kernel>
-std::optional<Rest> step_groups(const TensorReader& reader, const py::list& groups, const py::dict& state,
-                                MomentPlan& plan, int threads, const std::string& isa) {
+Rest step_groups(const TensorReader& reader, const py::list& groups, const py::dict& state, MomentPlan& plan,
+                 int threads, const std::string& isa) {
   const MomentGroups read(reader, groups, state);
   auto arguments = read.read(Kernel::kName, TensorView::Device::cpu, plan, threads);
   if (!arguments) return std::nullopt;
@@ -60,7 +60,9 @@ std::optional<Rest> step_groups(const TensorReader& reader, const py::list& grou
   step(
       reader, *arguments, [&](std::size_t group, double count) { return scalars(rules[group], count); }, read.params(),
       read.zeroed(), kernels_for(isa).*Kernel::kKernel, threads);
-  return read.rest(arguments->rest);
+  std::vector<std::pair<std::size_t, py::object>> rest;
+  for (const std::size_t position : arguments->rest) rest.emplace_back(read.group(position), read.params()[position]);
+  return rest;
 }
 
 struct AdamW {
@@ -85,12 +87,12 @@ std::vector<std::size_t> lamb_lists(const TensorReader& reader, const std::vecto
   return step_lists<Lamb>(reader, lists, hyper, threads, isa);
 }
 
-std::optional<Rest> adamw_groups(const TensorReader& reader, const py::list& groups, const py::dict& state,
-                                 MomentPlan& plan, int threads, const std::string& isa) {
+Rest adamw_groups(const TensorReader& reader, const py::list& groups, const py::dict& state, MomentPlan& plan,
+                  int threads, const std::string& isa) {
   return step_groups<AdamW>(reader, groups, state, plan, threads, isa);
 }
-std::optional<Rest> lamb_groups(const TensorReader& reader, const py::list& groups, const py::dict& state,
-                                MomentPlan& plan, int threads, const std::string& isa) {
+Rest lamb_groups(const TensorReader& reader, const py::list& groups, const py::dict& state, MomentPlan& plan,
+                 int threads, const std::string& isa) {
   return step_groups<Lamb>(reader, groups, state, plan, threads, isa);
 }
 

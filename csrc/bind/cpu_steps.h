@@ -8,9 +8,9 @@
 #include <cstddef>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "bind/moment_objects.h"
 #include "bind/moment_plan.h"
 #include "bind/tensor_list.h"
 #include "cpu/dispatch.h"
@@ -26,11 +26,12 @@ std::vector<std::size_t> adamw_lists(const TensorReader& reader, const std::vect
 std::vector<std::size_t> lamb_lists(const TensorReader& reader, const std::vector<py::list>& lists,
                                     const py::dict& hyper, int threads, const std::string& isa);
 
-// Nothing done, and nothing returned, where a parameter is a tensor subclass or devices differ.
-std::optional<Rest> adamw_groups(const TensorReader& reader, const py::list& groups, const py::dict& state,
-                                 MomentPlan& plan, int threads, const std::string& isa);
-std::optional<Rest> lamb_groups(const TensorReader& reader, const py::list& groups, const py::dict& state,
-                                MomentPlan& plan, int threads, const std::string& isa);
+// What a step over groups left alone: a group's number and a parameter.
+using Rest = std::optional<std::vector<std::pair<std::size_t, py::object>>>;
+Rest adamw_groups(const TensorReader& reader, const py::list& groups, const py::dict& state, MomentPlan& plan,
+                  int threads, const std::string& isa);
+Rest lamb_groups(const TensorReader& reader, const py::list& groups, const py::dict& state, MomentPlan& plan,
+                 int threads, const std::string& isa);
 
 // Nothing where a tensor is not dense, not on the CPU or of a type without a kernel.
 std::optional<double> sum_of_squares(const TensorReader& reader, const py::list& list, int threads,

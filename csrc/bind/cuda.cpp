@@ -131,9 +131,9 @@ std::vector<std::size_t> step_lists(const Kernel& kernel, const TensorReader& re
   return arguments.rest;
 }
 
-std::optional<Rest> step_groups(const Kernel& kernel, const TensorReader& reader, const py::list& groups,
-                                const py::dict& state, MomentPlan& plan, const py::function& allocate,
-                                std::uintptr_t stream) {
+std::optional<std::vector<std::pair<std::size_t, py::object>>> step_groups(
+    const Kernel& kernel, const TensorReader& reader, const py::list& groups, const py::dict& state, MomentPlan& plan,
+    const py::function& allocate, std::uintptr_t stream) {
   const MomentGroups read(reader, groups, state);
   const auto arguments = read.read(kernel.name, TensorView::Device::cuda, plan, 1);
   if (!arguments) return std::nullopt;
@@ -147,7 +147,9 @@ std::optional<Rest> step_groups(const Kernel& kernel, const TensorReader& reader
     last = group;
   }
   step(kernel, reader, *arguments, rules, read.params(), read.zeroed(), allocate, stream);
-  return read.rest(arguments->rest);
+  std::vector<std::pair<std::size_t, py::object>> rest;
+  for (const std::size_t position : arguments->rest) rest.emplace_back(read.group(position), read.params()[position]);
+  return rest;
 }
 
 }  // namespace

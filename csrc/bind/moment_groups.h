@@ -89,12 +89,6 @@ class MomentGroups {
   const py::list& params() const { return used_; }
   std::size_t group(std::size_t position) const { return objects_[position].options->group; }
 
-  Rest rest(const std::vector<std::size_t>& positions) const {
-    Rest rest;
-    for (const std::size_t position : positions) rest.emplace_back(group(position), used_[position]);
-    return rest;
-  }
-
   // The gradients that are zeroed.
   py::list zeroed() const {
     py::list zeroed;

@@ -6,8 +6,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <utility>
-#include <vector>
 
 #include "bind/tensor_list.h"
 
@@ -51,9 +49,6 @@ constexpr bool is_optional(std::size_t role) { return role >= kMaxExpAvgSq && ro
 struct MomentObjects : std::array<PyObject*, kRoles> {
   const MomentOptions* options;
 };
-
-// What a step over groups left alone: a group's number and a parameter.
-using Rest = std::vector<std::pair<std::size_t, py::object>>;
 
 inline void prefetch_records(const TensorReader& reader, const MomentObjects& objects) {
   for (PyObject* object : objects) reader.prefetch_record(object);
