@@ -39,7 +39,6 @@ from torch import Tensor, nn
 
 from superfine import slices
 from superfine._files import atomic_folder, atomic_write
-from superfine._first_step import _listed
 from superfine.select import Plan, uncompiled
 from superfine.slices import Slice
 
@@ -471,3 +470,8 @@ def _versions() -> dict[str, str]:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _listed(names: list[str]) -> str:
+    others = len(names) - 1
+    return f"'{names[0]}'" + (f" (and {others} other{'s' if others > 1 else ''})" if others else "")
