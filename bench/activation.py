@@ -5,7 +5,6 @@ The gradients are handed over by ``torch.autograd.grad``, as in cross_entropy.py
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from .harness import Case, MovesMemory, Provider, UnavailableError
+import superfine_kernels
+from superfine_kernels.activation import cost
+
+from .harness import Case, Provider
 from .peers import compiled
 
 Outcome = tuple[torch.Tensor, ...]
@@ -109,12 +111,8 @@ def _compiled(inputs: Inputs) -> Callable[[], Outcome]:
 
 
 def _superfine(inputs: Inputs) -> Callable[[], Outcome]:
-    try:
-        kernels = importlib.import_module("superfine_kernels")
-    except ImportError as error:
-        raise UnavailableError(str(error)) from error
     options = {} if inputs.op == "swiglu" else {"approximate": inputs.approximate}
-    return _with_gradients(partial(getattr(kernels, inputs.op), **options), inputs)
+    return _with_gradients(partial(getattr(superfine_kernels, inputs.op), **options), inputs)
 
 
 PROVIDERS = (
@@ -137,16 +135,12 @@ def _case(
     function = "silu" if op == "swiglu" else "gelu" if approximate == "none" else "gelu_tanh"
     tanh = approximate == "tanh"
 
-    def cost() -> MovesMemory:
-        of = importlib.import_module("superfine_kernels.activation").cost
-        return of(elements, dtype, function, gated)
-
     return Case(
         op=op,
         name="x".join(map(str, shape)) + (", tanh" if tanh else ""),
         dtype=str(dtype).removeprefix("torch."),
         work="the result and the gradients of all inputs",
-        cost=cost,
+        cost=partial(cost, elements, dtype, function, gated),
         traffic="copy",
         memory=elements * (8 * dtype.itemsize + 48),  # inputs, results, float64's results, temporaries
         inputs=partial(_inputs, op=op, approximate=approximate, shape=shape, dtype=dtype),

@@ -6,15 +6,17 @@ known values in and compares with the formula in fp64, at whatever step the prov
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from superfine.optim import AdamW
 
-from .harness import Case, MovesMemory, Provider, UnavailableError
+from superfine_kernels.adamw import cost
+
+from .harness import Case, Provider, UnavailableError
 from .peers import ADAMW, ADAMW_8BIT, Peer, compiled
 
 HIDDEN, INTERMEDIATE, LAYERS = 768, 3072, 12
@@ -38,6 +40,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 # Of the update: 0.999 rounded to fp32, as torch.compile has it, moves 1 - beta2 ** step by 1.3e-5.
 UPDATE_TOLERANCE = 2e-5
 CHECKED_AT_ONCE = 2**15  # elements
+CHECKED_SHARE = 16  # one in so many blocks of a long tensor: fp64 of all would take longer than all the steps
 TOLERANCE_8BIT = 0.1  # of the mean update: moments in 8 bits carry a few per cent
 
 
@@ -118,10 +121,10 @@ def _check(inputs: Inputs, call: Callable[[], int]) -> float:
         actual = (param, inputs.exp_avgs[index], inputs.exp_avg_sqs[index])
         values = [inputs.pooled(name, index) for name in inputs.pools]
         # In blocks: their fp64 temporaries stay in the cache, and need no fresh memory. Of long tensors both
-        # ends and a quarter of the rest, another one at the next check.
+        # ends and a share of the rest, another one at the next check.
         blocks = [tensor.flatten().split(CHECKED_AT_ONCE) for tensor in (*actual, *values)]
         count = len(blocks[0])
-        for i in sorted({0, count - 1, *range(step % 4, count, 4)}):
+        for i in sorted({0, count - 1, *range((step + index) % CHECKED_SHARE, count, CHECKED_SHARE)}):
             p, m, v, *before = (of_tensor[i] for of_tensor in blocks)
             worst = max(worst, _block_error((p, m, v), before, step))
     return worst
@@ -163,11 +166,7 @@ def _check_8bit(inputs: Inputs, call: Callable[[], int]) -> float:
 
 
 def _superfine(inputs: Inputs) -> Callable[[], int]:
-    try:
-        optim = importlib.import_module("superfine.optim")
-    except ImportError as error:
-        raise UnavailableError(str(error)) from error
-    return _counted(_optimizer(inputs, optim.AdamW).step)
+    return _counted(_optimizer(inputs, AdamW).step)
 
 
 def _torch(inputs: Inputs, **options: Any) -> Callable[[], int]:
@@ -208,7 +207,7 @@ def _providers(peers: tuple[Peer, ...], build: Callable[..., Callable[[], int]])
 
 PROVIDERS = (
     Provider("torch fused", partial(_torch, fused=True)),
-    Provider("torch foreach", partial(_torch, foreach=True)),
+    Provider("torch foreach", partial(_torch, foreach=True), in_quick=False),  # fused is the one to beat
     Provider("torch single-tensor", partial(_torch, foreach=False), in_quick=False),
     Provider("torch.compile", _torch_compiled, in_quick=False),  # compiling takes longer than measuring
     Provider("superfine", _superfine),
@@ -220,15 +219,12 @@ PROVIDERS_8BIT = _providers(ADAMW_8BIT, _peer_8bit)
 def make_case(name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Case:
     numel = sum(torch.Size(shape).numel() for shape in shapes)
 
-    def cost() -> MovesMemory:
-        return importlib.import_module("superfine_kernels.adamw").cost(numel, dtype)
-
     return Case(
         op="adamw",
         name=name,
         dtype=str(dtype).removeprefix("torch."),
         work="one step; gradients there already, no clipping, no zero_grad",
-        cost=cost,
+        cost=partial(cost, numel, dtype),
         traffic="4r3w",
         memory=6 * numel * dtype.itemsize,  # parameters, gradients, moments; temporaries of foreach
         inputs=partial(_inputs, shapes=shapes, dtype=dtype),
@@ -243,13 +239,10 @@ def _case_8bit(name: str, shapes: tuple[tuple[int, ...], ...]) -> Case:
     """The same step with moments in 8 bits: less memory and less traffic, so a case of its own."""
     numel = sum(torch.Size(shape).numel() for shape in shapes)
 
-    def cost() -> MovesMemory:
-        return importlib.import_module("superfine_kernels.adamw").cost(numel, torch.float32, torch.uint8)
-
     return replace(
         make_case(f"{name}, 8-bit moments", shapes, torch.float32),
         work="one step with moments in 8 bits, each library's own rounding; no clipping, no zero_grad",
-        cost=cost,
+        cost=partial(cost, numel, torch.float32, torch.uint8),
         check=_check_8bit,
         providers=PROVIDERS_8BIT,
         in_quick=False,

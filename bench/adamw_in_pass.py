@@ -6,16 +6,19 @@ than others; the check starts from values that hold whatever they are.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from superfine.optim import AdamW
+
+from superfine_kernels import Cost, adamw, norm
+from superfine_kernels._storage import dequantize
 
 from .adamw import BERT_ENCODER, BETA1, EPS, HYPERPARAMETERS, LR, Inputs, make_case
-from .harness import Case, MovesMemory, Provider
+from .harness import Case, Provider
 
 MAX_NORM = 1.0
 ANCHORED_DECAY = 10.0  # large, so that the check sees where it pulls to
@@ -40,8 +43,7 @@ class _Step:
 
 
 def _superfine(inputs: Inputs, **options: Any) -> _Step:
-    make = importlib.import_module("superfine.optim").AdamW
-    optimizer = make(inputs.params, **{**HYPERPARAMETERS, **options})
+    optimizer = AdamW(inputs.params, **{**HYPERPARAMETERS, **options})
     return _Step(optimizer, optimizer.step)
 
 
@@ -108,8 +110,7 @@ def _first_moment(state: dict[str, Any]) -> tuple[torch.Tensor, torch.dtype]:
     stored = state["exp_avg"]
     if stored.dtype != torch.uint8:
         return stored, stored.dtype
-    storage = importlib.import_module("superfine_kernels._storage")
-    return storage.dequantize(stored, state["exp_avg_sq"], state["scales"])[0], stored.dtype
+    return dequantize(stored, state["exp_avg_sq"], state["scales"])[0], stored.dtype
 
 
 def _clipped(dtype: torch.dtype) -> Case:
@@ -123,11 +124,9 @@ def _clipped(dtype: torch.dtype) -> Case:
     base = make_case("bert-base encoder, 85M, clip + step + zero_grad", BERT_ENCODER, dtype)
     numel = sum(torch.Size(shape).numel() for shape in BERT_ENCODER)
 
-    def cost() -> MovesMemory:
-        kernels = importlib.import_module("superfine_kernels")
-        step = kernels.adamw.cost(numel, dtype, zero_grads=True)
-        norm = kernels.norm.cost(numel, dtype)
-        return kernels.Cost(step.bytes + norm.bytes, step.flops + norm.flops)
+    def cost() -> Cost:
+        parts = adamw.cost(numel, dtype, zero_grads=True), norm.cost(numel, dtype)
+        return Cost(sum(part.bytes for part in parts), sum(part.flops for part in parts))
 
     return replace(
         base,

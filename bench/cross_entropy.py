@@ -6,15 +6,18 @@ provider pays for, or profits from, accumulating into ``.grad``.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .harness import Case, MovesMemory, Provider, UnavailableError
+import superfine_kernels
+from superfine_kernels.cross_entropy import cost
+
+from .harness import Case, Provider
 from .peers import CROSS_ENTROPY, Peer, compiled
 
 Outcome = tuple[torch.Tensor, torch.Tensor]
@@ -114,12 +117,8 @@ def _peer(inputs: Inputs, *, peer: Peer) -> Callable[[], Outcome]:
     return _with_gradient(peer.load(inputs.logits.device), inputs)
 
 
-def _superfine(inputs: Inputs, **options: object) -> Callable[[], Outcome]:
-    try:
-        kernels = importlib.import_module("superfine_kernels")
-    except ImportError as error:
-        raise UnavailableError(str(error)) from error
-    return _with_gradient(lambda x, t: kernels.cross_entropy(x, t, **options), inputs)
+def _superfine(inputs: Inputs, **options: Any) -> Callable[[], Outcome]:
+    return _with_gradient(partial(superfine_kernels.cross_entropy, **options), inputs)
 
 
 PROVIDERS = (
@@ -132,15 +131,12 @@ PROVIDERS = (
 
 
 def _case(n: int, v: int, dtype: torch.dtype, in_quick: bool = True) -> Case:
-    def cost() -> MovesMemory:
-        return importlib.import_module("superfine_kernels.cross_entropy").cost(n, v, dtype, backward=True)
-
     return Case(
         op="cross_entropy",
         name=f"{n}x{v}",
         dtype=str(dtype).removeprefix("torch."),
         work="mean loss and the gradient of the logits",
-        cost=cost,
+        cost=partial(cost, n, v, dtype, backward=True),
         traffic="copy",
         memory=n * v * (2 * dtype.itemsize + 16),  # logits twice; eager's log-softmax and gradient in fp32
         inputs=partial(_inputs, n=n, v=v, dtype=dtype),

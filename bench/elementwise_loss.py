@@ -5,7 +5,6 @@ The gradient is handed over by ``torch.autograd.grad``, as in cross_entropy.py.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from .harness import Case, MovesMemory, Provider, UnavailableError
+import superfine_kernels
+from superfine_kernels.elementwise_loss import cost
+
+from .harness import Case, Provider
 from .peers import compiled
 
 Outcome = tuple[torch.Tensor, torch.Tensor]
@@ -110,13 +112,9 @@ def _compiled(inputs: Inputs) -> Callable[[], Outcome]:
 
 
 def _superfine(inputs: Inputs, **options: object) -> Callable[[], Outcome]:
-    try:
-        kernels = importlib.import_module("superfine_kernels")
-    except ImportError as error:
-        raise UnavailableError(str(error)) from error
     if inputs.loss == "bce_with_logits":
         options["pos_weight"] = inputs.pos_weight
-    return _with_gradient(lambda x, t: getattr(kernels, inputs.loss)(x, t, **options), inputs)
+    return _with_gradient(partial(getattr(superfine_kernels, inputs.loss), **options), inputs)
 
 
 PROVIDERS = (
@@ -136,15 +134,12 @@ def _case(
 ) -> Case:
     elements = torch.Size(shape).numel()
 
-    def cost() -> MovesMemory:
-        return importlib.import_module("superfine_kernels.elementwise_loss").cost(elements, dtype, loss=loss)
-
     return Case(
         op=loss,
         name="x".join(map(str, shape)) + (", weighted classes" if weighted else ""),
         dtype=str(dtype).removeprefix("torch."),
         work="mean loss and the gradient of the outputs",
-        cost=cost,
+        cost=partial(cost, elements, dtype, loss=loss),
         traffic="copy",
         memory=elements * (4 * dtype.itemsize + 32),  # inputs, float64's results, eager's temporaries in fp32
         inputs=partial(_inputs, loss=loss, shape=shape, dtype=dtype, weighted=weighted),

@@ -4,10 +4,10 @@ An op's file declares :class:`Case` objects. A case has inputs, the bytes that t
 against the reference, and providers that do *equal work* on the same inputs. :func:`measure` runs the
 providers of one case in turns, so that a machine that slows down slows all of them.
 
-A provider is built twice: the first time, imports, compilations and libraries' workspaces are paid for, which would
-otherwise count as memory of whoever comes first. A provider's call is: ``before`` (untimed: puts back what the last
-call overwrote, equally for everyone), the caches emptied unless the case is about the cost of a call, then the timed
-call. Correctness is checked before and after timing; a provider that fails gets no speed.
+A provider is built twice. The first one is checked, which also pays for imports, compilations and libraries'
+workspaces: they would otherwise count as memory of whoever comes first. The second one is timed. A call of it is:
+``before`` (untimed: puts back what the last call overwrote, equally for everyone), the caches emptied unless the case
+is about the cost of a call, then the timed call. Then it is checked, too; a provider that fails gets no speed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from __future__ import annotations
 import gc
 import re
 import statistics
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -149,6 +150,7 @@ class _Runner:
     """One provider that runs: its call, and the seconds of its calls by turn."""
 
     call: Callable[[], Any]
+    first_seconds: float  # of the first call, which allocates what the others find
     calls_per_turn: int = 1
     turns: list[list[float]] = field(default_factory=list)
     walls: list[float] = field(default_factory=list)
@@ -195,22 +197,10 @@ def measure(
     running: dict[str, _Runner] = {}
     for provider in providers:
         tell(provider.name)
-        row = replace(blank, provider=provider.name)
-        try:
-            _built(case, inputs, provider)
-            gc.collect()
-            with PeakMemory(device) as peak:
-                call = _built(case, inputs, provider)
-        except UnavailableError as reason:
-            rows[provider.name] = replace(row, status="unavailable", note=str(reason))
-            continue
-        except Exception as error:
-            rows[provider.name] = _failed(row, error)
-            continue
-        row = replace(row, peak_memory=peak.bytes)
-        rows[provider.name] = row = _checked(case, inputs, call, row)
-        if row.status == "ok":
-            running[provider.name] = _Runner(call)
+        row, runner = _made_ready(case, inputs, provider, replace(blank, provider=provider.name), clock)
+        rows[provider.name] = row
+        if runner is not None:
+            running[provider.name] = runner
 
     def attempt(name: str, work: Callable[[Case, Any, _Runner, Clock], None]) -> None:
         tell(name)
@@ -221,9 +211,7 @@ def measure(
             del running[name]
 
     clocks: list[float] = []
-    collecting = gc.isenabled()
-    gc.disable()  # a collection inside a timed call would be charged to whoever is running
-    try:
+    with _no_collection():
         for name in list(running):
             attempt(name, partial(_plan, settings=settings))
         for turn in range(settings.turns if running else 0):
@@ -232,9 +220,6 @@ def measure(
                 attempt(name, _take_turn)
             mhz = clock_mhz(device)
             clocks += [] if mhz is None else [mhz]
-    finally:
-        if collecting:
-            gc.enable()
 
     if case.redraw is not None:
         case.redraw(inputs, 1)
@@ -255,12 +240,36 @@ def measure(
     return [rows[provider.name] for provider in providers]
 
 
-def _built(case: Case, inputs: Any, provider: Provider) -> Callable[[], Any]:
-    """The provider's call after the first one, which compiles, allocates its state, warms up."""
-    call = provider.build(inputs)
-    case.before(inputs)
-    call()
-    return call
+def _made_ready(
+    case: Case, inputs: Any, provider: Provider, row: Row, clock: Clock
+) -> tuple[Row, _Runner | None]:
+    """The provider's row, checked and with its peak memory, and its call; None where it cannot run."""
+    try:
+        row = _checked(case, inputs, provider.build(inputs), row)
+        if row.status != "ok":
+            return row, None
+        gc.collect()
+        with PeakMemory(clock.device) as peak:
+            call = provider.build(inputs)
+            case.before(inputs)
+            seconds = clock.wall_seconds(call)[0]  # allocates its state
+    except UnavailableError as reason:
+        return replace(row, status="unavailable", note=str(reason)), None
+    except Exception as error:
+        return _failed(row, error), None
+    return replace(row, peak_memory=peak.bytes), _Runner(call, seconds)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A collection inside a timed call would be charged to whoever is running."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _timed(case: Case, inputs: Any, runner: _Runner, clock: Clock) -> tuple[float, Any]:
@@ -272,14 +281,17 @@ def _timed(case: Case, inputs: Any, runner: _Runner, clock: Clock) -> tuple[floa
 
 
 def _plan(case: Case, inputs: Any, runner: _Runner, clock: Clock, settings: Settings) -> None:
-    """Set how many calls make a turn, from how long one takes with everything around it."""
+    """Set how many calls make a turn: one where that is long, else by how long it takes with everything around it."""
+    turn = settings.seconds / settings.turns
+    if runner.first_seconds >= 2 * turn:
+        return
 
     def everything() -> None:
         _timed(case, inputs, runner, clock)
 
     everything()
     seconds = max(clock.wall_seconds(everything)[0], 1e-6)
-    runner.calls_per_turn = max(1, min(settings.max_calls, int(settings.seconds / settings.turns / seconds)))
+    runner.calls_per_turn = max(1, min(settings.max_calls, int(turn / seconds)))
 
 
 def _take_turn(case: Case, inputs: Any, runner: _Runner, clock: Clock) -> None:

@@ -22,6 +22,8 @@ from .harness import failure, measure, providers_of
 
 # For a process to end that has sent its result, or that was killed. One may wait for threads that never end.
 LEAVE_SECONDS = 10.0
+# What optimizers and models import on first use takes as long as most cases; transformers need not be there.
+IMPORTED = ["torch", "torch._dynamo", "transformers.modeling_utils"]
 
 Tell = Callable[[str], None]
 
@@ -106,7 +108,7 @@ def _alone(work: Callable[..., Any], arguments: tuple[Any, ...], timeout: float,
 
     ``hear`` gets what it tells; between two words of it, ``timeout`` seconds may pass.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(theirs, work, arguments))
     # Ctrl-C is ours, and ends that process: it must not die of it while it still imports, with a traceback.
@@ -133,6 +135,18 @@ def _alone(work: Callable[..., Any], arguments: tuple[Any, ...], timeout: float,
             process.kill()
             process.join(LEAVE_SECONDS)
         ours.close()
+
+
+def _context() -> Any:
+    """Processes are forked from one that has imported what takes seconds to import, and has run nothing.
+
+    Our own libraries are not among that: they use one thread in a process that was forked after they were imported.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
 
 
 def _send(results: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

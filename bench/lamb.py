@@ -5,15 +5,18 @@ Tensors, sizes and the restoring of values are those of :mod:`adamw`; the check 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from superfine.optim import LAMB
+
+from superfine_kernels.lamb import cost
 
 from . import adamw
 from .adamw import BERT_ENCODER, BETA1, BETA2, EPS, LR, SMALL_TENSORS, TOLERANCE, WEIGHT_DECAY, Inputs
-from .harness import Case, MovesMemory, Provider, UnavailableError
+from .harness import Case, Provider
 
 # Of the update: torch's norm of the 2.4 million elements of a matrix, in fp32 on the CPU, is off by 3e-4.
 UPDATE_TOLERANCE = 1e-3
@@ -105,11 +108,7 @@ def _foreach(inputs: Inputs) -> Callable[[], int]:
 
 
 def _superfine(inputs: Inputs) -> Callable[[], int]:
-    try:
-        lamb = importlib.import_module("superfine.optim").LAMB
-    except (ImportError, AttributeError) as error:
-        raise UnavailableError(str(error)) from error
-    return adamw._counted(adamw._optimizer(inputs, lamb).step)
+    return adamw._counted(adamw._optimizer(inputs, LAMB).step)
 
 
 PROVIDERS = (
@@ -121,17 +120,13 @@ PROVIDERS = (
 
 def _case(name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, in_quick: bool = True) -> Case:
     numel = sum(torch.Size(shape).numel() for shape in shapes)
-
-    def cost() -> MovesMemory:
-        return importlib.import_module("superfine_kernels.lamb").cost(numel, dtype)
-
     same = adamw.make_case(name, shapes, dtype)
     for_scale = Provider("superfine AdamW", lambda inputs: _AdamW(adamw._superfine(inputs)), cost=same.cost)
     return replace(
         same,
         op="lamb",
         work="one step; gradients there already, no clipping, no zero_grad (AdamW: another rule, for scale)",
-        cost=cost,
+        cost=partial(cost, numel, dtype),
         check=_check,
         providers=(*PROVIDERS, for_scale),
         in_quick=in_quick,

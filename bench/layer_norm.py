@@ -6,7 +6,6 @@ RMS norms are in Llama's order, whose formula in eager torch is the one to beat.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .harness import Case, MovesMemory, Provider, UnavailableError
+import superfine_kernels
+from superfine_kernels.layer_norm import cost
+
+from .harness import Case, Provider, UnavailableError
 from .peers import compiled
 
 Outcome = list[torch.Tensor]
@@ -137,17 +139,14 @@ def _compiled(inputs: Inputs) -> Callable[[], Outcome]:
 
 
 def _superfine(inputs: Inputs) -> Callable[[], Outcome]:
-    try:
-        kernels: Any = importlib.import_module("superfine_kernels")
-    except ImportError as error:
-        raise UnavailableError(str(error)) from error
-
     def norm(inputs: Inputs) -> tuple[torch.Tensor, ...]:
         residual = inputs.residual
         if inputs.op == "layer_norm":
-            out = kernels.layer_norm(inputs.x, inputs.weight, inputs.bias, EPS, residual=residual)
+            out = superfine_kernels.layer_norm(inputs.x, inputs.weight, inputs.bias, EPS, residual=residual)
         else:
-            out = kernels.rms_norm(inputs.x, inputs.weight, EPS, cast_before_weight=True, residual=residual)
+            out = superfine_kernels.rms_norm(
+                inputs.x, inputs.weight, EPS, cast_before_weight=True, residual=residual
+            )
         return (out,) if residual is None else tuple(out)
 
     return _with_gradients(norm, inputs)
@@ -172,11 +171,6 @@ def _case(
 ) -> Case:
     size = shape[-1]
     elements = torch.Size(shape).numel()
-
-    def cost() -> MovesMemory:
-        kernels = importlib.import_module("superfine_kernels.layer_norm")
-        return kernels.cost(elements // size, size, dtype, op, residual=residual, weight_grad=not frozen)
-
     what = ["residual"] * residual + ["frozen weights"] * frozen
     return Case(
         op=op,
@@ -185,7 +179,7 @@ def _case(
         work="output, and the gradients of input"
         + " and residual" * residual
         + " and weights" * (not frozen),
-        cost=cost,
+        cost=partial(cost, elements // size, size, dtype, op, residual=residual, weight_grad=not frozen),
         traffic="copy",
         memory=elements * (6 * dtype.itemsize + 64),  # arguments and results, float64's, eager's temporaries
         inputs=partial(_inputs, op=op, shape=shape, dtype=dtype, residual=residual, frozen=frozen),

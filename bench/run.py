@@ -68,7 +68,7 @@ def run(
                 _say(console, f"{index}/{len(cases)} {case.key}")
                 rows = measure_alone(case, target, settings, ceilings)
                 _save(file, done, rows)
-                better = recheck_ceilings(rows, case, target, ceilings)
+                better = recheck_ceilings(rows, case, target, ceilings, settings.quick)
                 if better != ceilings:
                     ceilings = done.ceilings = better
                     if file is not None:
@@ -201,11 +201,16 @@ def _finished(done: records.Run, case: Case, device: torch.device, settings: Set
     return rows
 
 
-def recheck_ceilings(rows: Sequence[Row], case: Case, device: torch.device, ceilings: Ceilings) -> Ceilings:
-    """Measure once more what a row exceeds: a machine that others share may have been slow the first time."""
+def recheck_ceilings(
+    rows: Sequence[Row], case: Case, device: torch.device, ceilings: Ceilings, quick: bool = False
+) -> Ceilings:
+    """Measure once more what a row exceeds: a machine that others share may have been slow the first time.
+
+    Alone, one stream has several times the share that it had among all.
+    """
     exceeded = [row for row in rows if row.status == "suspect"]
     for only in dict.fromkeys(case.gemm if arithmetic_bound(row) else case.traffic for row in exceeded):
-        again = ceilings_alone(device, CEILING_SECONDS[False], lambda text: None, only=only)
+        again = ceilings_alone(device, CEILING_SECONDS[quick], lambda text: None, only=only)
         ceilings = ceilings.or_better(again)
     return ceilings
 

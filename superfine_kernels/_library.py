@@ -55,6 +55,11 @@ def reject(
     raise error(f"{op}: {argument} is {describe(value)}; expected {expected}")
 
 
+def no_second_derivative(op: str, expected: str) -> RuntimeError:
+    """The error of an op whose backward keeps too little to be differentiated again."""
+    return RuntimeError(f"{op}: a second derivative is asked for; expected {expected}")
+
+
 @functools.cache
 def warn_once(message: str) -> None:
     """Says once per process that something takes a slower path, and why."""

@@ -9,7 +9,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from superfine_kernels._library import DTYPE_CODES, is_batched, is_plain, opmath_dtype, reject
+from superfine_kernels._library import (
+    DTYPE_CODES,
+    is_batched,
+    is_plain,
+    no_second_derivative,
+    opmath_dtype,
+    reject,
+)
 
 _CPU = torch.device("cpu")
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -249,9 +256,7 @@ def times_upstream(dlogits: Tensor, grad: Tensor, op: str) -> Tensor:
         dlogits = dlogits.clone()  # a later backward needs it as it is, whatever the caller does
     if torch.is_grad_enabled() and readable:  # backward(create_graph=True)
         fail = torch._C._functions.DelayedError(
-            f"{op}: a second derivative is asked for, and the fused backward keeps no logits; "
-            "pass backend='reference'",
-            1,
+            str(no_second_derivative(op, "backend='reference': the fused backward keeps no logits")), 1
         )
         return fail(dlogits.detach().requires_grad_())
     return dlogits

@@ -33,6 +33,7 @@ from superfine_kernels._library import (
     Cost,
     in_functional_transform,
     is_plain,
+    no_second_derivative,
     opmath_dtype,
     reject,
     warn_once,
@@ -195,7 +196,7 @@ def _op_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-_NO_ACCUMULATION = "expected none beside accumulate_into, which eager torch does not serve"
+_NO_ACCUMULATION = "none beside accumulate_into, which eager torch does not serve"
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -219,7 +220,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     trainable = [t for t in (*tensors[: len(TRAINABLE)], grad) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in trainable):
         if ctx.accumulate_into is not None:
-            raise RuntimeError(f"linear_cross_entropy: a second derivative is asked for; {_NO_ACCUMULATION}")
+            raise no_second_derivative("linear_cross_entropy", _NO_ACCUMULATION)
         warn_once("linear_cross_entropy: a second derivative is asked for; eager torch computes the gradient")
         losses = reference_rows(_reference_logits(p), p.target, p.probabilities, p.weight, p.options)[0]
         wanted = [t for t, want in zip(tensors, wants, strict=False) if want]
@@ -391,7 +392,7 @@ def _without_kernel(
         warn_once(f"linear_cross_entropy: {reason}; eager torch computes them")
     if eager and accumulate_into is not None:
         raise RuntimeError(
-            f"linear_cross_entropy: {reason or 'the reference is asked for'}; {_NO_ACCUMULATION}"
+            f"linear_cross_entropy: {reason or 'the reference is asked for'}; expected {_NO_ACCUMULATION}"
         )
     return eager
 

@@ -25,7 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from superfine_kernels._library import Cost, in_functional_transform, is_batched, reject
+from superfine_kernels._library import (
+    Cost,
+    in_functional_transform,
+    is_batched,
+    no_second_derivative,
+    reject,
+)
 
 #: Elements of a block of rows that is converted at a time on the CPU: 512 KiB in float32, so that it stays in the
 #: L2 cache from the conversion through both products.
@@ -183,10 +189,7 @@ def _differentiable_backward(
         da = (upstream @ b).t() @ adapter_input if wants[3] else None
         db = upstream.t() @ (adapter_input @ a.t()) if wants[4] else None
     elif h is not None and wants[0] and torch.is_grad_enabled():
-        raise RuntimeError(
-            "lora_linear: a second derivative is asked for, and beside a frozen `a` no input is kept; "
-            "expected backend='reference'"
-        )
+        raise no_second_derivative("lora_linear", "backend='reference': beside a frozen `a` no input is kept")
     elif h is not None:
         db = upstream.t() @ h  # h is a constant
     return Gradients(dx, dw, _column_sums(g, bias) if wants[2] and bias is not None else None, da, db)

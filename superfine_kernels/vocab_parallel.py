@@ -29,7 +29,7 @@ from superfine_kernels._class_tiles import (
     spread,
 )
 from superfine_kernels._head import Head
-from superfine_kernels._library import DTYPE_CODES, opmath_dtype, reject
+from superfine_kernels._library import DTYPE_CODES, no_second_derivative, opmath_dtype, reject
 from superfine_kernels._losses import (
     REDUCTIONS,
     ROW_RESULTS,
@@ -208,11 +208,6 @@ def _of_all(part: Tensor, target: Tensor | None, options: Options, group: dist.P
     return row_results(join(parts), target, options)
 
 
-def _refuse_second_derivatives(op: str) -> None:
-    if torch.is_grad_enabled():  # backward(create_graph=True)
-        raise RuntimeError(f"{op}: a second derivative is asked for; expected create_graph=False")
-
-
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, targets, statistics, group):
@@ -226,7 +221,8 @@ class _LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        _refuse_second_derivatives("vocab_parallel_cross_entropy")
+        if torch.is_grad_enabled():
+            raise no_second_derivative("vocab_parallel_cross_entropy", "create_graph=False")
         input, sums, *targets = ctx.saved_tensors
         dlogits = backends.new_gradient(input)
         backends.gradient_to(Rows(input, *targets, *ctx.rest), sums, grad.contiguous(), dlogits, ctx.backend)
@@ -249,7 +245,8 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        _refuse_second_derivatives("vocab_parallel_linear_cross_entropy")
+        if torch.is_grad_enabled():
+            raise no_second_derivative("vocab_parallel_linear_cross_entropy", "create_graph=False")
         input, linear_weight, linear_bias, sums, *rest = ctx.saved_tensors
         whole = Problem(input, linear_weight, linear_bias, *rest, *ctx.rest)
         p, rows = whole.without_ignored()

@@ -8,30 +8,18 @@ from torch import nn
 
 # Widths of 8 and 2 to 4 layers: the smallest with several heads and a first, an inner and a last layer.
 VOCAB = 32
+WIDTHS = {"vocab_size": VOCAB, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
 
 
 def bert(cls="BertForSequenceClassification", layers=4, labels=3):
     config = transformers.BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=8,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-        num_labels=labels,
+        **WIDTHS, num_hidden_layers=layers, max_position_embeddings=16, num_labels=labels
     )
     return getattr(transformers, cls)(config)
 
 
 def roberta():
-    config = transformers.RobertaConfig(
-        vocab_size=VOCAB,
-        hidden_size=8,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=20,
-    )
+    config = transformers.RobertaConfig(**WIDTHS, num_hidden_layers=3, max_position_embeddings=20)
     return transformers.RobertaForSequenceClassification(config)
 
 
@@ -59,11 +47,8 @@ def gpt2(cls="GPT2LMHeadModel", **settings):
 
 def llama(tied=False):
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=8,
-        intermediate_size=16,
+        **WIDTHS,
         num_hidden_layers=3,
-        num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=16,
         tie_word_embeddings=tied,
@@ -71,13 +56,11 @@ def llama(tied=False):
     return transformers.LlamaForCausalLM(config)
 
 
-def _decoder(name, **settings):
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=VOCAB,
-        hidden_size=8,
-        intermediate_size=16,
+def causal(family, **settings):
+    """A causal model of a family that is made like Llama, such as "Qwen3"."""
+    config = getattr(transformers, f"{family}Config")(
+        **WIDTHS,
         num_hidden_layers=3,
-        num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=4,
         max_position_embeddings=16,
@@ -86,31 +69,32 @@ def _decoder(name, **settings):
         eos_token_id=2,
         **settings,
     )
-    return getattr(transformers, f"{name}ForCausalLM")(config)
+    return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
 def qwen():
-    return _decoder("Qwen3")
+    return causal("Qwen3")
 
 
 def mistral():
-    return _decoder("Mistral")
+    return causal("Mistral")
 
 
 def gemma():
-    return _decoder("Gemma")
+    return causal("Gemma")
 
 
-def t5():
+def t5(**settings):
     config = transformers.T5Config(
         vocab_size=VOCAB,
         d_model=8,
         d_kv=4,
         d_ff=16,
         num_layers=3,
-        num_decoder_layers=2,
         num_heads=2,
         decoder_start_token_id=0,
+        num_decoder_layers=2,
+        **settings,
     )
     return transformers.T5ForConditionalGeneration(config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import subprocess
 import sys
@@ -89,6 +90,19 @@ def threads(count: int) -> Iterator[None]:
 def contents(folder: Path) -> list[str]:
     """Names of what a folder holds, sorted."""
     return sorted(path.name for path in folder.iterdir())
+
+
+def saved_and_loaded(state_dict: dict) -> dict:
+    """As a checkpoint that is no pickle gives it back."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def gradient_of(loss: Tensor, leaf: Tensor, **options: Any) -> Tensor:
+    """Of one leaf."""
+    return torch.autograd.grad(loss, leaf, **options)[0]
 
 
 def run_python(code: str, *options: str) -> str:

@@ -7,14 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from superfine._files import atomic_folder, atomic_write
-
-
-def contents(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+from support import contents
 
 
 def test_new_file_appears_with_the_same_suffix_and_nothing_else_stays(tmp_path):

@@ -6,7 +6,7 @@ import small_models
 import superfine
 import torch
 import transformers
-from small_models import TOKENS, VOCAB
+from small_models import TOKENS, VOCAB, causal
 from superfine import fused_modules
 from superfine._activations import saved_bytes
 from superfine._recompute import origin
@@ -17,38 +17,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),  # peft's
 ]
-
-
-def causal(family, **settings):
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=VOCAB,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=4,
-        max_position_embeddings=16,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-        **settings,
-    )
-    return getattr(transformers, f"{family}ForCausalLM")(config)
-
-
-def t5_gated():
-    config = transformers.T5Config(
-        vocab_size=VOCAB,
-        d_model=8,
-        d_kv=4,
-        d_ff=16,
-        num_layers=2,
-        num_heads=2,
-        decoder_start_token_id=0,
-        feed_forward_proj="gated-gelu",
-    )
-    return transformers.T5ForConditionalGeneration(config)
 
 
 def lora(model, **settings):
@@ -104,7 +72,7 @@ FAMILIES = {
     "phi3": lambda: causal("Phi3"),
     "gemma": lambda: causal("Gemma", hidden_activation="gelu_pytorch_tanh"),
     "t5": small_models.t5,
-    "t5 gated": t5_gated,
+    "t5 gated": lambda: small_models.t5(feed_forward_proj="gated-gelu"),
 }
 BECOMES = {
     "bert": {"layer_norm", "layer_norm with residual"},

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import pickle
 
 import pytest
 import torch
 from superfine.optim import LAMB, AdamW
-from support import one_warning, run_python, same_bits
+from support import one_warning, run_python, same_bits, saved_and_loaded
 from test_optim_adamw import SHAPES, assert_close, assert_same_bits, parameters, set_gradients, train
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
-
-
-def saved_and_loaded(state_dict: dict) -> dict:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # --- checkpoints --------------------

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
 from superfine.optim import LAMB
-from support import one_warning, same_bits
+from support import one_warning, same_bits, saved_and_loaded
 from test_optim_adamw import assert_close, assert_same_bits, parameters, set_gradients, train
 from torch import nn
 
@@ -49,13 +48,6 @@ class PlainLAMB(torch.optim.Optimizer):
                 p_norm, update_norm = p.norm().item(), update.norm().item()
                 ratio = p_norm / update_norm if group["adapt"] and p_norm > 0 and update_norm > 0 else 1.0
                 p.sub_(update, alpha=group["lr"] * (min(ratio, 1.0) if group["trust_clip"] else ratio))
-
-
-def saved_and_loaded(state_dict: dict) -> dict:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # --- the same steps --------------------

@@ -19,6 +19,7 @@ from kernel_cases import (
     logits,
 )
 
+from superfine_kernels._library import opmath_dtype
 from superfine_kernels._losses import Options, Rows
 from superfine_kernels.triton.cross_entropy import MAX_BLOCK, cross_entropy_backward, cross_entropy_forward
 
@@ -38,10 +39,6 @@ def _interpreter():
     triton_interpreter.install()
 
 
-def opmath(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def poisoned(like: torch.Tensor) -> torch.Tensor:
     return torch.full(like.shape, float("nan"), dtype=like.dtype)
 
@@ -58,7 +55,7 @@ def test_agrees_with_torch_in_float64(dtype, vocab, label_smoothing, weighted):
     x, t = logits(ROWS, vocab, dtype), labels(ROWS, vocab)
     t[1] = -100
     w = class_weights(vocab, dtype) if weighted else None
-    scale = torch.tensor([0.5, 2.0, -1.0, 0.25], dtype=opmath(dtype))
+    scale = torch.tensor([0.5, 2.0, -1.0, 0.25], dtype=opmath_dtype(dtype))
     expected_losses, expected_lse, expected_gradient = cross_entropy_in_float64(
         x, t, w, label_smoothing, scale
     )
@@ -69,7 +66,7 @@ def test_agrees_with_torch_in_float64(dtype, vocab, label_smoothing, weighted):
     recomputed = cross_entropy_backward(rows, results[1:], scale)
 
     tolerance = LOSS_TOLERANCE[dtype]
-    assert results.dtype == opmath(dtype)
+    assert results.dtype == opmath_dtype(dtype)
     torch.testing.assert_close(losses.double(), expected_losses, rtol=tolerance, atol=tolerance)
     expected_lse[1] = 0
     torch.testing.assert_close(lse.double(), expected_lse, rtol=tolerance, atol=tolerance)

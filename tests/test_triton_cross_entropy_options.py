@@ -17,6 +17,7 @@ from kernel_cases import GRADIENT_TOLERANCE, LOGIT_DTYPES, LOSS_TOLERANCE, class
 from superfine_kernels import _cross_entropy_backends as backends
 from superfine_kernels import cross_entropy, linear_cross_entropy
 from superfine_kernels._class_tiles import join, row_results
+from superfine_kernels._library import opmath_dtype
 from superfine_kernels._losses import Options, Rows
 from superfine_kernels.triton.cross_entropy import (
     MAX_BLOCK,
@@ -41,10 +42,6 @@ def _interpreter():
     triton_interpreter.install()
 
 
-def real(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def case(
     kind: str,
     vocab: int = 300,
@@ -66,7 +63,7 @@ def case(
         probabilities = torch.randn(ROWS, targets, generator=generator, dtype=torch.float64)
         probabilities = probabilities if kind == "slots" else None
     if probabilities is not None:
-        probabilities = probabilities.softmax(1).to(real(dtype))
+        probabilities = probabilities.softmax(1).to(opmath_dtype(dtype))
     return Rows(x, target, probabilities, w, Options(**options))
 
 
@@ -110,7 +107,7 @@ def in_float64(rows: Rows, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
 def assert_agrees(rows: Rows) -> None:
     """Results, and the gradient of forward, in place and not, and of backward."""
     dtype = rows.input.dtype
-    scale = torch.tensor([0.5, 2.0, -1.0, 0.25][: len(rows.input)], dtype=real(dtype))
+    scale = torch.tensor([0.5, 2.0, -1.0, 0.25][: len(rows.input)], dtype=opmath_dtype(dtype))
     *expected, expected_gradient = in_float64(rows, scale)
     dlogits = torch.full(rows.input.shape, float("nan"), dtype=dtype)
     results = cross_entropy_forward(rows, dlogits=dlogits, scale=scale)
@@ -118,7 +115,7 @@ def assert_agrees(rows: Rows) -> None:
     recomputed = cross_entropy_backward(rows, results[1:], scale)
 
     tolerance = LOSS_TOLERANCE[dtype]
-    assert results.dtype == real(dtype)
+    assert results.dtype == opmath_dtype(dtype)
     torch.testing.assert_close(results.double(), torch.stack(expected), rtol=tolerance, atol=tolerance)
     tolerance = GRADIENT_TOLERANCE[dtype]
     for gradient in (dlogits, recomputed):
@@ -320,10 +317,10 @@ def test_softcap_and_its_slope_have_all_digits():
         )
         torch.testing.assert_close(at_classes.double(), capped, rtol=digits, atol=0)
         # Of the gradient, v times the slope is what remains where lse is far above.
-        q = torch.ones(x.shape, dtype=real(dtype))
-        sums = torch.tensor([[1e4], [1.0]], dtype=real(dtype))
+        q = torch.ones(x.shape, dtype=opmath_dtype(dtype))
+        sums = torch.tensor([[1e4], [1.0]], dtype=opmath_dtype(dtype))
         rows = Rows(x.to(dtype), None, q, None, options)
-        slope = -cross_entropy_backward(rows, sums, one.to(real(dtype)))[0].double()
+        slope = -cross_entropy_backward(rows, sums, one.to(opmath_dtype(dtype)))[0].double()
         expected = 1 / torch.cosh(x.to(dtype).double())[0] ** 2
         torch.testing.assert_close(slope, expected, rtol=digits, atol=0)
 

@@ -68,6 +68,7 @@ class MemoryStore:
         return len(self._records)
 
     def get(self, keys: Sequence[bytes]) -> list[Record | None]:
+        """The record of each key, None where there is none."""
         records = self._records
         found = []
         for key in keys:
@@ -78,6 +79,7 @@ class MemoryStore:
         return found
 
     def put(self, items: Sequence[tuple[bytes, Record]]) -> None:
+        """Keep records; of a key that is known the first."""
         for key, record in items:
             if key not in self._records:
                 self._records[key] = record

@@ -50,6 +50,7 @@ class FirstStep:
         self.post_hook: RemovableHandle | None = None
 
     def check_gradients(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Before a step."""
         if self.post_hook is not None:  # left by a step that failed, or a step within a step
             self.post_hook.remove()
         found_inf = getattr(optimizer, "found_inf", None)  # GradScaler's word that this step will be skipped
@@ -73,6 +74,7 @@ class FirstStep:
         self.post_hook = optimizer.register_step_post_hook(self.check_frozen)
 
     def check_frozen(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """After a step that was taken, which ends the check."""
         planned, frozen = self.split()
         if _has_closure(args, kwargs):
             _require_gradients(planned, frozen)
@@ -85,11 +87,13 @@ class FirstStep:
         self.remove()
 
     def remove(self) -> None:
+        """Call the check off."""
         self.pre_hook.remove()
         if self.post_hook is not None:
             self.post_hook.remove()
 
     def split(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """The parameters that are planned, and those that are not, by name."""
         planned: dict[str, nn.Parameter] = {}
         frozen: dict[str, nn.Parameter] = {}
         for name, parameter in self.model.named_parameters():

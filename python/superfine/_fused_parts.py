@@ -81,6 +81,8 @@ def norm_forward(settings: Norm, eps: float | None, input: Tensor, weight: Any, 
 
 
 class FusedNorm(Part):
+    """A norm by `layer_norm` or `rms_norm`."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self
         settings: Norm = getattr(module, SETTINGS)
@@ -117,6 +119,8 @@ class ResidualNorm(NamedTuple):
 
 
 class FusedResidualNorm(Part):
+    """Sum and norm in one op."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self
         norm = module.LayerNorm
@@ -146,6 +150,8 @@ class Activation(NamedTuple):
 
 
 class FusedActivation(Part):
+    """GELU by `gelu`."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         input = (*args, *kwargs.values())[0]
         if len(args) + len(kwargs) != 1 or not isinstance(input, Tensor) or not input.is_floating_point():
@@ -228,6 +234,8 @@ def _dropped(dropout: nn.Module, hidden: Tensor) -> Tensor:
 
 
 class FusedMlp(Part):
+    """An MLP by `mlp_forward`."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mlp: Mlp = getattr(self, SETTINGS)
         if len(args) + len(kwargs) != 1 or _hooked(self._modules[mlp.act]):
@@ -265,6 +273,8 @@ def why_no_lora_node(module: Any) -> str | None:
 
 
 class FusedLoraLinear(Part):
+    """PEFT's layer by `lora_linear`."""
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or why_no_lora_node(self) is not None or not self._takes(x):
             return super().forward(x, *args, **kwargs)

@@ -71,11 +71,13 @@ class MetricsLog:
         os.truncate(path, valid_bytes)
 
     def append(self, event: dict[str, Any]) -> None:
+        """Write one line."""
         line = json.dumps(event, allow_nan=False) + "\n"
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
+        """The events of a kind, in order."""
         lines = self.path.read_text(encoding="utf-8").splitlines()
         return [event for event in map(json.loads, lines) if event["event"] == kind]
 
@@ -98,7 +100,10 @@ def trained_tensors(plan: Plan) -> dict[str, Tensor]:
 
 
 def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy what ``trained_tensors`` returned back into the model."""
+    """Copy what ``trained_tensors`` returned back into the model.
+
+    Raises ``ValueError`` for a tensor that the model does not have.
+    """
     unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
     if unexpected:
         raise ValueError(f"resume: the checkpoint holds {unexpected[0]!r}; expected tensors of this model")
@@ -151,7 +156,7 @@ def save_best(folder: Path, plan: Plan) -> None:
 
 
 def load_best(folder: Path, plan: Plan) -> None:
-    """Put the best trained tensors back into the model."""
+    """Put the best trained tensors back into the model. Raises ``ValueError`` where they cannot be read."""
     path = folder / "best.safetensors"
     try:
         load_trained(plan.model, load_file(path))

@@ -53,7 +53,9 @@ def tune(
     text: Text = None,
     label: Label = None,
     model: Annotated[str | None, typer.Option(help="Hugging Face model folder or hub name.")] = None,
-    select: Annotated[list[str] | None, typer.Option(help="What trains: last:2, head, norms, ...")] = None,
+    select: Annotated[
+        list[str] | None, typer.Option(help="What trains: last:2, head, norms, ...; once for each.")
+    ] = None,
     output: Annotated[str | None, typer.Option(help="Run directory.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw, adam, lamb or sgd.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate after warm-up.")] = None,

@@ -376,7 +376,10 @@ def load_config(
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """``"train.epochs=3"`` -> ``("train.epochs", 3)``: a TOML value, or a string where it is none."""
+    """``"train.epochs=3"`` -> ``("train.epochs", 3)``: a TOML value, or a string where it is none.
+
+    Raises ``ValueError`` where no key is named.
+    """
     key, equals, value = text.partition("=")
     if not equals or "." not in key:
         raise ValueError(f"config: override is {text!r}; expected section.key=value")

@@ -286,7 +286,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[DeltaInfo, dict[str, Tensor]]:
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
-        raise ValueError(f"load_delta: path is {path}, truncated or no safetensors file ({error})") from error
+        raise ValueError(
+            f"load_delta: path is {path}, truncated or no safetensors file ({error}); expected a delta"
+        ) from error
     if metadata.get("content_hash") != _content_hash(metadata, tensors):
         raise ValueError(
             f"load_delta: path is {path}, whose content hash differs; expected an undamaged delta"

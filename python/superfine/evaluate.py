@@ -133,7 +133,7 @@ def load_run(run: Path, base: str | None = None) -> tuple[nn.Module, Task, str]:
 
 
 def delta_of_run(run: Path) -> Path:
-    """The delta file of a finished run."""
+    """The delta file of a finished run. Raises ``FileNotFoundError`` where there is none."""
     delta = run / "delta.safetensors"
     if not delta.is_file():
         hint = "expected a run directory"
@@ -144,18 +144,23 @@ def delta_of_run(run: Path) -> Path:
 
 
 def delta_notes(delta: Path) -> dict[str, str]:
-    """The metadata of a delta file, without reading its tensors."""
+    """The metadata of a delta file, without reading its tensors.
+
+    Raises ``FileNotFoundError``, or ``ValueError`` for a file of another kind.
+    """
     if not delta.is_file():
         raise FileNotFoundError(f"{delta} is not a file; expected a delta file or a run directory")
     try:
         with safe_open(delta, framework="pt") as file:
             return file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{delta} is truncated or no safetensors file ({error})") from error
+        raise ValueError(
+            f"{delta} is truncated or no safetensors file ({error}); expected a delta file"
+        ) from error
 
 
 def task_of_delta(delta: Path) -> Task:
-    """The task that ``superfine tune`` noted in a delta file."""
+    """The task that ``superfine tune`` noted in a delta file. Raises ``ValueError`` where it names none."""
     notes = delta_notes(delta)
     if "task" not in notes:
         raise ValueError(f"{delta} names no task; expected a delta written by superfine tune")

@@ -118,7 +118,7 @@ def load_fisher(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(
-            f"load_fisher: path is {path}, truncated or no safetensors file ({error})"
+            f"load_fisher: path is {path}, truncated or no safetensors file ({error}); expected one by save_fisher"
         ) from error
 
 

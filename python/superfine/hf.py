@@ -63,7 +63,10 @@ def local_folder(name: str) -> Path:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model. Without a padding token (GPT-like) it pads with the end-of-text token."""
+    """The tokenizer of a model. Without a padding token (GPT-like) it pads with the end-of-text token.
+
+    Raises ``ValueError`` where it has neither, or cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     with quiet(), _readable("tokenizer", name):

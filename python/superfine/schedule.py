@@ -18,7 +18,8 @@ def lr_scale(step: int, total: int, *, kind: str = "linear", warmup: int = 0) ->
 
     It rises linearly over ``warmup`` steps, from 1/warmup so that the first step already moves something, and
     then stays at 1 (``constant``) or falls towards 0 along a line (``linear``) or half a cosine
-    (``cosine``); zero itself would be reached at ``total``, one past the last step.
+    (``cosine``); zero itself would be reached at ``total``, one past the last step. Raises ``ValueError`` for a step
+    outside of these and for another ``kind``.
     """
     if not 0 <= step < total:
         raise ValueError(f"lr_scale: step is {step}; expected 0 <= step < {total}")

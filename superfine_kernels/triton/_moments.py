@@ -10,12 +10,11 @@ which it counts up, and the hyperparameters follow the scalars of each tensor's 
 from __future__ import annotations
 
 import array
-import contextlib
 import functools
 import itertools
 import struct
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from superfine_kernels._library import describe, opmath_dtype, reject
 from superfine_kernels._moments import LISTS, OPTIONAL
 from superfine_kernels._storage import scales_shape
+from superfine_kernels.triton import on
 from superfine_kernels.triton._storage import QUANT_BLOCK
 
 TRITON_DTYPES = {
@@ -53,6 +53,10 @@ COLUMNS = tl.constexpr(11)
 
 #: Hyperparameters that may be tensors on the device.
 TENSOR_HYPERPARAMETERS = ("lr", "beta1", "beta2", "gradient_scale")
+#: All of them, in the order in which the launch that counts steps takes them.
+HYPERPARAMETERS = (*TENSOR_HYPERPARAMETERS, "eps", "weight_decay")
+# A kernel for each of their values would be the same but for its time to compile.
+UNSPECIALIZED = ["count", "seed", *HYPERPARAMETERS]
 
 #: Tensors per program of the launch that counts steps.
 COUNTED = 128
@@ -168,18 +172,11 @@ def as_bits(scalar):
 
 @triton.jit
 def number(x):
-    """What `argument` made a hyperparameter into, in double."""
+    """What `arguments` made a hyperparameter into, in double."""
     return tl.load(x).to(tl.float64) if x.dtype.is_ptr() else x.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 # --- on the host ------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def on(device: torch.device) -> Iterator[None]:
-    """Triton launches on the current device; the interpreter on none."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        yield
 
 
 @dataclass(frozen=True)
@@ -199,12 +196,10 @@ class Launch:
     constants: dict[str, Any]
 
 
-def argument(x: float | Tensor) -> int | Tensor:
-    """A hyperparameter for a kernel: a tensor, or the bits of a double; a float argument would become a float32."""
-    if isinstance(x, Tensor):
-        return x
-    bits: int = struct.unpack("<q", struct.pack("<d", x))[0]
-    return bits
+def arguments(hyper: Mapping[str, Any]) -> list[int | Tensor]:
+    """HYPERPARAMETERS for a kernel: tensors, or the bits of doubles; a float argument would become a float32."""
+    values = [hyper[name] for name in HYPERPARAMETERS]
+    return [x if isinstance(x, Tensor) else struct.unpack("<q", struct.pack("<d", x))[0] for x in values]
 
 
 def prepare(

@@ -14,8 +14,6 @@ Traffic: every input is read once and every result written once. Rows may lie ap
 # ruff: noqa: N803 (constexpr values are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from superfine_kernels._library import opmath_dtype
 from superfine_kernels.activation import CODES, Layout
+from superfine_kernels.triton import on
 
 #: Elements of a program: 8 a thread, two 16-byte loads in float32 and one in bfloat16; half as many in float64, whose
 #: error function would spill registers.
@@ -95,7 +94,7 @@ def activation(function: str, layout: Layout, out: Tensor | None, dup: Tensor | 
     wide = opmath_dtype(gate.dtype) == torch.float64
     block = BLOCK // 2 if wide else BLOCK
     blocks = triton.cdiv(layout.columns, block)
-    with torch.cuda.device(gate.device) if gate.device.type == "cuda" else contextlib.nullcontext():
+    with on(gate.device):
         _activation[(layout.rows * blocks,)](
             gate, up, grad, out, dup, layout.columns, blocks, *layout.strides,
             FUNCTION=CODES[function], OPMATH=tl.float64 if wide else tl.float32, BLOCK=block, num_warps=WARPS,

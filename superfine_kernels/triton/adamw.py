@@ -29,18 +29,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from superfine_kernels.triton import on
 from superfine_kernels.triton._moments import (
     COLUMNS,
     COUNTED,
     FIRST_CHUNK,
     NUMEL,
-    argument,
+    UNSPECIALIZED,
+    arguments,
     as_bits,
     chunk_of,
     count_step,
     find_tensor,
     number,
-    on,
     power,
     prepare,
     zero_chunk,
@@ -72,9 +73,7 @@ KEY = tl.constexpr(10)
 SCALARS = tl.constexpr(11)
 
 
-@triton.jit(
-    do_not_specialize=["count", "seed", "lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay"]
-)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _adamw_scalars(
     table, scalars, count, seed: tl.int64,
     lr, beta1, beta2, gradient_scale, eps: tl.int64, weight_decay: tl.int64,
@@ -230,14 +229,13 @@ def adamw_(
         zero_grads=zero_grads,
         stochastic_rounding=stochastic_rounding,
     )
-    names = ("lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay")
     coupled = not hyper["decoupled"] and hyper["weight_decay"] != 0
     for launch in launches:
         table, count = launch.table, len(launch.table)
         scalars = torch.empty(count, SCALARS.value, dtype=launch.opmath, device=table.device)
         with on(table.device):
             _adamw_scalars[(triton.cdiv(count, COUNTED),)](
-                table, scalars, count, seed, *(argument(hyper[name]) for name in names),
+                table, scalars, count, seed, *arguments(hyper),
                 DECOUPLED=hyper["decoupled"], COUNTED=COUNTED, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             if launch.chunks > 0:

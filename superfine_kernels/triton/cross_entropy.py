@@ -14,7 +14,6 @@ say.
 # ruff: noqa: N803, N806 (constexpr values are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from superfine_kernels._library import opmath_dtype, reject
 from superfine_kernels._losses import PART_RESULTS, PART_STATISTICS, ROW_RESULTS, ROW_STATISTICS, Rows
+from superfine_kernels.triton import on
 from superfine_kernels.triton._losses import (
     Row,
     check_gradient,
@@ -398,7 +398,7 @@ def _launch(
     slot_gradients = None
     if kind == "slots" and dlogits is not None:
         slot_gradients = torch.empty(count * targets, dtype=sums.dtype, device=input.device)
-    with torch.cuda.device(input.device) if input.is_cuda else contextlib.nullcontext():
+    with on(input.device):
         kernel[(count,)](
             input, target, probabilities, rows.weight, vocab, targets, rows.first_class, rows.classes or vocab,
             input.stride(0), 0 if target is None else target.stride(0),

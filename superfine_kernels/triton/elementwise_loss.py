@@ -15,8 +15,6 @@ torch adds these up, in float64.
 # ruff: noqa: N803 (constexpr values are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from superfine_kernels._elements import Elements, Pattern
 from superfine_kernels._library import opmath_dtype
+from superfine_kernels.triton import on
 
 #: Elements of a program: 8 a thread, two 16-byte loads in float32 and one in bfloat16.
 BLOCK = 1024
@@ -130,7 +129,7 @@ def elementwise_loss(
     programs = triton.cdiv(count, BLOCK)
     sums = input.new_empty(programs, dtype=dtype) if total else None
     weight, pos_weight = elements.weight, elements.pos_weight
-    with _on(input.device):
+    with on(input.device):
         _elementwise_loss[(programs,)](
             input, elements.target, weight.values, pos_weight.values, losses, sums, gradient, scale,
             count, _length(weight), weight.repeat, _length(pos_weight), pos_weight.repeat,
@@ -145,8 +144,3 @@ def elementwise_loss(
 
 def _length(pattern: Pattern) -> int:
     return 1 if pattern.values is None else pattern.values.numel()
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device; the interpreter on none."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

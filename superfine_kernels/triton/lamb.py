@@ -27,18 +27,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from superfine_kernels.triton import on
 from superfine_kernels.triton._moments import (
     COLUMNS,
     COUNTED,
     FIRST_CHUNK,
     NUMEL,
-    argument,
+    UNSPECIALIZED,
+    arguments,
     as_bits,
     chunk_of,
     count_step,
     find_tensor,
     number,
-    on,
     power,
     prepare,
     zero_chunk,
@@ -75,9 +76,7 @@ KEY = tl.constexpr(13)
 SCALARS = tl.constexpr(14)
 
 
-@triton.jit(
-    do_not_specialize=["count", "seed", "lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay"]
-)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _lamb_scalars(
     table, scalars, count, seed: tl.int64,
     lr, beta1, beta2, gradient_scale, eps: tl.int64, weight_decay: tl.int64,
@@ -365,7 +364,6 @@ def lamb_(
         zero_grads=zero_grads,
         stochastic_rounding=stochastic_rounding,
     )
-    names = ("lr", "beta1", "beta2", "gradient_scale", "eps", "weight_decay")
     for launch in launches:
         table, count, device = launch.table, len(launch.table), launch.table.device
         scalars = torch.empty(count, SCALARS.value, dtype=torch.float64, device=device)
@@ -373,7 +371,7 @@ def lamb_(
         step_sizes = torch.empty(count, dtype=torch.float64, device=device)
         with on(device):
             _lamb_scalars[(triton.cdiv(count, COUNTED),)](
-                table, scalars, count, seed, *(argument(hyper[name]) for name in names),
+                table, scalars, count, seed, *arguments(hyper),
                 BIAS_CORRECTION=hyper["bias_correction"], GRAD_AVERAGING=hyper["grad_averaging"],
                 ADAPT=hyper["adapt"], TRUST_CLIP=hyper["trust_clip"], COUNTED=COUNTED,
                 num_warps=WARPS, enable_fp_fusion=False,

@@ -15,14 +15,13 @@ they found.
 # ruff: noqa: N803 (constexpr values are written in capitals, as in Triton's own code)
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from superfine_kernels._library import opmath_dtype
+from superfine_kernels.triton import on
 from superfine_kernels.triton._losses import option, real
 
 #: Elements of a program with short rows: 16 a thread.
@@ -145,7 +144,7 @@ def layer_norm(
     rows = input.numel() // size
     tile, block, warps = _tile(size)
     mean, rstd = _rows_of(rms, statistics)
-    with _on(input.device):
+    with on(input.device):
         _forward[(triton.cdiv(rows, tile),)](
             input, residual, weight, bias, sums, output, mean, rstd, rows, size,
             option(eps, input), option(weight_offset, input),
@@ -183,7 +182,7 @@ def layer_norm_gradient(
         for out in (dweight, dbias)
     ]
     mean, rstd = _rows_of(rms, statistics)
-    with _on(grad.device):
+    with on(grad.device):
         _gradient[(programs,)](
             grad, grad_sum, input, weight, mean, rstd, dinput, *partial, rows, size,
             option(weight_offset, like), steps,
@@ -202,8 +201,3 @@ def _rows_of(rms: bool, statistics: Tensor | None) -> tuple[Tensor | None, Tenso
 
 def _opmath(tensor: Tensor) -> tl.dtype:
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device; the interpreter on none."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

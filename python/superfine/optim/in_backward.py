@@ -229,7 +229,8 @@ class InBackward:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            "in_backward: a release cannot be copied or pickled; copy model and optimizer, and make another"
+            "in_backward: a release cannot be copied or pickled; expected copies of model and optimizer, and another "
+            "release of these"
         )
 
     # --- one backward ----------------------------------------------------------------------------------
