@@ -103,9 +103,8 @@ SF_HD void store(f16* out, float x) {
   out->bits = static_cast<std::uint16_t>(h | ((u >> 16) & 0x8000u));
 }
 
-template <class T>
-SF_HD void store_number(T* out, Opmath<T> x) {
-  store(out, x);
-}
+SF_HD void store_number(f16* out, float x) { store(out, x); }
+SF_HD void store_number(float* out, float x) { store(out, x); }
+SF_HD void store_number(double* out, double x) { store(out, x); }
 
 }  // namespace superfine

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "core/parallel_for.h"
@@ -353,7 +354,7 @@ class Rows {
         for (std::int64_t j = 0; j < count; ++j) p[j] = probability(j);
         finish_gradient(i, begin, count, scale, p);
         for (std::int64_t j = 0; j < count; ++j) store(&to[j], p[j]);
-      } else if (numbers) {
+      } else if (std::is_same_v<E, bf16> && numbers) {
         for (std::int64_t j = 0; j < count; ++j) store_number(&to[j], probability(j));
       } else {
         for (std::int64_t j = 0; j < count; ++j) store(&to[j], probability(j));
