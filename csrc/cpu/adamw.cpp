@@ -73,35 +73,33 @@ void update_quantized(const AdamWTensor& t, const Param param, std::int64_t begi
   auto* const exp_avg_sq = static_cast<std::uint8_t*>(t.exp_avg_sq);
   alignas(64) float m[kQuantBlock], v[kQuantBlock];
   alignas(64) std::int32_t m_codes[kQuantBlock], v_codes[kQuantBlock];
-  for (std::int64_t strip = begin; strip < end; strip += kStage) {
-    param.prefetch_next_page(strip);
-    prefetch_next_page(grad + strip);
-    prefetch_next_page(exp_avg + strip);
-    prefetch_next_page(exp_avg_sq + strip);
-    for_each_block(t.scales, strip, std::min(kStage, end - strip), [&](std::int64_t i, std::int32_t n, float* scale) {
-      const Param block = param.from(strip + i);
-      auto* __restrict g = grad + strip + i;
-      std::uint8_t *const m_bytes = exp_avg + strip + i, *const v_bytes = exp_avg_sq + strip + i;
-      widen(m_bytes, n, m_codes);
-      widen(v_bytes, n, v_codes);
-      const float m_scale = scale[0], v_scale = scale[blocks];
-      std::uint32_t m_largest = 0, v_largest = 0;
+  for_each_block(t.scales, begin, end - begin, [&](std::int64_t i, std::int32_t n, float* scale) {
+    const Param block = param.from(begin + i);
+    auto* __restrict g = grad + begin + i;
+    std::uint8_t *const m_bytes = exp_avg + begin + i, *const v_bytes = exp_avg_sq + begin + i;
+    widen(m_bytes, n, m_codes);
+    widen(v_bytes, n, v_codes);
+    block.prefetch(kStage, n);
+    prefetch_elements(g + kStage, n);
+    prefetch_elements(m_bytes + kStage, n);
+    prefetch_elements(v_bytes + kStage, n);
+    const float m_scale = scale[0], v_scale = scale[blocks];
+    std::uint32_t m_largest = 0, v_largest = 0;
 #pragma omp simd reduction(max : m_largest, v_largest)
-      for (std::int32_t k = 0; k < n; ++k) {
-        float p = adamw_decay(s, block.get(k)), unused = 0;
-        float mk = dequantize_first(m_codes[k], m_scale), vk = dequantize_second(v_codes[k], v_scale);
-        adamw_update<false>(s, p, float(load(g[k])), mk, vk, unused);
-        block.set(k, p);
-        m[k] = mk;
-        v[k] = vk;
-        m_largest = std::max(m_largest, magnitude_bits(mk));
-        v_largest = std::max(v_largest, magnitude_bits(vk));
-      }
-      scale[0] = quantize_first_moments(m, n, m_largest, m_bytes);
-      scale[blocks] = quantize_second_moments(v, n, v_largest, v_bytes, random_key_at(t.random_key, strip + i));
-      if (t.zero_grad) zero(g, 0, n);
-    });
-  }
+    for (std::int32_t k = 0; k < n; ++k) {
+      float p = adamw_decay(s, block.get(k)), unused = 0;
+      float mk = dequantize_first(m_codes[k], m_scale), vk = dequantize_second(v_codes[k], v_scale);
+      adamw_update<false>(s, p, float(load(g[k])), mk, vk, unused);
+      block.set(k, p);
+      m[k] = mk;
+      v[k] = vk;
+      m_largest = std::max(m_largest, magnitude_bits(mk));
+      v_largest = std::max(v_largest, magnitude_bits(vk));
+    }
+    scale[0] = quantize_first_moments(m, n, m_largest, m_bytes);
+    scale[blocks] = quantize_second_moments(v, n, v_largest, v_bytes, random_key_at(t.random_key, begin + i));
+    if (t.zero_grad) zero(g, 0, n);
+  });
 }
 
 void update_quantized(const AdamWTensor& t, std::int64_t begin, std::int64_t end) {

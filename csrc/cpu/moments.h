@@ -20,6 +20,14 @@ inline void prefetch_next_page(const void* x) {
 // Elements between two calls of it: a page of the widest type that should be fast.
 constexpr std::int64_t kPageElements = 1024;
 
+// Asks for the lines of `count` elements. Between them a step in 8 bits computes for so long that the processor's own
+// prefetcher falls behind: it takes a sixth less with this.
+template <class E>
+void prefetch_elements(const E* x, std::int64_t count) {
+  constexpr std::int64_t kLine = 64 / sizeof(E);
+  for (std::int64_t i = 0; i < count; i += kLine) __builtin_prefetch(x + i);
+}
+
 // A parameter as it is stored: `Math get(i)`, `set(i, Math)`.
 template <class E>
 struct Whole {
@@ -30,6 +38,7 @@ struct Whole {
   Math get(std::int64_t i) const { return load(p[i]); }
   void set(std::int64_t i, Math x) const { store(&p[i], x); }
   void prefetch_next_page(std::int64_t i) const { superfine::prefetch_next_page(p + i); }
+  void prefetch(std::int64_t i, std::int64_t count) const { prefetch_elements(p + i, count); }
   Whole from(std::int64_t i) const { return Whole(p + i); }
 
   E* p;
@@ -49,6 +58,10 @@ struct Split {
   void prefetch_next_page(std::int64_t i) const {
     superfine::prefetch_next_page(high + i);
     superfine::prefetch_next_page(low + i);
+  }
+  void prefetch(std::int64_t i, std::int64_t count) const {
+    prefetch_elements(high + i, count);
+    prefetch_elements(low + i, count);
   }
   Split from(std::int64_t i) const { return Split(high + i, low + i); }
 
