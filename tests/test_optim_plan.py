@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -223,6 +224,17 @@ def test_gradients_that_another_thread_drops_live_until_a_long_step_ends():
     stop.set()
     thread.join()
     assert torch.isfinite(param).all()
+
+
+def test_a_long_step_lets_go_of_the_gradients_it_holds():
+    param = nn.Parameter(torch.zeros(1 << 20))
+    optimizer = AdamW([param])
+    for _ in range(3):  # the first of them learns the plan
+        param.sum().backward()
+        optimizer.step()
+        grad = weakref.ref(param.grad)
+        param.grad = None
+        assert grad() is None
 
 
 def test_six_dimensions_have_no_room_in_a_record_and_are_read_in_full():
