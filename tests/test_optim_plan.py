@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 
 import pytest
@@ -209,19 +210,26 @@ def test_versions_count_what_a_step_writes(zero_grads):
 def test_gradients_that_another_thread_drops_live_until_a_long_step_ends():
     param = nn.Parameter(torch.zeros(3 << 20))
     optimizer = AdamW([param], lr=1.0, weight_decay=0.0)
-    stop = threading.Event()
+    turn = threading.Semaphore(0)
+    rounds, dropped = 5, []
 
     def drop() -> None:
-        while not stop.is_set():
+        for _ in range(rounds):
+            turn.acquire()
+            # By then the kernel runs. Earlier, torch itself may crash, which lets other threads run while it destroys
+            # the Python object of a gradient.
+            time.sleep(1e-3)
             param.grad = None
-            torch.full_like(param, torch.nan)  # where the gradient was, if its memory is free
+            dropped.append(torch.full_like(param, torch.nan))  # where the gradient was, if its memory is free
 
     thread = threading.Thread(target=drop)
     thread.start()
-    for _ in range(20):
+    for done in range(1, rounds + 1):
         param.grad = torch.ones_like(param)
+        turn.release()
         optimizer.step()
-    stop.set()
+        while len(dropped) < done:
+            time.sleep(1e-4)
     thread.join()
     assert torch.isfinite(param).all()
 
