@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+import weakref
 
 import pytest
 import torch
@@ -206,23 +208,41 @@ def test_versions_count_what_a_step_writes(zero_grads):
 
 
 def test_gradients_that_another_thread_drops_live_until_a_long_step_ends():
-    param = nn.Parameter(torch.zeros(3 << 20))
+    param = nn.Parameter(torch.zeros(8 << 20))
     optimizer = AdamW([param], lr=1.0, weight_decay=0.0)
-    stop = threading.Event()
+    turn = threading.Semaphore(0)
+    rounds, dropped = 5, []
 
     def drop() -> None:
-        while not stop.is_set():
+        for _ in range(rounds):
+            turn.acquire()
+            # By then the kernel runs. Earlier, torch itself may crash, which lets other threads run while it destroys
+            # the Python object of a gradient.
+            time.sleep(5e-4)
             param.grad = None
-            torch.full_like(param, torch.nan)  # where the gradient was, if its memory is free
+            dropped.append(torch.full_like(param, torch.nan))  # where the gradient was, if its memory is free
 
     thread = threading.Thread(target=drop)
     thread.start()
-    for _ in range(20):
+    for done in range(1, rounds + 1):
         param.grad = torch.ones_like(param)
+        turn.release()
         optimizer.step()
-    stop.set()
+        while len(dropped) < done:
+            time.sleep(1e-4)
     thread.join()
     assert torch.isfinite(param).all()
+
+
+def test_a_long_step_lets_go_of_the_gradients_it_holds():
+    param = nn.Parameter(torch.zeros(1 << 20))
+    optimizer = AdamW([param])
+    for _ in range(3):  # the first of them learns the plan
+        param.sum().backward()
+        optimizer.step()
+        grad = weakref.ref(param.grad)
+        param.grad = None
+        assert grad() is None
 
 
 def test_six_dimensions_have_no_room_in_a_record_and_are_read_in_full():

@@ -54,6 +54,8 @@ Rest step_groups(const TensorReader& reader, const py::list& groups, const py::d
   MomentGroups read(reader, groups, state);
   auto arguments = read.read(Kernel::kName, TensorView::Device::cpu, plan, threads);
   if (!arguments) return std::nullopt;
+  const bool unlocks = is_long(*arguments);
+  if (unlocks) read.hold_grads();
   std::vector<decltype(Kernel::options(py::dict()))> rules;
   rules.reserve(groups.size());
   for (const py::handle group : groups)
@@ -62,10 +64,7 @@ Rest step_groups(const TensorReader& reader, const py::list& groups, const py::d
       *arguments, [&](std::size_t group, double count) { return scalars(rules[group], count); });
   read.increment_versions();
   std::optional<py::gil_scoped_release> release;
-  if (is_long(*arguments)) {
-    read.hold_grads();
-    release.emplace();
-  }
+  if (unlocks) release.emplace();
   (kernels_for(isa).*Kernel::kKernel)(tensors.data(), static_cast<std::int64_t>(tensors.size()), threads);
   release.reset();
   return read.at(arguments->rest);

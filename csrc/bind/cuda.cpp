@@ -102,8 +102,9 @@ constexpr Kernel kAdamW{"adamw_", [](const py::dict& hyper) { return cuda::Group
 constexpr Kernel kLamb{"lamb_", [](const py::dict& hyper) { return cuda::GroupOptions::of(lamb_options(hyper)); },
                        &cuda::lamb_workspace_bytes, &cuda::lamb};
 
-// Steps what `arguments` hold, all groups at once; increment_versions() says in torch's way what is written. Keeps the
-// interpreter's lock, so that no other thread lets go of a gradient before the kernels wait in the stream.
+// Steps what `arguments` hold, all groups at once; increment_versions() says in torch's way what is written. Gives up
+// the interpreter's lock: allocate() is Python, and a launch waits where a stream is full, perhaps of kernels that wait
+// for those of another thread.
 void step(const Kernel& kernel, const MomentArguments& arguments, const std::vector<cuda::GroupOptions>& options,
           const std::function<void()>& increment_versions, const py::function& allocate, std::uintptr_t stream) {
   if (arguments.tensors.empty()) return;
@@ -115,6 +116,7 @@ void step(const Kernel& kernel, const MomentArguments& arguments, const std::vec
                         arguments.steps.data(), groups.data(), options.data()};
   void* const workspace = pointer(allocate(kernel.workspace_bytes(step)).cast<std::uintptr_t>());
   increment_versions();
+  const py::gil_scoped_release release;
   kernel.run(step, workspace, as_stream(stream));
 }
 
@@ -139,6 +141,7 @@ std::optional<std::vector<std::pair<std::size_t, py::object>>> step_groups(
   MomentGroups read(reader, groups, state);
   const auto arguments = read.read(kernel.name, TensorView::Device::cuda, plan, 1);
   if (!arguments) return std::nullopt;
+  read.hold_grads();  // until the kernels wait in the stream
   std::vector<cuda::GroupOptions> rules(groups.size());
   std::optional<std::size_t> last;  // a group without a gradient may have hyperparameters on another device
   for (std::size_t i = 0; i < read.size(); ++i) {

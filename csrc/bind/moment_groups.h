@@ -132,10 +132,11 @@ class MomentGroups {
     reader_.increment_other_versions(others);
   }
 
-  // Keeps the gradients where another thread, given the interpreter's lock, may set `.grad` to None.
+  // Keeps the gradients that were read where another thread, given the interpreter's lock, may set `.grad` to None.
   void hold_grads() {
+    shared_.reserve(objects_.size());
     for (const MomentObjects& each : objects_) {
-      if (each[kGrad] == nullptr) held_.push_back(reader_.grad(each[kParam]));
+      if (each[kGrad] == nullptr) shared_.push_back(reader_.share_grad(each.records[kParam]));
     }
   }
 
@@ -203,6 +204,7 @@ class MomentGroups {
   std::vector<MomentObjects> objects_;
   std::size_t located_ = 0;
   std::vector<py::object> held_;  // gradients
+  std::vector<TorchShim::Shared> shared_;
 };
 
 }  // namespace superfine

@@ -148,6 +148,8 @@ class TensorReader {
   }
   // The same of a tensor's gradient; null where it has none.
   TorchRecord::Record grad(TorchRecord::Record tensor) const { return record_->grad(tensor); }
+  // Keeps a gradient that has a record where its tensor is given another one.
+  TorchShim::Shared share_grad(TorchRecord::Record tensor) const { return shim_->share(record_->grad_place(tensor)); }
 
   // Only hints, for what will be read soon: the Python object, torch's record behind it, and what that points at.
   static void prefetch_object(PyObject* object) { __builtin_prefetch(object); }

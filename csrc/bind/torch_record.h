@@ -43,10 +43,14 @@ class TorchRecord {
 
   // Of a tensor's gradient; null where it has none. Costs a Python object less than `tensor.grad`.
   Record grad(Record tensor) const {
+    const Record* const place = grad_place(tensor);
+    return place == nullptr || *place == undefined_ ? nullptr : *place;
+  }
+
+  // Where the at::Tensor of the gradient is, which consists of its record's address; null where autograd keeps nothing.
+  const Record* grad_place(Record tensor) const {
     const auto* const autograd = reinterpret_cast<const Record*>(tensor[autograd_word_]);
-    if (autograd == nullptr) return nullptr;
-    const Record grad = autograd[grad_word_];
-    return grad == undefined_ ? nullptr : grad;
+    return autograd == nullptr ? nullptr : autograd + grad_word_;
   }
 
   // Nothing for more dimensions than a record has room for: their sizes lie elsewhere.

@@ -12,6 +12,8 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <optional>
 
 #ifdef __unix__
@@ -61,6 +63,14 @@ class TorchShim {
     return dtype_(handle, &t.dtype) == 0 && dim_(handle, &t.ndim) == 0 && sizes_(handle, &t.shape) == 0 &&
            strides_(handle, &t.strides) == 0 && data_(handle, &t.data) == 0 &&
            storage_size_(handle, &t.storage_bytes) == 0;
+  }
+
+  // Another reference to the at::Tensor at this address. Costs a Python object less than one that Python holds.
+  using Shared = std::unique_ptr<void, std::int32_t (*)(void*)>;
+  Shared share(const void* tensor) const {
+    void* made = nullptr;
+    if (share_(const_cast<void*>(tensor), &made) != 0) throw std::bad_alloc();
+    return {made, delete_};
   }
 
   int impl_word() const { return word_; }
@@ -127,6 +137,8 @@ class TorchShim {
     get("aoti_torch_get_layout", layout_);
     get("aoti_torch_get_device_type", device_type_);
     get("aoti_torch_get_device_index", device_index_);
+    get("aoti_torch_new_tensor_handle", share_);
+    get("aoti_torch_delete_tensor_object", delete_);
     code("aoti_torch_layout_strided", strided_);
     code("aoti_torch_device_type_cpu", cpu_);
     code("aoti_torch_device_type_cuda", cuda_);
@@ -148,6 +160,8 @@ class TorchShim {
   Get<void*> data_ = nullptr;
   Get<std::int64_t*> sizes_ = nullptr, strides_ = nullptr;
   Get<std::int64_t> dim_ = nullptr, storage_size_ = nullptr;
+  Get<void*> share_ = nullptr;
+  std::int32_t (*delete_)(void*) = nullptr;
   Get<std::int32_t> dtype_ = nullptr, layout_ = nullptr, device_type_ = nullptr, device_index_ = nullptr;
   std::int32_t strided_ = 0, cpu_ = 0, cuda_ = 0;
 };
