@@ -6,7 +6,9 @@ No GPU is needed. What these tests cannot show is that the machine code computes
 from __future__ import annotations
 
 import ast
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,15 +24,24 @@ pytestmark = [
     pytest.mark.skipif(
         triton_interpreter.ACTIVE, reason="compiles in another process, the same with it or without"
     ),
-    pytest.mark.slow,  # a minute for each generation, until Triton's cache has it
+    pytest.mark.slow,  # two minutes for each generation, until Triton's cache has it
 ]
 
 SOURCES = Path(superfine_kernels.triton.__file__).parent
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "sm_120"])
-def kernels(request):
-    return compile_triton(request.param)
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+
+
+@pytest.fixture(scope="module")
+def compiling():
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # each in a process of its own
+        yield {arch: pool.submit(compile_triton, arch) for arch in ARCHITECTURES}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def kernels(request, compiling):
+    return compiling[request.param].result()
 
 
 def of_op(kernels, op, **constants):
