@@ -165,7 +165,7 @@ class MomentReader {
     result.tensors.resize(n);
     result.steps.resize(n);
     result.options.resize(n);
-    std::vector<char> is_new(n);
+    std::vector<char> is_new(n);  // to the plan, or to be read with the lock
     std::atomic<std::uint64_t> sum{0};
     parallel_for(n, kGrain, threads, [&](Ranges& ranges) {
       std::int64_t begin, end;
@@ -174,7 +174,8 @@ class MomentReader {
         for (std::int64_t i = begin; i < end; ++i) {
           if (i + kAhead < n) objects_[i + kAhead].prefetch_storages(reader_);
           result.options[i] = objects_[i].options;
-          if (plan != nullptr && plan->recall(reader_, i, objects_[i], result.tensors[i], result.steps[i])) {
+          if (plan != nullptr ? plan->recall(reader_, i, objects_[i], result.tensors[i], result.steps[i])
+                              : read_fast(i, result)) {
             local += detail::hash(result.tensors[i]);
           } else {
             is_new[i] = true;
@@ -366,7 +367,10 @@ inline MomentArguments read_moment_lists(const std::string& op, const TensorRead
     }
     for (std::size_t i = 0; i < n; ++i) objects[i][role] = PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
   }
-  for (MomentObjects& each : objects) each.options = &options;
+  for (MomentObjects& each : objects) {
+    each.options = &options;
+    each.locate(reader);
+  }
   std::vector<py::object> held;
   return *MomentReader(op, reader, device, objects, held).read(nullptr, false, threads);
 }

@@ -86,15 +86,12 @@ class TorchRecord {
   }
 
   // Ask for what a step reads of a tensor, one after the other as the addresses arrive: what autograd keeps of it, the
-  // record of its gradient, the counter of its version, and its storage.
+  // record of its gradient, and its storage.
   void prefetch_autograd(Record tensor) const {
     __builtin_prefetch(reinterpret_cast<Record>(tensor[autograd_word_]) + grad_word_);
   }
   void prefetch_grad(Record tensor) const {
     if (const Record found = grad(tensor)) prefetch(found);
-  }
-  void prefetch_version(Record tensor) const {
-    __builtin_prefetch(reinterpret_cast<Record>(tensor[version_word_]) + kVersion);
   }
   void prefetch_storage(Record tensor) const { __builtin_prefetch(reinterpret_cast<Record>(tensor[storage_word_])); }
 
