@@ -11,14 +11,16 @@ from torch import Tensor
 
 from superfine_kernels import _backends
 from superfine_kernels import _cross_entropy_backends as backends
-from superfine_kernels._library import reject
-from superfine_kernels._losses import PART_STATISTICS, Options, Rows, counted, denominator
+from superfine_kernels._library import in_huge_pages, opmath_dtype, reject
+from superfine_kernels._losses import PART_RESULTS, PART_STATISTICS, Options, Rows, counted, denominator
 
 # On a CPU a tile stays in the caches between the product that makes it and those that use it; on a GPU it is large
 # enough to fill the device.
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 # A narrower tile would make the product with it wait for memory.
 LEAST_CLASSES = 1024
+# Of a product that is added to a sum of another type.
+BLOCK_ROWS = 256
 
 
 def checked_tile_bytes(op: str, tile_bytes: int | None, input: Tensor) -> int:
@@ -179,13 +181,15 @@ class Problem:
     def chosen_backend(self) -> str:
         return _backends.choose("linear_cross_entropy", self.input.device, self.backend)
 
-    def parts(self, statistics: bool) -> tuple[Tensor, Tensor]:
-        """(tiles, results, rows): what every tile adds to the results; and the logits of the last one."""
-        buffer, backend, found = self.new_buffer(), self.chosen_backend(), []
-        for tile in self.tiles():
+    def parts(self, statistics: bool, keep: bool = False) -> tuple[Tensor, Tensor]:
+        """(tiles, results, rows): what every tile adds to the results; and, to `keep`, the logits of the last one."""
+        buffer, backend, tiles = self.new_buffer(), self.chosen_backend(), list(self.tiles())
+        shape = (len(tiles), PART_STATISTICS if statistics else PART_RESULTS, self.input.shape[0])
+        found = self.input.new_empty(shape, dtype=opmath_dtype(self.input.dtype))
+        for tile, out in zip(tiles, found, strict=True):
             logits = self.logits(tile, buffer)
-            found.append(backends.part(self.rows_of(logits, tile), statistics, backend))
-        return torch.stack(found), logits
+            backends.part(self.rows_of(logits, tile), statistics, backend, out)
+        return found, logits if keep else logits.new_empty(0)
 
     def to_gradient(self, logits: Tensor, tile: slice, sums: Tensor, scale: Tensor, out: Tensor) -> None:
         """Writes scale * dloss/dlogits to `out`, which may be the logits; `sums`: lse and mass of all classes."""
@@ -210,6 +214,17 @@ class Problem:
         return needed
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, which is rounded to its own type first."""
+    if total.dtype == a.dtype == opmath_dtype(a.dtype):
+        total.addmm_(a, b)
+    elif total.device.type == "cpu":  # a block of the product stays in the caches until it is added
+        for block, rows in zip(total.split(BLOCK_ROWS), a.split(BLOCK_ROWS), strict=True):
+            block += torch.mm(rows, b)
+    else:
+        total += torch.mm(a, b)
+
+
 class Sum:
     """Of products over tiles, in float32 (float64) whatever their type, some of a few rows only."""
 
@@ -220,10 +235,8 @@ class Sum:
     def add(self, a: Tensor, b: Tensor, rows: Tensor | None) -> None:
         if rows is not None:
             self.total.index_add_(0, rows, torch.mm(a, b).to(self.total.dtype))
-        elif self.total.dtype == self.dtype:
-            self.total.addmm_(a, b)
         else:
-            self.total += torch.mm(a, b)
+            add_product(self.total, a, b)
 
     def result(self, reduce: Callable[[Tensor], None]) -> Tensor:
         reduce(self.total)
@@ -254,7 +267,7 @@ def gradients(
     by_row = {k: Sum(getattr(p, k), dtype) for k in ("input", "low_rank_input") if wants[k]}
     into = accumulate_into if wants["linear_weight"] else None
     by_class = {
-        k: torch.empty_like(getattr(p, k))
+        k: in_huge_pages(torch.empty_like(getattr(p, k)))
         for k in ("linear_weight", "linear_bias", "low_rank_weight")
         if wants[k] and not (k == "linear_weight" and into is not None)
     }
@@ -287,7 +300,7 @@ def gradients(
         if "low_rank_input" in by_row and p.low_rank_weight is not None:
             by_row["low_rank_input"].add(logits, p.low_rank_weight[tile], rows)
         if into is not None:
-            into[tile] += torch.mm(logits.t(), part.input)
+            add_product(into[tile], logits.t(), part.input)
         elif "linear_weight" in by_class:
             torch.mm(logits.t(), part.input, out=by_class["linear_weight"][tile])
         if "low_rank_weight" in by_class and part.low_rank_input is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from superfine_kernels import _backends, _cpu
-from superfine_kernels._library import DTYPE_CODES, opmath_dtype, threads
+from superfine_kernels._library import DTYPE_CODES, in_huge_pages, opmath_dtype, threads
 from superfine_kernels._losses import (
     MEAN,
     NONE,
@@ -20,9 +20,6 @@ from superfine_kernels._losses import (
     denominator,
     reject_label,
 )
-
-# Smaller buffers come from the heap, whose pages have mostly been touched before.
-HUGE_PAGE_BYTES = 4 << 20
 
 
 def _cpu_forward(
@@ -149,21 +146,18 @@ def gradient_to(rows: Rows, sums: Tensor, scale: Tensor, dlogits: Tensor, backen
 
 
 def new_gradient(input: Tensor) -> Tensor:
-    dlogits = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    if input.device.type == "cpu" and dlogits.nbytes >= HUGE_PAGE_BYTES:
-        _cpu.advise_huge_pages(dlogits.data_ptr(), dlogits.nbytes)
-    return dlogits
+    return in_huge_pages(torch.empty(input.shape, dtype=input.dtype, device=input.device))
 
 
-def part(rows: Rows, statistics: bool, backend: str) -> Tensor:
-    """What a part of the classes adds to the results of every row."""
+def part(rows: Rows, statistics: bool, backend: str, out: Tensor | None = None) -> Tensor:
+    """What a part of the classes adds to the results of every row, (results, rows), in `out` or a new tensor."""
     name, _, isa = backend.partition(":")
+    out = rows.new_results(PART_STATISTICS if statistics else PART_RESULTS) if out is None else out
     if name == "triton":
         from superfine_kernels.triton import cross_entropy as kernels
 
-        return kernels.cross_entropy_part(rows, statistics=statistics)
-    out = rows.new_results(PART_STATISTICS if statistics else PART_RESULTS)
-    if name == "cpu":
+        kernels.cross_entropy_part(rows, statistics=statistics, out=out)
+    elif name == "cpu":
         arguments = _cpu.CrossEntropy(**rows.native())
         _cpu.cross_entropy_part(
             arguments, out=out.data_ptr(), statistics=statistics, threads=threads(), isa=isa

@@ -6,8 +6,14 @@ import torch
 from torch import Tensor
 
 from superfine_kernels import _backends, _cpu
-from superfine_kernels._cross_entropy_backends import HUGE_PAGE_BYTES
-from superfine_kernels._library import DTYPE_CODES, in_functional_transform, opmath_dtype, reject, threads
+from superfine_kernels._library import (
+    DTYPE_CODES,
+    in_functional_transform,
+    in_huge_pages,
+    opmath_dtype,
+    reject,
+    threads,
+)
 
 #: Bytes of a row as it is computed on that Triton's programs hold in registers.
 MOST_TRITON = 32768
@@ -18,10 +24,9 @@ def output_dtype(input: Tensor, weight: Tensor | None, cast_before_weight: bool)
 
 
 def _empty_like(input: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty_like(input) if dtype == input.dtype else torch.empty_like(input, dtype=dtype)
-    if out.nbytes >= HUGE_PAGE_BYTES and out.is_cpu:
-        _cpu.advise_huge_pages(out.data_ptr(), out.nbytes)
-    return out
+    return in_huge_pages(
+        torch.empty_like(input) if dtype == input.dtype else torch.empty_like(input, dtype=dtype)
+    )
 
 
 def _reals(like: Tensor, *shape: int) -> Tensor:

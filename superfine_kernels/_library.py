@@ -22,6 +22,9 @@ LIBRARY = torch.library.Library("superfine", "DEF")
 #: Codes of the element types, as in csrc/core/dtype.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
+#: Smaller buffers come from the heap, whose pages have mostly been touched before.
+HUGE_PAGE_BYTES = 4 << 20
+
 #: Reads lists of tensors natively (csrc/bind/tensor_list.h).
 # Even for who imports this in inference mode, whose tensors have no version to look for.
 with torch.inference_mode(False):
@@ -101,6 +104,13 @@ def direct(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 _in_forked_child = False
+
+
+def in_huge_pages(fresh: torch.Tensor) -> torch.Tensor:
+    """The tensor, just made and of real memory: to touch its pages first often costs more than to compute them."""
+    if fresh.is_cpu and fresh.nbytes >= HUGE_PAGE_BYTES:
+        _cpu.advise_huge_pages(fresh.data_ptr(), fresh.nbytes)
+    return fresh
 
 
 def _after_fork() -> None:

@@ -25,13 +25,13 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 
 from superfine_kernels import _backends, _cpu
-from superfine_kernels._cross_entropy_backends import HUGE_PAGE_BYTES
 from superfine_kernels._library import (
     DTYPE_CODES,
     LIBRARY,
     Cost,
     direct,
     in_functional_transform,
+    in_huge_pages,
     is_batched,
     is_plain,
     opmath_dtype,
@@ -132,10 +132,7 @@ def _backend(op: str, device: torch.device, backend: str) -> str:
 
 def _new(like: Tensor) -> Tensor:
     """Dense, not set, of that shape."""
-    out = like.new_empty(like.shape)
-    if out.nbytes >= HUGE_PAGE_BYTES and out.is_cpu:
-        _cpu.advise_huge_pages(out.data_ptr(), out.nbytes)
-    return out
+    return in_huge_pages(like.new_empty(like.shape))
 
 
 def _run(

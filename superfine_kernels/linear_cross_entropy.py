@@ -129,11 +129,10 @@ def _op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if whole.target is not None and whole.target.device.type == "cpu":
         check_labels("linear_cross_entropy", whole.target, whole.classes, whole.options.ignore_index)
     p, rows = whole.without_ignored()
-    parts, logits = p.parts(statistics)
+    parts, kept = p.parts(statistics, keep)
     results = row_results(join(parts), p.target, p.options)
     nothing = parts.new_empty(0, dtype=torch.bool)
     needed = p.needed(parts, results[1]) if p.skip_mass > 0 else nothing
-    kept = logits if keep else logits.new_empty(0)
     count = whole.input.shape[0]
     results = spread(results, rows, count, 1)
     needed = spread(needed, rows, count, 1) if p.skip_mass > 0 else needed

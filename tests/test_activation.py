@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import superfine_kernels
 from superfine_kernels import geglu, gelu, silu, swiglu
-from superfine_kernels._cross_entropy_backends import HUGE_PAGE_BYTES
+from superfine_kernels._library import HUGE_PAGE_BYTES
 from superfine_kernels.activation import CODES, SHORTEST_ROW, Layout, cost, reference
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")

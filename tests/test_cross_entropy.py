@@ -13,7 +13,7 @@ from support import ISAS, pairwise, same_bits, threads
 from torch import Tensor
 
 from superfine_kernels import cross_entropy
-from superfine_kernels._cross_entropy_backends import HUGE_PAGE_BYTES
+from superfine_kernels._library import HUGE_PAGE_BYTES
 from superfine_kernels._losses import REDUCTIONS
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")

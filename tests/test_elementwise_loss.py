@@ -21,8 +21,8 @@ from support import ISAS, same_bits, threads
 from torch import Tensor
 
 from superfine_kernels import bce_with_logits, mse
-from superfine_kernels._cross_entropy_backends import HUGE_PAGE_BYTES
 from superfine_kernels._elements import SHORTEST_RUN, WINDOW, Pattern
+from superfine_kernels._library import HUGE_PAGE_BYTES
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 

@@ -60,7 +60,7 @@ struct RowSums {
   T shift() const { return maximum == -std::numeric_limits<T>::infinity() ? T(0) : maximum; }
 };
 
-// Meanwhile the logits from `ahead` on come from memory.
+// Meanwhile the logits from `ahead` on come from memory, to the L2 cache: the L1 cache has few misses under way.
 template <class E, bool kKeep>
 void sum_block(const Opmath<E>* y, std::int64_t count, Opmath<E> shift, std::uintptr_t ahead, Opmath<E>* exponentials,
                Opmath<E>* sums) {
@@ -68,7 +68,7 @@ void sum_block(const Opmath<E>* y, std::int64_t count, Opmath<E> shift, std::uin
   T buffer[kLanes];
   for_each_group(y, count, -std::numeric_limits<T>::infinity(), [&](const T* group, std::int64_t offset) {
     for (std::uintptr_t line = 0; line < kLanes * sizeof(E); line += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(ahead + offset * sizeof(E) + line));
+      __builtin_prefetch(reinterpret_cast<const void*>(ahead + offset * sizeof(E) + line), 0, 2);
     }
     T* kept = kKeep ? exponentials + offset : buffer;
     for (int l = 0; l < kLanes; ++l) kept[l] = exp_nonpositive(group[l] - shift);
@@ -346,6 +346,7 @@ class Rows {
     E* const row = this->out(i, dlogits);
     const bool stream = stream_ && dlogits != args_.input,
                in_every_class = wanted_.in_every_class() || logits_.capped();
+    LineStream lines(row);
     for (std::int64_t begin = 0; begin < args_.vocab; begin += kStage) {
       const std::int64_t count = least(kStage, args_.vocab - begin);
       const auto [probability, numbers] = probabilities(begin, count, p);
@@ -359,7 +360,7 @@ class Rows {
       } else {
         for (std::int64_t j = 0; j < count; ++j) store(&to[j], probability(j));
       }
-      if (stream) stream_out(row + begin, staged, count * static_cast<std::int64_t>(sizeof(E)));
+      if (stream) lines.write(staged, count * sizeof(E));
     }
   }
 

@@ -80,7 +80,8 @@ void write(void* to, DType dtype, std::int64_t begin, std::int64_t count, const 
     values = narrow;
   }
   char* const out = static_cast<char*>(to) + begin * size;
-  stream ? stream_out(out, values, count * size) : static_cast<void>(std::memcpy(out, values, count * size));
+  const auto bytes = static_cast<std::size_t>(count * size);
+  stream ? LineStream(out).write(values, bytes) : static_cast<void>(std::memcpy(out, values, bytes));
 }
 
 template <class T>

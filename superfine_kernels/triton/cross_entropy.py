@@ -335,15 +335,15 @@ def cross_entropy_forward(
     return out
 
 
-def cross_entropy_part(rows: Rows, *, statistics: bool = False) -> Tensor:
+def cross_entropy_part(rows: Rows, *, statistics: bool = False, out: Tensor | None = None) -> Tensor:
     """What the classes of `rows.input`, a part of all, add to the loss of every row: `PartResult`.
 
-    Arguments and errors as in `cross_entropy_forward`. Returns `(4 or 7, rows)`; targets that lie elsewhere add
-    nothing, rows that do not count have a maximum of 0, a sum of 1 and zeros, and those with a target outside of
-    all classes a mass of NaN.
+    Arguments and errors as in `cross_entropy_forward`. Returns `out`, dense, `(4 or 7, rows)`; targets that lie
+    elsewhere add nothing, rows that do not count have a maximum of 0, a sum of 1 and zeros, and those with a target
+    outside of all classes a mass of NaN.
     """
     _check("cross_entropy_part", rows, statistics)
-    out = rows.new_results(PART_STATISTICS if statistics else PART_RESULTS)
+    out = rows.new_results(PART_STATISTICS if statistics else PART_RESULTS) if out is None else out
     _launch(_forward, rows, out, None, None, STATISTICS=statistics, PART=True)
     return out
 
