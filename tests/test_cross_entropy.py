@@ -345,11 +345,12 @@ def test_same_bits_on_every_instruction_set_thread_count_and_run(dtype, label_sm
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(
-    ("dtype", "vocab"), [(torch.float32, 1031), (torch.bfloat16, 2053), (torch.float64, 1025)]
+    ("dtype", "vocab"),
+    [(torch.float32, 1031), (torch.float32, 13), (torch.bfloat16, 2053), (torch.float64, 1025)],
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_too_large_for_the_caches_are_the_same(reduction, dtype, vocab, label_smoothing):
-    # Above 4 MiB gradients pass the caches by, on huge pages; odd rows begin off the 16 bytes of a store.
+    # Above 4 MiB gradients pass the caches by, on huge pages; odd rows begin and end within a line.
     rows = HUGE_PAGE_BYTES // (vocab * dtype.itemsize) + 2
     x, t, weight = logits(rows, vocab, dtype), labels(rows, vocab), class_weights(vocab, dtype)
     half = rows // 2

@@ -285,7 +285,7 @@ def test_same_bits_on_every_instruction_set_thread_count_and_run(loss, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_too_large_for_the_caches_are_the_same(loss, dtype, reduction):
-    # Above 4 MiB gradients pass the caches by, on huge pages; 5 more elements begin and end off 16 bytes.
+    # Above 4 MiB gradients pass the caches by, on huge pages; 5 more elements begin and end within a line.
     size = HUGE_PAGE_BYTES // dtype.itemsize + 5
     x, t = elementwise_inputs((size,), dtype)
     half = size // 2 + 3

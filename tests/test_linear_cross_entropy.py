@@ -11,7 +11,7 @@ from support import ISAS, one_warning, pairwise
 from torch import Tensor
 
 from superfine_kernels import linear_cross_entropy
-from superfine_kernels._class_tiles import LEAST_CLASSES
+from superfine_kernels._class_tiles import BLOCK_ROWS, LEAST_CLASSES
 from superfine_kernels.linear_cross_entropy import cost
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
@@ -83,6 +83,13 @@ def test_few_rows(rows):
     for reduction in ("sum", "none"):
         loss = linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
         assert_close(results(loss, x, w, b), in_float64(x, w, b, target, reduction=reduction), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_more_rows_than_a_block_of_a_sum(dtype):
+    x, w, b, target = problem(dtype, rows=2 * BLOCK_ROWS + 3)
+    loss = linear_cross_entropy(x, w, target, linear_bias=b, tile_bytes=4 * len(x))
+    assert_close(results(loss, x, w, b), in_float64(x, w, b, target), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("classes", [1, 2, LEAST_CLASSES - 1, LEAST_CLASSES, LEAST_CLASSES + 1])
