@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from superfine.config import Config
-from superfine.data import Rows, Splits, remove_duplicates
+from superfine.data import Rows, Splits, fingerprint, remove_duplicates
 from superfine.encoded import epoch_order
 from superfine.tasks import Task
 
@@ -26,6 +26,17 @@ class Others:
     ewc: Rows = field(default_factory=Rows)
     original: Rows = field(default_factory=Rows)
     notes: list[str] = field(default_factory=list)
+
+    def named(self) -> dict[str, Rows]:
+        """Those that are not empty."""
+        parts = {"replay": self.replay, "ewc": self.ewc, "original": self.original}
+        return {name: rows for name, rows in parts.items() if rows}
+
+    def fingerprints(self) -> dict[str, str]:
+        """By what to call them in an error; first those on which the others depend."""
+        what = {"original": "original data", "replay": "data to replay", "ewc": "data of [ewc]"}
+        named = self.named()
+        return {called: fingerprint([named[name]]) for name, called in what.items() if name in named}
 
 
 def load_others(config: Config, task: Task, splits: Splits) -> Others:

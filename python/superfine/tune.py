@@ -26,7 +26,7 @@ from superfine._memory import PeakMemory
 from superfine._tune_cache import FilledCache
 from superfine._tune_parts import choose, consolidate
 from superfine.config import Config, differing_keys, load_config, to_toml
-from superfine.data import Splits, fingerprint, load_splits
+from superfine.data import Splits, load_splits
 from superfine.delta import base_hash, load_delta, save_delta
 from superfine.env import environment
 from superfine.evaluate import evaluate, resolve_device
@@ -77,21 +77,11 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
     for note in others.notes:
         listener.note(note)
     tokenizer = hf.load_tokenizer(config.model.name)
-    rows = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    asked = (("replay", others.replay), ("ewc", others.ewc), ("original", others.original))
-    rows |= {name: part for name, part in asked if part}
+    rows = {"train": splits.train, "validation": splits.validation, "test": splits.test} | others.named()
     encoded = {name: hf.encode(part, tokenizer, task, base_config) for name, part in rows.items()}
-    cut = sum(part.truncated for part in encoded.values())
-    if cut:
-        listener.note(f"{cut:,} texts reach data.max_length = {task.max_length} tokens and may be cut")
     counts = _counts(splits, encoded)
-    for name, tokens in counts.get("tokens", {}).items():
-        listener.note(
-            f"{name}: {tokens:,} tokens in {len(encoded[name]):,} samples of up to {task.max_length}"
-        )
-    model, new = hf.load_model(config.model.name, task, config.train.seed, tokenizer.pad_token_id)
-    fused = task.fuse(model, config.train.fused_loss)
-    model.to(device)
+    _describe_tokens(encoded, counts, task, listener)
+    model, new, fused = _load_base(config, task, tokenizer)
     listener.note(f"{type(model).__name__} from {config.model.name}, on {config.train.device}")
     if fused:
         listener.note(fused)
@@ -108,13 +98,7 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
     listener.note(str(plan))
     if config.train.prepare:
         listener.note(str(prepare(model, plan, checkpointing=config.train.checkpointing)))
-    hashes = {"data": splits.fingerprint(), "model": base_hash(model, plan.names)}
-    named = (
-        ("original data", others.original),
-        ("data to replay", others.replay),
-        ("data of [ewc]", others.ewc),
-    )
-    hashes |= {what: fingerprint([part]) for what, part in named if part}
+    hashes = {"data": splits.fingerprint(), "model": base_hash(model, plan.names)} | others.fingerprints()
     for what, value in hashes.items():
         if state is not None and state["fingerprint"].get(what) != value:
             raise ValueError(f"resume: the {what} is not what the run began with; expected the same files")
@@ -175,21 +159,13 @@ def tune(config: Config, *, resume: bool = False, listener: Listener | None = No
 
     # The tuned model is what anyone gets who puts the saved delta on the base: so that is what is tested.
     listener.stage(6, "evaluate on the test split")
-    model, _ = hf.load_model(config.model.name, task, config.train.seed, tokenizer.pad_token_id)
-    task.fuse(model, config.train.fused_loss)
-    model.to(device)
-    options: dict[str, Any] = {
-        "batch_size": config.train.batch_size,
-        "device": device,
-        "precision": config.train.precision,
-    }
-    scored = [name for name in ("test", "original") if name in encoded]
-    base = {name: evaluate(model, encoded[name], task, **options) for name in scored}
+    model, _, _ = _load_base(config, task, tokenizer)
+    base = _scores(config, task, model, encoded)
     load_delta(model, delta)
-    tuned = {name: evaluate(model, encoded[name], task, **options) for name in scored}
+    tuned = _scores(config, task, model, encoded)
     _log(log, listener, "baseline", **base["test"])
     _log(log, listener, "test", **tuned["test"])
-    original = {"base": base["original"], "tuned": tuned["original"]} if "original" in scored else None
+    original = {"base": base["original"], "tuned": tuned["original"]} if "original" in base else None
     if original is not None:
         _log(log, listener, "original", **original)
     _log(log, listener, "summary", **summary)
@@ -265,6 +241,26 @@ def _label_order(labels: tuple[str, ...], base_config: Any) -> tuple[str, ...]:
     return theirs if set(theirs) == set(labels) and len(theirs) == len(labels) else labels
 
 
+def _load_base(config: Config, task: Task, tokenizer: Any) -> tuple[Any, set[str], str]:
+    """The pretrained model on its device, the names of what is new in it, and a line on its loss, or ""."""
+    model, new = hf.load_model(config.model.name, task, config.train.seed, tokenizer.pad_token_id)
+    fused = task.fuse(model, config.train.fused_loss)
+    return model.to(config.train.device), new, fused
+
+
+def _scores(
+    config: Config, task: Task, model: Any, encoded: dict[str, hf.Encoded]
+) -> dict[str, dict[str, Any]]:
+    """On the test split and, where it is asked for, on data of the model's original task."""
+    options: dict[str, Any] = {
+        "batch_size": config.train.batch_size,
+        "device": torch.device(config.train.device),
+        "precision": config.train.precision,
+    }
+    asked = [name for name in ("test", "original") if name in encoded]
+    return {name: evaluate(model, encoded[name], task, **options) for name in asked}
+
+
 def _fill_cache(
     config: Config, plan: Plan, encoded: dict[str, hf.Encoded], listener: Listener
 ) -> FilledCache | None:
@@ -305,6 +301,18 @@ def _describe(splits: Splits, listener: Listener) -> None:
         )
     for note in splits.notes:
         listener.note(note)
+
+
+def _describe_tokens(
+    encoded: dict[str, hf.Encoded], counts: dict[str, Any], task: Task, listener: Listener
+) -> None:
+    cut = sum(part.truncated for part in encoded.values())
+    if cut:
+        listener.note(f"{cut:,} texts reach data.max_length = {task.max_length} tokens and may be cut")
+    for name, tokens in counts.get("tokens", {}).items():
+        listener.note(
+            f"{name}: {tokens:,} tokens in {len(encoded[name]):,} samples of up to {task.max_length}"
+        )
 
 
 def _describe_optimizer(config: Config) -> str:
