@@ -61,7 +61,7 @@ def assert_16_bytes_wide(ptx: str) -> None:
 
 
 def test_no_kernel_spills_registers(kernels):
-    # Under another Triton than the pinned 3.7 a few lack two registers: 3.6 allocates others to the same code.
+    # Other Tritons than the pinned one allocate otherwise: under 3.6 and 3.9 a few kernels lack two registers.
     most = 0 if triton.__version__.startswith("3.7.") else 8
     assert [kernel for kernel in kernels if kernel.stack > most] == []
 
@@ -97,6 +97,10 @@ def test_codes_of_8_bit_moments_are_written_in_words_where_there_is_no_mask(kern
             assert kernel.ptx.count("st.global.b8") == 2 * 4, kernel  # both moments, 4 elements a thread
 
 
+@pytest.mark.skipif(
+    triton.__version__.startswith("3.5."),
+    reason="Triton 3.5's div_rn and sqrt_rn flush denormal numbers to zero",
+)
 def test_optimizers_round_as_the_cpu_kernels_do(kernels):
     for kernel in of_op(kernels, "adamw", OPMATH="fp32"):
         assert not re.search(r"\.f64|\.ftz|\.approx|div\.full", kernel.ptx), kernel
