@@ -117,6 +117,13 @@ def step(model, plan, optimizer, inputs=None):
     optimizer.step()
 
 
+def checkpoint_activations(model, on=True):
+    """By transformers, which calls it so since 5.23."""
+    verb = "enable" if on else "disable"
+    new, old = f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"
+    getattr(model, new if hasattr(model, new) else old)()
+
+
 TOKENS = torch.arange(2, 14).view(2, 6)
 
 

@@ -198,7 +198,7 @@ def test_a_failed_step_does_not_count_as_a_change():
 
 @pytest.mark.parametrize(("param", "state"), ADAMW_DTYPES)
 def test_reading_tensors_through_attributes_gives_the_same(param, state):
-    # The way of torch before 2.10, which has no DLPack exchange table.
+    # The way where a torch keeps its tensors otherwise than csrc/bind/torch_shim.h looks for them.
     case = AdamWCase.random([0, 1, 17, 600], param, state, amsgrad=True)
     case.params[2] = case.params[2].requires_grad_()
     expected = case.to("cpu")

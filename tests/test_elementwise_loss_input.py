@@ -147,7 +147,8 @@ def test_shapes_that_differ_are_broadcast_by_mse_with_a_warning(reduction):
     with one_warning(r"mse: target has shape (5,) and input (6, 1): both are broadcast"):
         loss = mse(x, t, reduction)
     (gradient,) = torch.autograd.grad(loss.sum(), x)
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         expected = torch.nn.functional.mse_loss(x, t, reduction=reduction)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), x)[0])

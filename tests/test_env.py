@@ -26,6 +26,7 @@ def test_describes_python_packages_cpu_memory_and_native_modules():
     assert description["cpu"]["isa"] in ("baseline", "avx2", "avx512")
     assert description["memory"]["total"] > 2**20
     assert description["native"]["_cpu"] == {"built": True, "usable": True}
+    assert description["native"]["reader"] == {"torch_functions": True, "torch_records": True}
     assert len(description["cuda"]["devices"]) == torch.cuda.device_count()
 
 

@@ -14,7 +14,7 @@ from superfine.optim import LAMB, Adam, AdamW
 from support import ISAS, assert_same_bits_in_lists, one_warning, same_bits, threads
 from torch import nn
 
-from superfine_kernels import adamw_, lamb_, total_norm
+from superfine_kernels import _cpu, adamw_, lamb_, total_norm
 from superfine_kernels._storage import join, split
 
 OPS = [
@@ -177,6 +177,16 @@ def test_the_norm_agrees_with_float64(dtype):
     assert total_norm(tensors) == pytest.approx(exact, rel=1e-6)
     assert total_norm(tensors, backend="reference") == pytest.approx(exact, rel=1e-5)
     assert total_norm([]) == 0.0
+
+
+def test_the_norm_has_the_same_bits_where_tensors_are_read_through_attributes():
+    tensors = random_like([torch.empty(n) for n in (0, 1, 2049, 65_537)])
+    reader = _cpu.TensorReader(torch)
+    expected = _cpu.sum_of_squares(reader, tensors, threads=2, isa="")
+    reader.use_attributes()
+    assert _cpu.sum_of_squares(reader, tensors, threads=2, isa="") == expected
+    for other in (torch._neg_view(tensors[1]), tensors[2].to_sparse(), torch.zeros(3, device="meta")):
+        assert _cpu.sum_of_squares(reader, [tensors[3], other], threads=2, isa="") is None
 
 
 def test_the_norm_has_the_same_bits_everywhere():

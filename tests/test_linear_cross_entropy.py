@@ -141,7 +141,7 @@ def test_any_strides():
 
 def profiled(step) -> tuple[int, int]:
     """How many matrix products `step` makes, and the bytes of the largest memory that an op asks for."""
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         step()
     events = profile.events()
     products = sum(event.name in ("aten::mm", "aten::addmm", "aten::addmm_") for event in events)

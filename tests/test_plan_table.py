@@ -68,7 +68,7 @@ def eager(build, **arguments):
         (llama, ("last:1", "head")),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_predicted_costs_are_the_measured_ones(build, selectors):
     model = eager(build).train()
     plan = select(model, *selectors)

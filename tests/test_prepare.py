@@ -16,7 +16,7 @@ from prepare_cases import (
     loss,
     make,
 )
-from small_models import TOKENS, VOCAB, starting
+from small_models import TOKENS, VOCAB, checkpoint_activations, starting
 from superfine._activations import saved_bytes
 from torch import nn
 
@@ -217,7 +217,7 @@ def snapshot(model):
 
 def test_restore_gives_back_classes_attributes_and_modes():
     model = make("bert", dropout=True)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     plan = superfine.select(model, "last:2", "head")
     before = snapshot(model)
     superfine.prepare(model, plan, eval_prefix=True, checkpointing="every:2")
@@ -316,11 +316,11 @@ def count_runs(model, blocks):
 def test_only_blocks_from_the_first_trained_one_on_run_again(checkpointing, expected):
     model = make("bert", dropout=True)
     plan = superfine.select(model, "last:3", "head")
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     if checkpointing:
         superfine.prepare(model, plan, checkpointing=checkpointing, fuse=False)
     else:
-        model.activation_checkpointing_disable()
+        checkpoint_activations(model, False)
         superfine.prepare(model, plan, fuse=False)
     runs = count_runs(model, model.bert.encoder.layer)
     loss(model).backward()
@@ -360,7 +360,7 @@ def test_caches_are_off_in_checkpointed_training_alone():
 def test_checkpointing_by_transformers_afterwards_is_refused():
     model = make("bert")
     superfine.prepare(model, superfine.select(model, "last:2", "head"), checkpointing=True)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     with pytest.raises(ValueError, match="gradient checkpointing was enabled in the model after prepare"):
         loss(model)
 

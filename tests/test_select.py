@@ -334,9 +334,7 @@ def test_selecting_again_replaces_the_selection_and_drops_stale_gradients():
         first.optimizer("sgd", lr=0.1)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*torch.jit:DeprecationWarning"
-)  # raised while torch imports its compiler
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # raised while torch imports its compiler
 def test_compiled_model_gets_plain_names():
     model = mlp()
     assert select(torch.compile(model), "last:1").names == ("4.weight", "4.bias")

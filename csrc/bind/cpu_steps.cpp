@@ -111,8 +111,8 @@ std::optional<double> sum_of_squares(const TensorReader& reader, const py::list&
   std::int64_t pieces = 0;
   for (const py::handle object : list) {
     TensorView view;
-    if (!reader.read_fast(object.ptr(), view) || view.device != TensorView::Device::cpu || !is_floating(view.dtype) ||
-        !is_dense(view)) {
+    if (!reader.read_strided(object.ptr(), view) || view.device != TensorView::Device::cpu || view.is_negated ||
+        !is_floating(view.dtype) || !is_dense(view)) {
       return std::nullopt;
     }
     tensors.push_back({view.data, view.numel, *view.dtype});

@@ -99,6 +99,7 @@ class TensorReader {
       : tensor_(torch.attr("Tensor")),
         parameter_(torch.attr("nn").attr("Parameter")),
         grad_(tensor_.attr("grad")),
+        strided_(torch.attr("strided")),
         increment_version_(torch.attr("autograd").attr("graph").attr("increment_version")) {
     const char* names[] = {"float32", "bfloat16", "float16", "float64", "int16", "uint8"};
     for (const char* name : names) dtypes_.push_back(torch.attr(name));
@@ -221,6 +222,15 @@ class TensorReader {
     return false;
   }
 
+  // The same, and through attributes where no tensor is read fast.
+  bool read_strided(PyObject* object, TensorView& view) const {
+    if (shim_) return read_fast(object, view);
+    const py::handle tensor = object;
+    if (!is_plain(object) || !py::object(tensor.attr("layout")).is(strided_)) return false;
+    view = read_attributes(tensor);
+    return view.data != nullptr || view.numel == 0;
+  }
+
  private:
   static PyTypeObject* as_type(const py::object& type) { return reinterpret_cast<PyTypeObject*>(type.ptr()); }
 
@@ -260,7 +270,7 @@ class TensorReader {
   std::optional<TorchShim> shim_;
   std::optional<TorchRecord> record_;
   std::array<std::pair<std::int32_t, DType>, 6> codes_{};
-  py::object tensor_, parameter_, grad_, increment_version_;
+  py::object tensor_, parameter_, grad_, strided_, increment_version_;
   std::vector<py::object> dtypes_;
 };
 

@@ -3,8 +3,8 @@
 //
 // The words that tell shape, strides, type, device and flags follow each other from the number of dimensions to the
 // record's end, the offset into the storage among them. Where those, the storage's address and the version are is no
-// part of any interface, so it is looked up once, in tensors that differ in one thing each. If anything is elsewhere,
-// or a difference does not show, records are not used.
+// part of any interface and differs between versions of torch, so it is looked up once, in tensors that differ in one
+// thing each. If anything is elsewhere, or a difference does not show, records are not used.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -20,8 +20,6 @@ namespace superfine {
 
 class TorchRecord {
  public:
-  static constexpr int kRecordWords = 22;
-
   // Where torch's record of a tensor begins.
   using Record = const std::uint64_t*;
 
@@ -32,12 +30,26 @@ class TorchRecord {
   static std::optional<TorchRecord> find(const pybind11::module_& torch, int impl_word) {
     TorchRecord record;
     record.impl_word_ = impl_word;
+    const auto first = first_word(record.of(zeros(torch, "cpu", "float32", 2, 3)));
+    if (!first) return std::nullopt;
+    record.first_ = *first;
     if (!record.find_storage(torch) || !record.find_offset(torch) || !record.tells_apart(torch) ||
         !record.find_version(torch) || !record.find_grad(torch)) {
       return std::nullopt;
     }
     return record;
   }
+
+  // Where in the record of a contiguous tensor of shape (2, 3) the number of dimensions is, with room for five sizes
+  // and five strides behind it. Before torch 2.13 one more word stands before it. Reads nothing beyond the shorter.
+  static std::optional<int> first_word(Record tensor) {
+    for (const int first : {7, 8}) {
+      const Record sizes = tensor + first + 1, strides = sizes + kInlineDims;
+      if (tensor[first] == 2 && sizes[0] == 2 && sizes[1] == 3 && strides[0] == 3 && strides[1] == 1) return first;
+    }
+    return std::nullopt;
+  }
+  static int words(int first) { return first + static_cast<int>(std::tuple_size<Words>::value); }
 
   Record of(PyObject* tensor) const { return reinterpret_cast<const Record*>(tensor)[impl_word_]; }
 
@@ -55,7 +67,7 @@ class TorchRecord {
 
   // Nothing for more dimensions than a record has room for: their sizes lie elsewhere.
   std::optional<Words> layout(Record tensor) const {
-    const Record from = tensor + kFirst;
+    const Record from = tensor + first_;
     if (*from > kInlineDims) return std::nullopt;
     const Words& mask = masks()[*from];
     Words layout;
@@ -68,12 +80,12 @@ class TorchRecord {
   void* data_if(Record record, const Words& layout, std::int64_t item_size) const {
     const Words& mask = masks()[layout[0]];
     std::uint64_t difference = 0;
-    for (std::size_t w = 0; w < layout.size(); ++w) difference |= (record[kFirst + w] & mask[w]) ^ layout[w];
+    for (std::size_t w = 0; w < layout.size(); ++w) difference |= (record[first_ + w] & mask[w]) ^ layout[w];
     if (difference != 0) return nullptr;
     const auto storage = reinterpret_cast<Record>(record[storage_word_]);
     const std::uint64_t data = storage[data_word_];
     if (storage[owner_word_] != data || data == 0) return nullptr;
-    return reinterpret_cast<char*>(data) + static_cast<std::int64_t>(record[kOffset]) * item_size;
+    return reinterpret_cast<char*>(data) + static_cast<std::int64_t>(record[first_ + kOffset]) * item_size;
   }
 
   // Counts the tensor's version up, as `torch.autograd.graph.increment_version` does; false for a tensor without one,
@@ -96,16 +108,14 @@ class TorchRecord {
   void prefetch_storage(Record tensor) const { __builtin_prefetch(reinterpret_cast<Record>(tensor[storage_word_])); }
 
   static void prefetch(Record tensor) {
-    constexpr int kWordsPerLine = 8;
-    for (int word = 0; word < kRecordWords; word += kWordsPerLine) __builtin_prefetch(tensor + word);
+    constexpr int kWords = 22, kWordsPerLine = 8;
+    for (int word = 0; word < kWords; word += kWordsPerLine) __builtin_prefetch(tensor + word);
   }
 
  private:
-  static constexpr int kFirst = kRecordWords - static_cast<int>(std::tuple_size<Words>::value);
-  static constexpr int kVersion = 2;           // of its counter, behind a virtual table and a count of references
-  static constexpr int kOffset = kFirst + 11;  // behind the number of dimensions, five sizes and five strides
-
+  static constexpr int kVersion = 2;  // of its counter, behind a virtual table and a count of references
   static constexpr std::size_t kInlineDims = 5;
+  static constexpr std::size_t kOffset = 1 + 2 * kInlineDims;  // behind the number of dimensions, sizes and strides
 
   // What counts of the words, by the number of dimensions: not the offset, and of five sizes and five strides only
   // those that there are. The others were never written.
@@ -114,7 +124,7 @@ class TorchRecord {
       std::array<Words, kInlineDims + 1> masks;
       for (std::size_t dims = 0; dims <= kInlineDims; ++dims) {
         masks[dims].fill(~std::uint64_t{0});
-        masks[dims][kOffset - kFirst] = 0;
+        masks[dims][kOffset] = 0;
         for (std::size_t d = dims; d < kInlineDims; ++d) masks[dims][1 + d] = masks[dims][1 + kInlineDims + d] = 0;
       }
       return masks;
@@ -140,7 +150,7 @@ class TorchRecord {
     };
     const std::uint64_t storage = storage_of(tensor), data = tensor.attr("data_ptr")().cast<std::uint64_t>();
     for (storage_word_ = 0; of(tensor)[storage_word_] != storage; ++storage_word_) {
-      if (storage_word_ + 1 == kFirst) return false;
+      if (storage_word_ + 1 == first_) return false;
     }
     const auto fields = reinterpret_cast<Record>(storage);
     std::vector<int> places;
@@ -164,7 +174,7 @@ class TorchRecord {
       return fields != nullptr && static_cast<std::uint32_t>(fields[kVersion]) == version();
     };
     std::vector<int> places;
-    for (int w = storage_word_ + 1; w < kFirst; ++w) {
+    for (int w = storage_word_ + 1; w < first_; ++w) {
       if (shown(w)) places.push_back(w);
     }
     constexpr int kTimes = 5;
@@ -185,7 +195,7 @@ class TorchRecord {
     const pybind11::object plain = zeros(torch, "cpu", "float32", 3), leaf = zeros(torch, "cpu", "float32", 3);
     leaf.attr("requires_grad_")();
     for (autograd_word_ = storage_word_ + 1; of(plain)[autograd_word_] != 0 || of(leaf)[autograd_word_] == 0;) {
-      if (++autograd_word_ == kFirst) return false;
+      if (++autograd_word_ == first_) return false;
     }
     const auto* const autograd = reinterpret_cast<const Record*>(of(leaf)[autograd_word_]);
     std::array<Record, kAutogradWords> without{};
@@ -207,7 +217,7 @@ class TorchRecord {
     const pybind11::object base = zeros(torch, "cpu", "float32", 8);
     const auto view = [&](int begin) { return base.attr("narrow")(0, begin, 2); };
     const pybind11::object one = view(1), two = view(2);
-    return of(one)[kOffset] == 1 && of(two)[kOffset] == 2;
+    return of(one)[first_ + kOffset] == 1 && of(two)[first_ + kOffset] == 2;
   }
 
   // Tensors that differ in one thing each have different layouts. (Equal ones have equal layouts but for padding that
@@ -232,10 +242,10 @@ class TorchRecord {
         if (own == layout(of(others[j]))) return false;
       }
     }
-    return of(plain)[kFirst] == 2 && of(others[2])[kFirst] == 3;
+    return of(plain)[first_] == 2 && of(others[2])[first_] == 3;
   }
 
-  int impl_word_ = 0, storage_word_ = 0, data_word_ = 0, owner_word_ = 0;
+  int impl_word_ = 0, first_ = 0, storage_word_ = 0, data_word_ = 0, owner_word_ = 0;
   int version_word_ = 0, autograd_word_ = 0, grad_word_ = 0;
   Record undefined_ = nullptr;  // that of all tensors which are none
 };

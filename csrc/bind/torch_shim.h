@@ -26,7 +26,7 @@ namespace superfine {
 
 class TorchShim {
  public:
-  // `negated` are views with the negative bit of `tensors`, which differ in all else.
+  // `negated` are views with the negative bit of `tensors`, which differ in all else and of which the i-th is (2, i).
   static std::optional<TorchShim> find(const pybind11::list& tensors, const pybind11::list& negated,
                                        pybind11::handle parameter) {
     TorchShim shim;
@@ -98,8 +98,11 @@ class TorchShim {
   // The bit that every one of `negated` has and its tensor has not, in a word that differs in nothing else. Addresses
   // in a record may differ in one bit by chance, but not in the same one for every pair.
   bool find_negative(const pybind11::list& tensors, const pybind11::list& negated) {
+    constexpr int kTwoByThree = 3;
+    const auto first = TorchRecord::first_word(record(tensors[kTwoByThree].ptr()));
+    if (!first) return false;
     int found = 0;
-    for (int word = 0; word < TorchRecord::kRecordWords; ++word) {
+    for (int word = 0; word < TorchRecord::words(*first); ++word) {
       std::uint64_t bits = ~std::uint64_t{0};
       for (std::size_t i = 0; i < tensors.size(); ++i) {
         const std::uint64_t before = record(tensors[i].ptr())[word], after = record(negated[i].ptr())[word];

@@ -88,7 +88,8 @@ class LastLayer(Part):
     def forward(self, *args: Any, superfine_position: Any = None, **kwargs: Any) -> Any:
         if superfine_position is None:
             return super().forward(*args, **kwargs)
-        given = {**dict(zip(self._superfine_arguments, args, strict=False)), **kwargs}
+        named = zip(self._superfine_arguments, args)  # noqa: B905 (torch 2.9 compiles strict=False as if it were True)
+        given = {**dict(named), **kwargs}
         hidden, mask = given["hidden_states"], given.get("attention_mask")
         known = given.get("past_key_values") is None and given.get("encoder_hidden_states") is None
         compute = one_position(self)

@@ -225,9 +225,16 @@ def _memory() -> dict[str, int | None]:
     return {"total": total, "available": found.get("MemAvailable")}
 
 
-def _native() -> dict[str, dict[str, Any]]:
-    """Whether the compiled modules are there and work here, and why not."""
-    return {"_cpu": _native_module("_cpu"), "_cuda": _native_module("_cuda")}
+def _native() -> dict[str, dict[str, Any] | None]:
+    """Whether the compiled modules are there and work here, and why not; how they read lists of torch's tensors."""
+    modules = {name: _native_module(name) for name in ("_cpu", "_cuda")}
+    return modules | {"reader": attempt(_reader)}
+
+
+def _reader() -> dict[str, bool]:
+    """What of this torch's insides is where it is looked for; where nothing is, attributes tell, in 2 us a tensor."""
+    reader = importlib.import_module("superfine_kernels._library").READER
+    return {"torch_functions": reader.uses_shim, "torch_records": reader.compares_records}
 
 
 def _native_module(name: str) -> dict[str, Any]:

@@ -291,7 +291,8 @@ class _Fused(Part):
 
     def forward(self, *args: Any, output_logits: bool | None = None, **kwargs: Any) -> Any:
         fused = self._fused_loss
-        arguments = {**dict(zip(fused.positional, args, strict=False)), **kwargs}
+        named = zip(fused.positional, args)  # noqa: B905 (torch 2.9 compiles strict=False as if it were True)
+        arguments = {**dict(named), **kwargs}
         # Without labels, or with arguments given twice, or too many: let the model say so.
         if arguments.get("labels") is None or len(arguments) < len(args) + len(kwargs):
             return super().forward(*args, **kwargs)

@@ -91,8 +91,8 @@ def store_param(param, remainders, offsets, p, mask, key, begin, MASTER: tl.cons
 def load_scales(scales, second, block, mask, STATE: tl.constexpr):
     if STATE == tl.uint8:
         m_scale, v_scale = tl.load(scales + block, mask=mask), tl.load(scales + (second + block), mask=mask)
-    else:
-        m_scale, v_scale = None, None
+    else:  # nobody reads them, but None cannot be returned in a tuple before Triton 3.7
+        m_scale, v_scale = 0.0, 0.0
     return m_scale, v_scale
 
 
