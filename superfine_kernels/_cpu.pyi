@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import types
 import typing
-__all__: list[str] = ['CrossEntropy', 'MomentPlan', 'TensorReader', 'activation', 'adamw', 'adamw_groups', 'advise_huge_pages', 'bf16_product', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'cross_entropy_part', 'elementwise_loss', 'has_bf16_product', 'isas', 'lamb', 'lamb_groups', 'layer_norm', 'layer_norm_gradient', 'sum_of_squares']
+__all__: list[str] = ['CrossEntropy', 'MomentPlan', 'TensorReader', 'activation', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'cross_entropy_part', 'elementwise_loss', 'isas', 'lamb', 'lamb_groups', 'layer_norm', 'layer_norm_gradient', 'sum_of_squares']
 class TensorReader:
     """
     Reads torch tensors natively; made once from the torch module.
@@ -50,10 +50,6 @@ def advise_huge_pages(address: typing.SupportsInt | typing.SupportsIndex, bytes:
     """
     Asks for huge pages behind a fresh buffer. False where the system has none.
     """
-def bf16_product(a: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(5)"], b: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(5)"], bias: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex, rest: typing.SupportsInt | typing.SupportsIndex, continues: bool, ends: bool, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
-    """
-    out = a b + bias for matrices (address, rows, columns, stride of rows, of columns). With `rest`, out and rest hold the halves of a float32 sum over calls.
-    """
 def check_labels(args: CrossEntropy) -> tuple[int, float]:
     """
     (place among rows x targets of the first label outside [0, classes) or -1, what a mean divides by).
@@ -73,10 +69,6 @@ def cross_entropy_part(args: CrossEntropy, out: typing.SupportsInt | typing.Supp
 def elementwise_loss(loss: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex, input: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_dtype: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, weight_length: typing.SupportsInt | typing.SupportsIndex, weight_repeat: typing.SupportsInt | typing.SupportsIndex, pos_weight: typing.SupportsInt | typing.SupportsIndex, pos_weight_length: typing.SupportsInt | typing.SupportsIndex, pos_weight_repeat: typing.SupportsInt | typing.SupportsIndex, scale: typing.SupportsInt | typing.SupportsIndex, scale_stride: typing.SupportsInt | typing.SupportsIndex, denominator: typing.SupportsFloat | typing.SupportsIndex, losses: typing.SupportsInt | typing.SupportsIndex, gradient: typing.SupportsInt | typing.SupportsIndex, sum: bool, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> float:
     """
     Unless the addresses are 0, the losses of all elements, and what the gradient is: scale[i * scale_stride] / denominator * dloss_i/dinput_i. Returns the sum of the losses if that is asked for.
-    """
-def has_bf16_product() -> bool:
-    """
-    Whether this build, processor and system have AMX for bfloat16.
     """
 def isas() -> list[str]:
     """
