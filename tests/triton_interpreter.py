@@ -7,6 +7,7 @@ Repairs, applied once by `install()` before a kernel is called:
 - fma rounds once (the interpreter multiplies, rounds, and adds);
 - arithmetic on bfloat16 and float16 is refused: the interpreter would compute on bfloat16's bit patterns, and
   a kernel of ours converts to float32 right after the load;
+- a comparison of scalars stays boolean where it is spread over a block (as a mask, Triton 3.9 takes nothing else);
 - numpy warns of no overflow or invalid operation: a GPU does not either.
 
 What it cannot show: races between threads, limits of shared memory, approximate instructions.
@@ -79,9 +80,10 @@ def install() -> None:
 
     patch_tensor = interpreter._patch_lang_tensor
 
-    def patch_tensor_index(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    def patch_tensor_index(tensor: Any, *scope: Any) -> None:  # Triton 3.5 has no scope
+        patch_tensor(tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr
+        set_attribute(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     convert_float = interpreter._convert_float
 
@@ -103,6 +105,12 @@ def install() -> None:
             total = np.where(np.isfinite(exact), exact, total)
         return handle(total.astype(z.data.dtype), z.dtype.scalar)
 
+    create_splat = builder.create_splat
+
+    def splat(self: Any, block_type: Any, scalar: Any) -> Any:
+        is_boolean = scalar.data.dtype == np.bool_  # of whatever type its operands were
+        return create_splat(self, block_type, handle(scalar.data, tl.int1) if is_boolean else scalar)
+
     def refuse_low_precision(operation: Callable) -> Callable:
         def checked(self: Any, *args: Any) -> Any:
             low = {t.dtype.scalar for t in args if isinstance(t, handle)} & {tl.bfloat16, tl.float16}
@@ -114,6 +122,7 @@ def install() -> None:
 
     interpreter._patch_lang_tensor = patch_tensor_index
     interpreter._convert_float = convert
+    builder.create_splat = splat
     builder.create_fma = refuse_low_precision(fma)
     builder.binary_op = refuse_low_precision(builder.binary_op)
     builder.unary_op = refuse_low_precision(builder.unary_op)
