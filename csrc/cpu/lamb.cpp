@@ -38,6 +38,11 @@ struct Block {
   std::int64_t begin, end;
 };
 
+// Of a block. (Vectors hold types of this namespace only: their code must not be shared between instruction sets.)
+struct Norms {
+  LambNorms sums;
+};
+
 // Directions of the last blocks of a thread's share. Every thread keeps its buffer from step to step, as the first
 // touch of its pages would cost more than all else. Where memory is short, no direction is kept.
 class Directions {
@@ -95,10 +100,10 @@ double sum_lanes(const T* lanes) {
 }
 
 // Of a tensor whose `count` blocks have these norms.
-LambNorms sum_blocks(const LambNorms* blocks, std::int64_t count) {
+LambNorms sum_blocks(const Norms* blocks, std::int64_t count) {
   const auto chunk = [&](std::int64_t first) {
     LambNorms norms[kLambWarps];
-    std::copy(blocks + first, blocks + std::min(first + kLambWarps, count), norms);
+    for (std::int64_t i = first; i < std::min(first + kLambWarps, count); ++i) norms[i - first] = blocks[i].sums;
     return tree_sum(norms, kLambWarps);
   };
   constexpr std::int64_t kPass = kLambWarps * kLambLanes;  // chunks, one for each thread of a GPU's block
@@ -245,7 +250,6 @@ void update_param(const Param param, double negative_step_size, std::int64_t beg
   for (std::int64_t i = begin; i < end; ++i) param.set(i, std::fma(step_size, directions[i - begin], param.get(i)));
 }
 
-// (Vectors of types of this namespace only: their code must not be shared between instruction sets.)
 std::vector<Block> plan(const LambTensor* tensors, std::int64_t count) {
   std::vector<Block> blocks;
   std::int32_t batch = 0;
@@ -268,12 +272,12 @@ std::vector<Block> plan(const LambTensor* tensors, std::int64_t count) {
 
 void lamb(const LambTensor* tensors, std::int64_t count, int threads) {
   const std::vector<Block> blocks = plan(tensors, count);
-  std::vector<LambNorms> norms(blocks.size());
+  std::vector<Norms> norms(blocks.size());
 
   // Of the tensor that block `b` belongs to.
   const auto negative_step_size = [&](std::int64_t b) {
     const LambTensor& t = tensors[blocks[b].tensor];
-    const LambNorms* first = norms.data() + b - blocks[b].begin / kBlock;
+    const Norms* first = norms.data() + b - blocks[b].begin / kBlock;
     return lamb_negative_step_size(t.scalars, sum_blocks(first, (t.numel + kBlock - 1) / kBlock));
   };
 
@@ -289,10 +293,10 @@ void lamb(const LambTensor* tensors, std::int64_t count, int threads) {
         const LambTensor& t = tensors[blocks[b].tensor];
         if (is_staged(t)) {
           float* place = directions.place<float>(end - 1 - b);
-          norms[b] = update_moments_staged(t, blocks[b].begin, blocks[b].end, place);
+          norms[b].sums = update_moments_staged(t, blocks[b].begin, blocks[b].end, place);
           continue;
         }
-        norms[b] = with_types(t, [&, n = end - 1 - b](const auto& param, auto s) {
+        norms[b].sums = with_types(t, [&, n = end - 1 - b](const auto& param, auto s) {
           const auto place = directions.place<typename std::decay_t<decltype(param)>::Math>(n);
           return t.anchor != nullptr ? update_moments<true>(t, param, s, blocks[b].begin, blocks[b].end, place)
                                      : update_moments<false>(t, param, s, blocks[b].begin, blocks[b].end, place);

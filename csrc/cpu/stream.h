@@ -23,6 +23,9 @@ class LineStream {
   LineStream(const LineStream&) = delete;
   LineStream& operator=(const LineStream&) = delete;
 
+#ifdef __GNUC__  // one copy of it
+  __attribute__((noinline))
+#endif
   void write(const void* values, std::size_t bytes) {
     const auto* from = static_cast<const char*>(values);
     if (head_ > 0) {  // the line before the first whole one
