@@ -107,6 +107,12 @@ def gradient_of(loss: Tensor, leaf: Tensor, **options: Any) -> Tensor:
     return torch.autograd.grad(loss, leaf, **options)[0]
 
 
+def random_like(tensors, seed=1):
+    """Tensors of these shapes and types, the same ones for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in tensors]
+
+
 def run_python(code: str, *options: str) -> str:
     """What `code` prints in a process of its own."""
     done = subprocess.run(
