@@ -29,8 +29,8 @@ constexpr int kLanes = kLambLanes;
 // Elements of a batch of small tensors: enough to pay for a barrier, few enough for 12 bytes of each to
 // stay in a core's L2.
 constexpr std::int64_t kBatch = 64 * kBlock;
-// Blocks whose directions a thread keeps: 8 MiB of fp32, so two threads keep those of BERT-large's largest matrix.
-constexpr std::int64_t kKept = 1024;
+// What a thread keeps directions in: two threads keep those of BERT-large's largest matrix, in fp32.
+constexpr std::int64_t kKept = std::int64_t{8} << 20;
 
 // A block of one tensor.
 struct Block {
@@ -52,9 +52,11 @@ class Directions {
   Directions(const Directions&) = delete;
   Directions& operator=(const Directions&) = delete;
 
-  // Makes room for the last ones of `blocks`.
-  void reserve(std::int64_t blocks) {
-    const std::int64_t bytes = std::min(blocks, kKept) * kPlace;
+  // Makes room for the last ones of `blocks`, of elements of up to `element_bytes`. Places lie side by side: with gaps
+  // between them a part of the cache's sets would hold them all.
+  void reserve(std::int64_t blocks, std::int64_t element_bytes) {
+    place_ = kBlock * element_bytes;
+    const std::int64_t bytes = std::min(blocks * place_, kKept);
     if (bytes <= bytes_) return;
     std::free(data_);
     data_ = static_cast<char*>(std::malloc(bytes));
@@ -65,21 +67,19 @@ class Directions {
   // Where those of the `n`-th block from the end are kept; null if they are not.
   template <class T>
   const T* find(std::int64_t n) const {
-    return (n + 1) * kPlace <= bytes_ ? reinterpret_cast<const T*>(data_ + n * kPlace) : nullptr;
+    return (n + 1) * place_ <= bytes_ ? reinterpret_cast<const T*>(data_ + n * place_) : nullptr;
   }
 
   // Where to write them, kept or not.
   template <class T>
   T* place(std::int64_t n) {
-    return reinterpret_cast<T*>((n + 1) * kPlace <= bytes_ ? data_ + n * kPlace : forgotten_);
+    return reinterpret_cast<T*>((n + 1) * place_ <= bytes_ ? data_ + n * place_ : forgotten_);
   }
 
  private:
-  static constexpr std::int64_t kPlace = kBlock * sizeof(double);  // tensors of a batch may differ in type
-
   char* data_ = nullptr;
-  std::int64_t bytes_ = 0;
-  alignas(64) char forgotten_[kPlace];
+  std::int64_t bytes_ = 0, place_ = 0;
+  alignas(64) char forgotten_[kBlock * sizeof(double)];
 };
 thread_local Directions directions_of_thread;
 
@@ -273,6 +273,7 @@ std::vector<Block> plan(const LambTensor* tensors, std::int64_t count) {
 void lamb(const LambTensor* tensors, std::int64_t count, int threads) {
   const std::vector<Block> blocks = plan(tensors, count);
   std::vector<Norms> norms(blocks.size());
+  const bool wide = std::any_of(tensors, tensors + count, [](const auto& t) { return t.param_dtype == DType::f64; });
 
   // Of the tensor that block `b` belongs to.
   const auto negative_step_size = [&](std::int64_t b) {
@@ -284,7 +285,7 @@ void lamb(const LambTensor* tensors, std::int64_t count, int threads) {
   const std::int64_t total = static_cast<std::int64_t>(blocks.size());
   parallel_team(threads, [&](Team& team) {
     Directions& directions = directions_of_thread;
-    directions.reserve(total);
+    directions.reserve(total, wide ? sizeof(double) : sizeof(float));
     for (std::int64_t first = 0, last; first < total; first = last) {
       last = first + 1;
       while (last < total && blocks[last].batch == blocks[first].batch) ++last;
