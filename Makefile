@@ -62,7 +62,7 @@ sanitize: .venv/.installed
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  PYTHONPATH="build/sanitize/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-	  $(BIN)/python -S $(BIN)/pytest tests/test_adamw.py tests/test_adamw_input.py tests/test_lamb.py tests/test_lamb_input.py tests/test_in_pass.py tests/test_norm.py tests/test_storage.py tests/test_optim_layout.py tests/test_cross_entropy.py tests/test_cross_entropy_options.py tests/test_linear_cross_entropy_heads.py tests/test_elementwise_loss.py tests/test_activation.py tests/test_layer_norm.py -m "not slow" -q -p no:cacheprovider
+	  $(BIN)/python -S $(BIN)/pytest tests/test_adamw.py tests/test_adamw_input.py tests/test_lamb.py tests/test_lamb_input.py tests/test_in_pass.py tests/test_norm.py tests/test_split_sum.py tests/test_storage.py tests/test_optim_layout.py tests/test_cross_entropy.py tests/test_cross_entropy_options.py tests/test_linear_cross_entropy_heads.py tests/test_elementwise_loss.py tests/test_activation.py tests/test_layer_norm.py -m "not slow" -q -p no:cacheprovider
 
 bench: .venv/.installed
 	$(BIN)/python -m superfine_bench

@@ -9,25 +9,28 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from superfine_kernels import _backends
+from superfine_kernels import _backends, _cpu
 from superfine_kernels import _cross_entropy_backends as backends
-from superfine_kernels._library import in_huge_pages, opmath_dtype, reject
+from superfine_kernels._library import in_huge_pages, opmath_dtype, reject, threads
 from superfine_kernels._losses import PART_RESULTS, PART_STATISTICS, Options, Rows, counted, denominator
 
-# On a CPU a tile stays in the caches between the product that makes it and those that use it; on a GPU it is large
-# enough to fill the device.
-TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+# On a GPU a tile fills the device. On a CPU it stays in the caches between the product that makes it and those that
+# use it, and takes so much together with what the sum of the input's gradient needs beside its result: with a
+# product's own scratch memory less than a twentieth of 1024 x 50257 logits in bfloat16.
+TILE_BYTES = {"cpu": 3 << 20, "cuda": 256 << 20}
 # A narrower tile would make the product with it wait for memory.
-LEAST_CLASSES = 1024
+LEAST_CLASSES = 768
 # Of a product that is added to a sum of another type.
-BLOCK_ROWS = 256
+SUM_ROWS = 256
+# oneDNN leaves one of two cores idle in 16-bit products of so many rows and fewer columns than these.
+IDLE_ROWS, IDLE_CLASSES, BUSY_ROWS = range(768, 1537), 1280, 512
 
 
 def checked_tile_bytes(op: str, tile_bytes: int | None, input: Tensor) -> int:
-    """Of the tile of logits of a checked input."""
+    """Of the tile of logits of a checked input; 0 for the default."""
     if tile_bytes is None:
-        return TILE_BYTES.get(input.device.type, TILE_BYTES["cpu"])
-    least = max(1, input.numel() // input.shape[-1]) * input.element_size()
+        return 0
+    least = max(1, input.shape[:-1].numel()) * input.element_size()
     if not isinstance(tile_bytes, int) or tile_bytes < least:
         reject(op, "tile_bytes", tile_bytes, f"at least {least}, the logits of one class")
     return tile_bytes
@@ -106,7 +109,7 @@ class Problem:
     probabilities: Tensor | None
     weight: Tensor | None
     options: Options
-    tile_bytes: int
+    tile_bytes: int  # 0 for the default
     skip_mass: float
     backend: str
     # Of a shard of the vocabulary: its place among all `classes`; 0 where there are no others.
@@ -125,8 +128,11 @@ class Problem:
 
     @property
     def step(self) -> int:
-        rows = self.whole_rows or self.input.shape[0]
-        fit = self.tile_bytes // (max(1, rows) * self.input.element_size())
+        rows, x = self.whole_rows or self.input.shape[0], self.input
+        size = self.tile_bytes or TILE_BYTES.get(x.device.type, TILE_BYTES["cpu"])
+        if not self.tile_bytes and x.device.type != "cuda":
+            size -= rows * x.shape[1] * (opmath_dtype(x.dtype).itemsize - x.element_size())
+        fit = size // (max(1, rows) * x.element_size())
         return min(self.classes, max(LEAST_CLASSES, fit // 256 * 256))
 
     def new_buffer(self) -> Tensor:
@@ -137,10 +143,14 @@ class Problem:
         rows, width = self.input.shape[0], tile.stop - tile.start
         out = buffer[: rows * width].view(rows, width)
         part = self.linear_weight[tile].t()
-        if self.linear_bias is None:
-            torch.mm(self.input, part, out=out)
-        else:
-            torch.addmm(self.linear_bias[tile], self.input, part, out=out)
+        idle = out.device.type == "cpu" and out.element_size() == 2
+        idle = idle and rows in IDLE_ROWS and width < IDLE_CLASSES
+        blocks = -(-rows // BUSY_ROWS) if idle else 1
+        for input, block in zip(self.input.chunk(blocks), out.chunk(blocks), strict=True):
+            if self.linear_bias is None:
+                torch.mm(input, part, out=block)
+            else:
+                torch.addmm(self.linear_bias[tile], input, part, out=block)
         if self.low_rank_input is not None and self.low_rank_weight is not None:
             out.addmm_(self.low_rank_input, self.low_rank_weight[tile].t())
         if self.columns is not None:
@@ -219,7 +229,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype == opmath_dtype(a.dtype):
         total.addmm_(a, b)
     elif total.device.type == "cpu":  # a block of the product stays in the caches until it is added
-        for block, rows in zip(total.split(BLOCK_ROWS), a.split(BLOCK_ROWS), strict=True):
+        for block, rows in zip(total.split(SUM_ROWS), a.split(SUM_ROWS), strict=True):
             block += torch.mm(rows, b)
     else:
         total += torch.mm(a, b)
@@ -228,8 +238,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 class Sum:
     """Of products over tiles, in float32 (float64) whatever their type, some of a few rows only."""
 
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        self.dtype = like.dtype
+    def __init__(self, like: Tensor, dtype: torch.dtype, reduce: Callable[[Tensor], None] | None) -> None:
+        self.dtype, self.reduce = like.dtype, reduce
         self.total = torch.zeros(like.shape, dtype=dtype, device=like.device)
 
     def add(self, a: Tensor, b: Tensor, rows: Tensor | None) -> None:
@@ -238,9 +248,30 @@ class Sum:
         else:
             add_product(self.total, a, b)
 
-    def result(self, reduce: Callable[[Tensor], None]) -> Tensor:
-        reduce(self.total)
+    def result(self) -> Tensor:
+        if self.reduce is not None:
+            self.reduce(self.total)
         return self.total.to(self.dtype)
+
+
+class SplitSum:
+    """The same of all rows, in bfloat16 on a CPU: the upper halves of the numbers are where the result will be."""
+
+    def __init__(self, like: Tensor, isa: str) -> None:
+        self.isa = isa
+        self.high = torch.zeros(like.shape, dtype=like.dtype)
+        self.low = torch.zeros(like.shape, dtype=torch.int16)
+
+    def add(self, a: Tensor, b: Tensor, _: Tensor | None) -> None:
+        for high, low, part in zip(*(x.split(SUM_ROWS) for x in (self.high, self.low, a)), strict=True):
+            block = torch.mm(part, b)
+            addresses = (high.data_ptr(), low.data_ptr(), block.data_ptr())
+            _cpu.add_to_split(*addresses, block.numel(), threads(), self.isa)
+            del block  # before the next one is made
+
+    def result(self) -> Tensor:
+        _cpu.round_split(self.high.data_ptr(), self.low.data_ptr(), self.high.numel(), threads(), self.isa)
+        return self.high
 
 
 #: The tensors of a Problem that gradients may reach, in the order of the ops' arguments.
@@ -255,16 +286,23 @@ def gradients(
     kept: Tensor | None,
     wants: dict[str, bool],
     accumulate_into: Tensor | None,
-    reduce: Callable[[Tensor], None] = lambda total: None,
+    reduce: Callable[[Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
     """Of the tensors that are wanted, from lse and mass of every row, (2, rows), and one scale a row or one for all.
 
     `needed` by `Problem.needed`, None for everywhere; `kept`: the logits, where they are one tile and were kept;
     `reduce` is called with sums over the classes, in float32 (float64), before they are rounded.
     """
-    dtype = sums.dtype
+    dtype, buffer = sums.dtype, p.new_buffer()
     wants = {k: v and getattr(p, k) is not None for k, v in wants.items()}
-    by_row = {k: Sum(getattr(p, k), dtype) for k in ("input", "low_rank_input") if wants[k]}
+    name, _, isa = p.chosen_backend().partition(":")
+
+    def sum_of(like: Tensor) -> Sum | SplitSum:
+        if name == "cpu" and like.dtype == torch.bfloat16 and needed is None and reduce is None:
+            return SplitSum(like, isa)
+        return Sum(like, dtype, reduce)
+
+    by_row = {k: sum_of(getattr(p, k)) for k in ("input", "low_rank_input") if wants[k]}
     into = accumulate_into if wants["linear_weight"] else None
     by_class = {
         k: in_huge_pages(torch.empty_like(getattr(p, k)))
@@ -272,7 +310,6 @@ def gradients(
         if wants[k] and not (k == "linear_weight" and into is not None)
     }
     d_columns = torch.zeros_like(p.columns) if p.columns is not None else None
-    buffer = p.new_buffer()
     for number, tile in enumerate(p.tiles()):
         part, part_sums, part_scale, rows = p, sums, scale, None
         if needed is not None and not (here := needed[number]).all():
@@ -307,7 +344,7 @@ def gradients(
             torch.mm(logits.t(), part.low_rank_input, out=by_class["low_rank_weight"][tile])
     if into is not None:
         torch.autograd.graph.increment_version(into)
-    found = {**{k: v.result(reduce) for k, v in by_row.items()}, **by_class}
+    found = {**{k: v.result() for k, v in by_row.items()}, **by_class}
     if d_columns is not None and wants["columns"]:
         found["columns"] = d_columns
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import types
 import typing
-__all__: list[str] = ['CrossEntropy', 'MomentPlan', 'TensorReader', 'activation', 'adamw', 'adamw_groups', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'cross_entropy_part', 'elementwise_loss', 'isas', 'lamb', 'lamb_groups', 'layer_norm', 'layer_norm_gradient', 'sum_of_squares']
+__all__: list[str] = ['CrossEntropy', 'MomentPlan', 'TensorReader', 'activation', 'adamw', 'adamw_groups', 'add_to_split', 'advise_huge_pages', 'check_labels', 'cross_entropy_backward', 'cross_entropy_forward', 'cross_entropy_part', 'elementwise_loss', 'isas', 'lamb', 'lamb_groups', 'layer_norm', 'layer_norm_gradient', 'round_split', 'sum_of_squares']
 class TensorReader:
     """
     Reads torch tensors natively; made once from the torch module.
@@ -45,6 +45,10 @@ def adamw(reader: TensorReader, lists: collections.abc.Sequence[list], hyper: di
 def adamw_groups(reader: TensorReader, groups: list, state: dict, plan: MomentPlan, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> list[tuple[int, typing.Any]] | None:
     """
     One step over an optimizer's groups, pairs of parameters and hyperparameters. Returns what it left alone: pairs of a group's number and a parameter. None, and nothing done, where a parameter is a tensor subclass or lies elsewhere.
+    """
+def add_to_split(high: typing.SupportsInt | typing.SupportsIndex, low: typing.SupportsInt | typing.SupportsIndex, x: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> None:
+    """
+    Adds `count` bf16 numbers to fp32 ones, whose halves are `high` and `low`.
     """
 def advise_huge_pages(address: typing.SupportsInt | typing.SupportsIndex, bytes: typing.SupportsInt | typing.SupportsIndex) -> bool:
     """
@@ -89,6 +93,10 @@ def layer_norm(rms: bool, rows: typing.SupportsInt | typing.SupportsIndex, size:
 def layer_norm_gradient(rms: bool, rows: typing.SupportsInt | typing.SupportsIndex, size: typing.SupportsInt | typing.SupportsIndex, weight_offset: typing.SupportsFloat | typing.SupportsIndex, grad: typing.SupportsInt | typing.SupportsIndex, grad_dtype: typing.SupportsInt | typing.SupportsIndex, grad_sum: typing.SupportsInt | typing.SupportsIndex, input: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, weight: typing.SupportsInt | typing.SupportsIndex, weight_dtype: typing.SupportsInt | typing.SupportsIndex, mean: typing.SupportsInt | typing.SupportsIndex, rstd: typing.SupportsInt | typing.SupportsIndex, dinput: typing.SupportsInt | typing.SupportsIndex, dweight: typing.SupportsInt | typing.SupportsIndex, dbias: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> None:
     """
     Unless their addresses are 0, the gradients of input, weight and bias.
+    """
+def round_split(high: typing.SupportsInt | typing.SupportsIndex, low: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> None:
+    """
+    Rounds the fp32 numbers of `high` and `low` to bf16, in `high`.
     """
 def sum_of_squares(reader: TensorReader, tensors: list, *, threads: typing.SupportsInt | typing.SupportsIndex, isa: str) -> float | None:
     """

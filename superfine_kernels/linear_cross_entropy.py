@@ -294,8 +294,8 @@ def linear_cross_entropy(
             `linear_weight` there instead of returning it (hooks of the weight see None); several losses, or steps of
             accumulation, then need no buffer of their own. Each product is rounded to the inputs' dtype before it
             is added. A weight's `.grad` will do while it is zeroed in place: `zero_grad()` replaces it.
-        tile_bytes: of the tile of logits; None for 4 MiB on a CPU, 256 MiB on a GPU; at least 1024
-            classes make a tile.
+        tile_bytes: of the tile of logits; None for 256 MiB on a GPU, and for 3 MiB on a CPU, less what the sum of the
+            input's gradient takes there beside its result; at least 768 classes make a tile.
         skip_mass: backward leaves out tiles of a row, never those of its targets, whose classes have together at most
             this much of the probability; 0 leaves out nothing. The gradient of a row's logits then differs by at most
             skip_mass * |g| * scale in sum of absolute values, with g the upstream gradient of the row's loss times

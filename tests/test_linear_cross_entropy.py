@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from support import ISAS, one_warning, pairwise
 from torch import Tensor
 
 from superfine_kernels import linear_cross_entropy
-from superfine_kernels._class_tiles import BLOCK_ROWS, LEAST_CLASSES
+from superfine_kernels._class_tiles import LEAST_CLASSES, SUM_ROWS
 from superfine_kernels.linear_cross_entropy import cost
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
@@ -87,7 +88,7 @@ def test_few_rows(rows):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_more_rows_than_a_block_of_a_sum(dtype):
-    x, w, b, target = problem(dtype, rows=2 * BLOCK_ROWS + 3)
+    x, w, b, target = problem(dtype, rows=2 * SUM_ROWS + 3)
     loss = linear_cross_entropy(x, w, target, linear_bias=b, tile_bytes=4 * len(x))
     assert_close(results(loss, x, w, b), in_float64(x, w, b, target), TOLERANCE[dtype])
 
@@ -175,6 +176,20 @@ def test_logits_are_never_whole():
         lambda: linear_cross_entropy(x, w, target, linear_bias=b, tile_bytes=rows * 4).backward()
     )
     assert largest == 4 * w.numel() == 4 * rows * classes / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_held_beside_the_gradients_is_a_twentieth_of_the_logits(dtype):
+    rows, features, classes = 1024, 768, 50257
+    x = torch.randn(rows, features).to(dtype).requires_grad_()
+    w = (torch.randn(classes, features) * features**-0.5).to(dtype).requires_grad_()
+    target = torch.randint(classes, (rows,))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        torch.autograd.grad(linear_cross_entropy(x, w, target), [x, w])
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    gradients = (x.numel() + w.numel()) * x.element_size()
+    assert gradients < max(held) < gradients + 0.05 * rows * classes * x.element_size()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -290,7 +305,7 @@ def test_masked_classes_and_a_common_offset():
     with torch.no_grad():
         b[: LEAST_CLASSES + 9] = -math.inf  # a whole tile, and a part of one
         b[LEAST_CLASSES + 9 :] += 1e6
-    target[target >= 0] = LEAST_CLASSES + 9 + target[target >= 0] % 1000
+    target[target >= 0] = LEAST_CLASSES + 9 + target[target >= 0] % 700
     actual = results(linear_cross_entropy(x, w, target, linear_bias=b, tile_bytes=TILE_BYTES), x, w, b)
     # 1e6 leaves ten digits behind the point.
     for a, e in zip(actual, in_float64(x, w, b, target), strict=True):

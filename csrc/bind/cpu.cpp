@@ -154,6 +154,27 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("statistics"), py::arg("threads"), py::arg("isa"));
 
   m.def(
+      "add_to_split",
+      [](std::uintptr_t high, std::uintptr_t low, std::uintptr_t x, std::int64_t count, int threads,
+         const std::string& isa) {
+        const cpu::Kernels& kernels = kernels_for(isa);
+        const py::gil_scoped_release release;
+        kernels.add_to_split(pointer<bf16>(high), pointer<std::uint16_t>(low), pointer<const bf16>(x), count, threads);
+      },
+      "Adds `count` bf16 numbers to fp32 ones, whose halves are `high` and `low`.", py::arg("high"), py::arg("low"),
+      py::arg("x"), py::arg("count"), py::arg("threads"), py::arg("isa"));
+
+  m.def(
+      "round_split",
+      [](std::uintptr_t high, std::uintptr_t low, std::int64_t count, int threads, const std::string& isa) {
+        const cpu::Kernels& kernels = kernels_for(isa);
+        const py::gil_scoped_release release;
+        kernels.round_split(pointer<bf16>(high), pointer<const std::uint16_t>(low), count, threads);
+      },
+      "Rounds the fp32 numbers of `high` and `low` to bf16, in `high`.", py::arg("high"), py::arg("low"),
+      py::arg("count"), py::arg("threads"), py::arg("isa"));
+
+  m.def(
       "elementwise_loss",
       [](int loss, std::int64_t count, std::uintptr_t input, int dtype, std::uintptr_t target, int target_dtype,
          std::uintptr_t weight, std::int64_t weight_length, std::int64_t weight_repeat, std::uintptr_t pos_weight,

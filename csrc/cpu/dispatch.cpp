@@ -9,6 +9,7 @@ namespace {
   {#isa,                         \
    &isa::activation,             \
    &isa::adamw,                  \
+   &isa::add_to_split,           \
    &isa::cross_entropy_forward,  \
    &isa::cross_entropy_backward, \
    &isa::cross_entropy_part,     \
@@ -16,6 +17,7 @@ namespace {
    &isa::lamb,                   \
    &isa::layer_norm,             \
    &isa::layer_norm_gradient,    \
+   &isa::round_split,            \
    &isa::sums_of_squares},
 #ifdef SF_X86
 constexpr Kernels kTable[] = {SF_FOR_EACH_ISA(SF_ROW)};

@@ -9,6 +9,7 @@
 #include "cpu/lamb.h"
 #include "cpu/layer_norm.h"
 #include "cpu/norm.h"
+#include "cpu/split_sum.h"
 
 namespace superfine::cpu {
 
@@ -16,6 +17,7 @@ struct Kernels {
   const char* isa;
   decltype(&baseline::activation) activation;
   decltype(&baseline::adamw) adamw;
+  decltype(&baseline::add_to_split) add_to_split;
   decltype(&baseline::cross_entropy_forward) cross_entropy_forward;
   decltype(&baseline::cross_entropy_backward) cross_entropy_backward;
   decltype(&baseline::cross_entropy_part) cross_entropy_part;
@@ -23,6 +25,7 @@ struct Kernels {
   decltype(&baseline::lamb) lamb;
   decltype(&baseline::layer_norm) layer_norm;
   decltype(&baseline::layer_norm_gradient) layer_norm_gradient;
+  decltype(&baseline::round_split) round_split;
   decltype(&baseline::sums_of_squares) sums_of_squares;
 };
 
