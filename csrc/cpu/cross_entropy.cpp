@@ -17,6 +17,9 @@
 #include "core/parallel_for.h"
 #include "cpu/logits.h"
 #include "cpu/stream.h"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace superfine::cpu::SF_ISA {
 namespace {
@@ -86,6 +89,34 @@ T max_of_block(const T* y, std::int64_t count, T running) {
   return tree(maxima, true);
 }
 
+// The same, of a block that it turns into floats on the way: a pass less through the L1 cache.
+float max_of_block(const bf16* x, std::int64_t count, float running, float* values) {
+  float maxima[kLanes];
+  for (int l = 0; l < kLanes; ++l) maxima[l] = running;
+  std::int64_t i = 0;
+#if defined(__AVX512F__)  // the compiler would keep the maxima in memory
+  constexpr int kWidth = 16;
+  __m512 registers[kLanes / kWidth];
+  for (__m512& maximum : registers) maximum = _mm512_set1_ps(running);
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int k = 0; k < kLanes / kWidth; ++k) {
+      const __m256i upper = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + k * kWidth));
+      const __m512 y = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16));
+      _mm512_storeu_ps(values + i + k * kWidth, y);
+      registers[k] = _mm512_max_ps(y, registers[k]);  // a NaN leaves it as it is
+    }
+  }
+  for (int k = 0; k < kLanes / kWidth; ++k) _mm512_storeu_ps(maxima + k * kWidth, registers[k]);
+#endif
+  for (; i < count; i += kLanes) {
+    for (std::int64_t l = 0; l < least(kLanes, count - i); ++l) {
+      values[i + l] = load(x[i + l]);
+      maxima[l] = values[i + l] > maxima[l] ? values[i + l] : maxima[l];
+    }
+  }
+  return tree(maxima, true);
+}
+
 template <class E, bool kKeep>
 RowSums<Opmath<E>> reduce_row(const Logits<E>& logits, const E* x, std::int64_t vocab,
                               const Scratch<Opmath<E>>& scratch) {
@@ -95,8 +126,15 @@ RowSums<Opmath<E>> reduce_row(const Logits<E>& logits, const E* x, std::int64_t 
   for (std::int64_t begin = 0; begin < vocab; begin += kBlock) {
     const std::int64_t count = least(kBlock, vocab - begin);
     T* const exponentials = kKeep ? scratch.exponentials() + begin : scratch.block();
-    const T* y = logits.values(x + begin, count, exponentials);
-    const T maximum = max_of_block(y, count, row.maximum);
+    const T* y = exponentials;
+    T maximum;
+    if constexpr (std::is_same_v<E, bf16>) {
+      if (logits.plain()) maximum = max_of_block(x + begin, count, row.maximum, exponentials);
+    }
+    if (!std::is_same_v<E, bf16> || !logits.plain()) {
+      y = logits.values(x + begin, count, exponentials);
+      maximum = max_of_block(y, count, row.maximum);
+    }
     if (maximum > row.maximum) {
       const T rescale = exp_nonpositive(row.maximum - maximum);
       for (int l = 0; l < kLanes; ++l) sums[l] *= rescale;

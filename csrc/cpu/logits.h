@@ -56,6 +56,7 @@ class Logits {
         scale_(static_cast<T>(args.softcap > 0 ? args.scale / args.softcap : args.scale)) {}
 
   const E* row(std::int64_t i) const { return input_ + i * row_stride_; }
+  bool plain() const { return scale_ == T(1) && !capped(); }  // y = x
   bool capped() const { return softcap_ > T(0); }
 
   T value(const E& x) const {
@@ -66,7 +67,7 @@ class Logits {
   // The values of x[0..count); `buffer` has room for them.
   const T* values(const E* x, std::int64_t count, T* buffer) const {
     if constexpr (std::is_same_v<E, T>) {
-      if (scale_ == T(1) && !capped()) return x;
+      if (plain()) return x;
     }
     read(x, count, buffer);
     return buffer;
