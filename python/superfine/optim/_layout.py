@@ -11,12 +11,18 @@ from torch import Tensor
 from typing_extensions import Self
 
 from superfine_kernels import _storage
-from superfine_kernels._library import describe, reject
+from superfine_kernels._library import describe, in_huge_pages, reject
 from superfine_kernels._sharded import is_sharded
 
 _HALVES = (torch.bfloat16, torch.float16)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _CODES = ("exp_avg", "exp_avg_sq", "scales")  # of 8-bit moments
+
+
+def _zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the parameter's shape and strides; in huge pages, which make steps over large matrices 2% faster."""
+    made = torch.empty_like(param, dtype=dtype, requires_grad=False)
+    return (in_huge_pages(made) if type(made) is Tensor else made).zero_()
 
 
 def counts(values: Sequence[float | Tensor], params: Sequence[Tensor]) -> list[Tensor]:
@@ -90,11 +96,11 @@ class Layout:
         """State before the first step, which `step` counts from."""
         state = {"step": step}
         for name in _MOMENTS[: 3 if self.amsgrad else 2]:
-            state[name] = torch.zeros_like(param, dtype=self.moments, requires_grad=False)
+            state[name] = _zeros(param, self.moments)
         if self.moments == torch.uint8:
             state["scales"] = torch.zeros(_storage.scales_shape(param.numel()), device=param.device)
         if self.remainder is not None:
-            state["remainder"] = torch.zeros_like(param, dtype=self.remainder, requires_grad=False)
+            state["remainder"] = _zeros(param, self.remainder)
         return state
 
     def convert(self, param: Tensor, saved: Mapping[str, Any], state: dict[str, Any]) -> dict[str, Tensor]:
@@ -116,7 +122,7 @@ class Layout:
             if low is not None and low.dtype == self.remainder:  # torch's optimizers convert them
                 found["remainder"] = low.to(device=param.device, copy=True)
             else:
-                found["remainder"] = torch.zeros_like(param, dtype=self.remainder, requires_grad=False)
+                found["remainder"] = _zeros(param, self.remainder)
         for name in {"scales", "remainder"} - found.keys():
             state.pop(name, None)
         return found
