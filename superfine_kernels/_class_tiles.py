@@ -15,22 +15,23 @@ from superfine_kernels._library import in_huge_pages, opmath_dtype, reject, thre
 from superfine_kernels._losses import PART_RESULTS, PART_STATISTICS, Options, Rows, counted, denominator
 
 # On a GPU a tile fills the device. On a CPU it stays in the caches between the product that makes it and those that
-# use it, and takes so much together with what the sum of the input's gradient needs beside its result: with a
-# product's own scratch memory less than a twentieth of 1024 x 50257 logits in bfloat16.
+# use it, and takes so much together with the lower halves of the input gradient's sum (SplitSum): with a product's
+# own scratch memory less than a twentieth of the logits of 1024 x 768 inputs and 50257 classes in bfloat16.
 TILE_BYTES = {"cpu": 3 << 20, "cuda": 256 << 20}
 # A narrower tile would make the product with it wait for memory.
 LEAST_CLASSES = 768
 # Of a product that is added to a sum of another type.
 SUM_ROWS = 256
-# oneDNN leaves one of two cores idle in 16-bit products of so many rows and fewer columns than these.
-IDLE_ROWS, IDLE_CLASSES, BUSY_ROWS = range(768, 1537), 1280, 512
+# oneDNN leaves one of two cores idle in 16-bit products of so many rows and fewer columns than these; not in blocks
+# of MOST_ROWS, into which they are cut on any number of cores, so that bits do not depend on it.
+IDLE_ROWS, IDLE_CLASSES, MOST_ROWS = range(768, 1537), 1280, 512
 
 
 def checked_tile_bytes(op: str, tile_bytes: int | None, input: Tensor) -> int:
-    """Of the tile of logits of a checked input; 0 for the default."""
-    if tile_bytes is None:
-        return 0
-    least = max(1, input.shape[:-1].numel()) * input.element_size()
+    """Of the tile of logits of a checked input; 0 for a CPU's default, which is `Problem.step`'s to find."""
+    if tile_bytes is None:  # decided here, as under fake tensors an op sees no device
+        return TILE_BYTES["cuda"] if input.device.type == "cuda" else 0
+    least = max(1, input.numel() // input.shape[-1]) * input.element_size()
     if not isinstance(tile_bytes, int) or tile_bytes < least:
         reject(op, "tile_bytes", tile_bytes, f"at least {least}, the logits of one class")
     return tile_bytes
@@ -109,7 +110,7 @@ class Problem:
     probabilities: Tensor | None
     weight: Tensor | None
     options: Options
-    tile_bytes: int  # 0 for the default
+    tile_bytes: int  # 0 for a CPU's default
     skip_mass: float
     backend: str
     # Of a shard of the vocabulary: its place among all `classes`; 0 where there are no others.
@@ -129,9 +130,8 @@ class Problem:
     @property
     def step(self) -> int:
         rows, x = self.whole_rows or self.input.shape[0], self.input
-        size = self.tile_bytes or TILE_BYTES.get(x.device.type, TILE_BYTES["cpu"])
-        if not self.tile_bytes and x.device.type != "cuda":
-            size -= rows * x.shape[1] * (opmath_dtype(x.dtype).itemsize - x.element_size())
+        lower_halves = rows * x.shape[1] * 2 if x.element_size() == 2 else 0
+        size = self.tile_bytes or TILE_BYTES["cpu"] - lower_halves
         fit = size // (max(1, rows) * x.element_size())
         return min(self.classes, max(LEAST_CLASSES, fit // 256 * 256))
 
@@ -145,7 +145,7 @@ class Problem:
         part = self.linear_weight[tile].t()
         idle = out.device.type == "cpu" and out.element_size() == 2
         idle = idle and rows in IDLE_ROWS and width < IDLE_CLASSES
-        blocks = -(-rows // BUSY_ROWS) if idle else 1
+        blocks = -(-rows // MOST_ROWS) if idle else 1
         for input, block in zip(self.input.chunk(blocks), out.chunk(blocks), strict=True):
             if self.linear_bias is None:
                 torch.mm(input, part, out=block)
@@ -259,8 +259,8 @@ class SplitSum:
 
     def __init__(self, like: Tensor, isa: str) -> None:
         self.isa = isa
-        self.high = torch.zeros(like.shape, dtype=like.dtype)
-        self.low = torch.zeros(like.shape, dtype=torch.int16)
+        self.high = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        self.low = torch.zeros(like.shape, dtype=torch.int16, device=like.device)
 
     def add(self, a: Tensor, b: Tensor, _: Tensor | None) -> None:
         for high, low, part in zip(*(x.split(SUM_ROWS) for x in (self.high, self.low, a)), strict=True):

@@ -13,7 +13,8 @@ A head that trains in part costs what its part does. Of a LoRA head (Hu et al. 2
 product with b^T in every tile, and no gradient of the size of the weight. Rows that train have their logits' columns
 replaced.
 
-Memory beside inputs and gradients: one tile of logits, and the float32 sum of the input's gradient for 16-bit inputs.
+Memory beside inputs and gradients: one tile of logits, and for 16-bit inputs the float32 sum of the input's gradient;
+of a bfloat16 one on a CPU the lower halves alone, as the upper ones lie where the result will be.
 """
 
 from __future__ import annotations
@@ -294,8 +295,8 @@ def linear_cross_entropy(
             `linear_weight` there instead of returning it (hooks of the weight see None); several losses, or steps of
             accumulation, then need no buffer of their own. Each product is rounded to the inputs' dtype before it
             is added. A weight's `.grad` will do while it is zeroed in place: `zero_grad()` replaces it.
-        tile_bytes: of the tile of logits; None for 256 MiB on a GPU, and for 3 MiB on a CPU, less what the sum of the
-            input's gradient takes there beside its result; at least 768 classes make a tile.
+        tile_bytes: of the tile of logits; None for 256 MiB on a GPU, and on a CPU for 3 MiB, less 2 bytes for each
+            element of a 16-bit input, whose gradient's sum needs them; at least 768 classes make a tile.
         skip_mass: backward leaves out tiles of a row, never those of its targets, whose classes have together at most
             this much of the probability; 0 leaves out nothing. The gradient of a row's logits then differs by at most
             skip_mass * |g| * scale in sum of absolute values, with g the upstream gradient of the row's loss times

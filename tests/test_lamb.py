@@ -171,6 +171,16 @@ def test_a_tensor_moves_the_same_whatever_steps_beside_it():
     assert_same_bits_in_lists(together.lists(), alone.lists())
 
 
+def test_directions_kept_in_one_type_leave_those_of_another_alone():
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        with threads(1):  # one buffer keeps all, in places of either size
+            together = LambCase.random([*LARGE, 5000], dtype, dtype)
+            alone = together.to("cpu")
+            lamb_(*together.lists(), **HYPER)
+        lamb_(*alone.lists(), **HYPER)
+        assert_same_bits_in_lists(together.lists(), alone.lists())
+
+
 def _sum_by_the_rule(squares: Tensor) -> float:
     """The sum that csrc/math/lamb.h describes: 32 lanes, blocks of 2048, chunks of 4 blocks, 128 lanes of chunks."""
 

@@ -391,11 +391,12 @@ def test_compiles_into_one_graph(reduction):
     torch.testing.assert_close(results(compiled(x, w, b), x, w, b), results(loss(x, w, b), x, w, b))
 
 
+@pytest.mark.parametrize("tile_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("skip_mass", [0.0, 0.1])
-def test_opcheck(skip_mass):
+def test_opcheck(skip_mass, tile_bytes):
     x, w, b, target = problem(rows=5, classes=7)
     low_rank = (torch.randn(5, 2), torch.randn(7, 2), torch.randn(5, 2), torch.tensor([6, 1]))
-    options = (-100, 0.0 if skip_mass else 0.1, 0.01, 5.0, 0.5, 1 << 20, skip_mass, "")
+    options = (-100, 0.0 if skip_mass else 0.1, 0.01, 5.0, 0.5, tile_bytes, skip_mass, "")
     arguments = (x, w, b, *low_rank, target, None, torch.ones(7), *options)
     forward = torch.ops.superfine.linear_cross_entropy.default
     for keep in (False, True):

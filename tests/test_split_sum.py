@@ -47,4 +47,5 @@ def test_bits_are_those_of_a_float32_sum(isa, count, threads):
     _cpu.round_split(high.data_ptr(), low.data_ptr(), count, threads=threads, isa=isa)
     rounded = total.bfloat16()
     assert torch.equal(high.isnan(), rounded.isnan())
-    assert torch.equal(high.nan_to_num(7), rounded.nan_to_num(7))
+    number = ~rounded.isnan()
+    assert torch.equal(high.view(torch.int16)[number], rounded.view(torch.int16)[number])

@@ -108,12 +108,15 @@ float max_of_block(const bf16* x, std::int64_t count, float running, float* valu
   }
   for (int k = 0; k < kLanes / kWidth; ++k) _mm512_storeu_ps(maxima + k * kWidth, registers[k]);
 #endif
-  for (; i < count; i += kLanes) {
-    for (std::int64_t l = 0; l < least(kLanes, count - i); ++l) {
-      values[i + l] = load(x[i + l]);
-      maxima[l] = values[i + l] > maxima[l] ? values[i + l] : maxima[l];
-    }
+  const auto element = [&](std::int64_t i, int l) __attribute__((always_inline)) {
+    values[i] = load(x[i]);
+    maxima[l] = values[i] > maxima[l] ? values[i] : maxima[l];
+  };
+  for (; i + kLanes <= count; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) element(i + l, l);
   }
+  for (int l = 0; i < count; ++i, ++l) element(i, l);
   return tree(maxima, true);
 }
 
